@@ -1,0 +1,32 @@
+// Threads and scratch memory, as kernels see them: no torch, no OpenMP, no allocation in a loop.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace taut {
+
+// Runs body(context, task) for every task in [0, num_tasks), each on one thread of torch's pool where there are
+// enough (torch.set_num_threads is obeyed), and returns when all are done. Nested calls run serially.
+using TaskBody = void (*)(void* context, int64_t task);
+void run_tasks(int64_t num_tasks, TaskBody body, void* context);
+
+// At least `bytes` bytes, 64-byte aligned, owned by the calling thread and valid until its next call for `slot`.
+// It grows and is kept, so that a decode loop never pays for page faults. Slots: 0 the caller's, 1 a task's own.
+constexpr int kScratchSlots = 2;
+uint8_t* scratch(int slot, size_t bytes);
+
+namespace {
+
+template <class F>
+inline void parallel_tasks(int64_t num_tasks, const F& f) {
+  if (num_tasks <= 1) {
+    if (num_tasks == 1) f(int64_t{0});
+    return;
+  }
+  run_tasks(num_tasks, [](void* context, int64_t task) { (*static_cast<const F*>(context))(task); },
+            const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+}  // namespace
+}  // namespace taut

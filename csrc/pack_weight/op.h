@@ -1,0 +1,26 @@
+// pack_weight, unpack_weight, dequantize_weight: between the canonical form, the Rows8 layout and plain numbers.
+#pragma once
+
+#include "common/dtypes.h"
+#include "common/formats.h"
+#include "common/parallel.h"
+
+namespace taut::pack_weight {
+
+struct Params {
+  WeightSpec weight;
+  uint8_t* codes;    // int4 [N, ceil(K/2)], int8 [N, K]
+  uint16_t* scales;  // fp16 [N, ceil(K/G)]
+  uint8_t* zeros;    // [N, ceil(K/G)], or nullptr
+  uint8_t* packed;   // Rows8
+  int64_t num_threads;
+};
+
+namespace cpu_scalar {
+void pack(const Params&);    // codes, scales, zeros -> packed
+void unpack(const Params&);  // packed -> codes, scales, zeros
+// Rows [row_begin, row_end) of w as numbers, to out[row_end - row_begin, K].
+void dequantize(const WeightSpec&, const uint8_t* packed, int64_t row_begin, int64_t row_end, void* out, DType, int64_t num_threads);
+}  // namespace cpu_scalar
+
+}  // namespace taut::pack_weight

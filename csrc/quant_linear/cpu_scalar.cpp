@@ -1,0 +1,65 @@
+// COMPUTES  out[M,N] = x[M,K] @ dequant(w)[N,K]^T + bias;  x, bias, out fp32, bf16 or fp16; sums in double
+// LAYOUT    w: Rows8 (common/formats.h), read element by element through its offsets
+// WORK      a task is a range of output columns; for each, all rows of x
+// BOUND     none: this is the truth in C++, written to be read. About 0.2 GFLOP/s a core.
+// LIMITS    none: any N, K, M, format, group, dtype, and any processor
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "quant_linear/op.h"
+
+namespace taut::quant_linear::cpu_scalar {
+namespace {
+
+// The definition of int8 activations (see op.h). Every operation is one fp32 operation, so that each ISA can repeat it
+// bit for bit. Leaves q * m, an integer, in x[K]; returns the row's unit, which is NaN if x holds a NaN or an infinity.
+float quantize_row(float* x /* [K] */, int64_t K) {
+  float row_max = 0, poison = 0;
+  for (int64_t k = 0; k < K; k++) row_max = std::max(row_max, std::fabs(x[k])), poison += x[k] * 0.0f;
+  const float steps = row_max > 0 ? 32767.0f / row_max : 0.0f;
+  for (int64_t k0 = 0; k0 < K; k0 += 32) {
+    const int64_t k1 = std::min(K, k0 + 32);
+    float group_max = 0;
+    for (int64_t k = k0; k < k1; k++) group_max = std::max(group_max, std::fabs(x[k]));
+    const float m = std::clamp(std::ceil(group_max * steps), 1.0f, 32767.0f);
+    const float inverse = steps * 127.0f / m;
+    for (int64_t k = k0; k < k1; k++) x[k] = m * std::clamp(std::nearbyint(x[k] * inverse), -127.0f, 127.0f);
+  }
+  return row_max / (127.0f * 32767.0f) + poison;
+}
+
+double dequantize(const uint8_t* packed, const Rows8& layout, int64_t n, int64_t k) {
+  const uint8_t byte = packed[layout.code_offset(n, k)];
+  const double scale = fp16_to_float(*reinterpret_cast<const uint16_t*>(packed + layout.scale_offset(n, k)));
+  if (layout.spec.format == Format::kInt8) return (byte - 128) * scale;
+  const int zero = layout.spec.zeros ? packed[layout.zero_offset(n, k)] : 8;
+  return ((byte >> layout.code_shift(k) & 15) - zero) * scale;
+}
+
+}  // namespace
+
+void run(const Params& p) {
+  const Rows8 layout{p.weight};
+  const int64_t M = p.M, N = p.weight.N, K = p.weight.K;
+  std::vector<float> x(M * K), unit(M, 1.0f);
+  for (int64_t m = 0; m < M; m++) {
+    for (int64_t k = 0; k < K; k++) x[m * K + k] = load_float(p.x, m * p.x_row_stride + k, p.dtype);
+    if (p.activations == Activations::kInt8) unit[m] = quantize_row(&x[m * K], K);
+  }
+  const int64_t num_tasks = std::clamp<int64_t>(N, 1, p.num_threads);
+  parallel_tasks(num_tasks, [&](int64_t task) {
+    std::vector<double> w(K);
+    for (int64_t n = N * task / num_tasks; n < N * (task + 1) / num_tasks; n++) {
+      for (int64_t k = 0; k < K; k++) w[k] = dequantize(p.packed, layout, n, k);
+      const double bias = p.bias ? load_float(p.bias, n, p.dtype) : 0.0;
+      for (int64_t m = 0; m < M; m++) {
+        double sum = 0;
+        for (int64_t k = 0; k < K; k++) sum += x[m * K + k] * w[k];
+        store_float(p.out, m * N + n, p.dtype, static_cast<float>(sum * unit[m] + bias));
+      }
+    }
+  });
+}
+
+}  // namespace taut::quant_linear::cpu_scalar

@@ -1,0 +1,107 @@
+#include "quant_linear/op.h"
+
+#include <sstream>
+
+#include "common/impl.h"
+#include "common/torch_bridge.h"
+
+namespace taut::quant_linear {
+namespace {
+
+const char* needs_int8_avx2(const Params& p) {
+  if (!cpu_features().avx2) return "this processor has no AVX2, FMA and F16C";
+  return p.activations == Activations::kInt8 ? nullptr : "it computes with int8 activations";
+}
+
+const char* needs_float_avx2(const Params& p) {
+  if (!cpu_features().avx2) return "this processor has no AVX2, FMA and F16C";
+  return p.activations == Activations::kFloat ? nullptr : "it computes with float activations";
+}
+
+// The small loops stream the packed weights and unpack them in registers, for up to 4 rows at a time; the tiles unpack
+// 16 rows of w once to L1 and reuse them for every row of x.
+const char* int8_small_m(const Params& p) { return p.M <= 20 ? nullptr : "above M=20 the tile is faster"; }
+const char* float_small_m(const Params& p) { return p.M <= 4 ? nullptr : "above M=4 the tile is faster"; }
+
+// In priority order. Every crossover is in this table, and nowhere else.
+constexpr Impl<Params> kImpls[] = {
+    {"cpu_scalar", always, always, cpu_scalar::run},
+};
+
+// Below this many multiply-adds a call is over before a second thread has started.
+constexpr int64_t kMinWorkPerThread = 1 << 17;
+
+int64_t useful_threads(int64_t M, const WeightSpec& weight) {
+  const int64_t work = std::max<int64_t>(M, 1) * weight.N * weight.K;
+  return std::clamp<int64_t>(work / kMinWorkPerThread, 1, torch::stable::get_num_threads());
+}
+
+Tensor quant_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t out_features,
+                    int64_t format, int64_t group_size, bool zeros, int64_t activations) {
+  constexpr const char* kOp = "quant_linear";
+  check(x.dim() >= 1, kOp, ": x must be [..., K], got a scalar");
+  check_cpu(kOp, "x", x);
+  check_cpu(kOp, "packed", packed);
+  const int64_t N = out_features, K = x.size(x.dim() - 1);
+  const WeightSpec weight = weight_spec(kOp, N, K, format, group_size, zeros);
+  const DType dtype = float_dtype(kOp, "x", x);
+  check(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous(), kOp, ": packed must be a contiguous 1-D uint8 tensor from pack_weight");
+  check(packed.numel() == Rows8{weight}.total_bytes(), kOp, ": packed holds ", packed.numel(), " bytes, but [", N, ", ", K,
+        "] in this format takes ", Rows8{weight}.total_bytes(), "; is x's last dimension (", K, ") the weight's in_features?");
+  check(activations == 0 || activations == 1, kOp, ": activations must be 0 (float) or 1 (int8), got ", activations);
+  Tensor bias_row;
+  if (bias) {
+    check_cpu(kOp, "bias", *bias);
+    check(bias->dim() == 1 && bias->size(0) == N, kOp, ": bias must be [", N, "], got ", shape_string(*bias));
+    check(bias->scalar_type() == x.scalar_type(), kOp, ": bias must have the dtype of x");
+    bias_row = torch::stable::contiguous(*bias);
+  }
+
+  // Rows may be far apart, but all leading dimensions must fold into one stride; else x is copied.
+  Tensor rows = x;
+  int64_t M = 1, stride = K;
+  for (int64_t d = 0; d < x.dim() - 1; d++) M *= x.size(d);
+  if (x.dim() == 2 && x.stride(1) == 1) stride = x.stride(0);
+  else if (!x.is_contiguous()) rows = torch::stable::contiguous(x);
+  std::vector<int64_t> shape;
+  for (int64_t d = 0; d < x.dim() - 1; d++) shape.push_back(x.size(d));
+  shape.push_back(N);
+  Tensor out = torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()));
+  if (M == 0 || N == 0) return out;
+
+  const Params params{rows.const_data_ptr(), stride, static_cast<const uint8_t*>(packed.const_data_ptr()),
+                      bias ? bias_row.const_data_ptr() : nullptr, out.mutable_data_ptr(), dtype, M, weight,
+                      static_cast<Activations>(activations), useful_threads(M, weight)};
+  select(kOp, kImpls, params).run(params);
+  return out;
+}
+
+std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
+  const auto get = [&](const char* key, int64_t fallback) {
+    const auto found = sizes.find(key);
+    return found == sizes.end() ? fallback : found->second;
+  };
+  Params params{};
+  params.M = get("M", 1);
+  params.dtype = static_cast<DType>(get("dtype", 0));
+  params.weight = weight_spec("quant_linear", get("N", 1), get("K", 1), get("format", 4), get("group_size", 32), get("zeros", 0));
+  params.activations = static_cast<Activations>(get("activations", 1));
+  return explain_table("quant_linear", kImpls, params);
+}
+
+const bool registered = [] {
+  OpInfo info{"quant_linear", {}, explain};
+  for (const auto& row : kImpls) info.impls.push_back(row.name);
+  register_op(std::move(info));
+  return true;
+}();
+
+}  // namespace
+}  // namespace taut::quant_linear
+
+STABLE_TORCH_LIBRARY_FRAGMENT(taut, m) {
+  m.def(
+      "quant_linear(Tensor x, Tensor packed, Tensor? bias, int out_features, int format, int group_size, bool zeros, "
+      "int activations) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(taut, CPU, m) { m.impl("quant_linear", TORCH_BOX(&taut::quant_linear::quant_linear)); }

@@ -1,0 +1,12 @@
+// COMPUTES  codes, scales, zeros = quantize(w[N,K]), round to nearest with a scale search a group (search.h)
+// LAYOUT    canonical, row-major (common/formats.h)
+// WORK      a task is a range of rows; a group at a time, in a buffer of fp32
+// BOUND     arithmetic: 8 candidates x about 7 operations a weight for int4, 1 candidate for int8
+// LIMITS    none; any processor
+#include "quantize_weight/search.h"
+
+namespace taut::quantize_weight::cpu_scalar {
+
+void run(const Params& p) { quantize(p); }
+
+}  // namespace taut::quantize_weight::cpu_scalar

@@ -1,0 +1,97 @@
+"""pack_weight, unpack_weight, dequantize_weight: between the canonical form, the kernels' layout, and numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _native  # noqa: F401  (loads torch.ops.taut)
+from ..formats import WeightFormat
+
+
+def check_canonical(codes: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, format: WeightFormat) -> None:
+    if codes.dim() != 2 or tuple(codes.shape) != format.codes_shape(codes.shape[0], in_features) or codes.dtype != format.codes_dtype:
+        raise ValueError(
+            f"codes of a {format} weight with K={in_features} must be {format.codes_dtype} [N, {format.codes_shape(1, in_features)[1]}], "
+            f"got {codes.dtype} {list(codes.shape)}"
+        )
+    expected = (codes.shape[0], format.num_groups(in_features))
+    if tuple(scales.shape) != expected or scales.dtype != torch.float16:
+        raise ValueError(f"scales must be torch.float16 {list(expected)}, got {scales.dtype} {list(scales.shape)}")
+    if format.zeros != (zeros is not None):
+        raise ValueError(f"format {format} {'needs' if format.zeros else 'has no'} zeros")
+    if zeros is not None and (tuple(zeros.shape) != expected or zeros.dtype != torch.uint8):
+        raise ValueError(f"zeros must be torch.uint8 {list(expected)}, got {zeros.dtype} {list(zeros.shape)}")
+    if zeros is not None and zeros.numel() and int(zeros.max()) > 15:
+        raise ValueError(f"zeros must be 0..15, got {int(zeros.max())}")
+    if not bool(torch.isfinite(scales).all()):
+        raise ValueError("scales must be finite")
+    for tensor in (codes, scales, zeros):
+        if tensor is not None and tensor.device.type != "cpu":
+            raise ValueError(f"codes, scales and zeros must be on the CPU, got {tensor.device}")
+
+
+def pack_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, format: WeightFormat) -> Tensor:
+    """Canonical form to the layout the kernels of this machine read: ``uint8``, 1-D, opaque.
+
+    A bijection: ``unpack_weight`` gives the same bits back. Raises ``ValueError`` if shapes, dtypes or ranges are off.
+    """
+    check_canonical(codes, scales, zeros, in_features, format)
+    return torch.ops.taut.pack_weight(codes, scales, zeros, in_features, format.code, format.group_size)
+
+
+def unpack_weight(packed: Tensor, out_features: int, in_features: int, format: WeightFormat) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The inverse of ``pack_weight``: ``(codes, scales, zeros or None)``."""
+    check_packed(packed, out_features, in_features, format)
+    codes, scales, zeros = torch.ops.taut.unpack_weight(packed, out_features, in_features, format.code, format.group_size, format.zeros)
+    return codes, scales, zeros if format.zeros else None
+
+
+def dequantize_weight(
+    packed: Tensor, out_features: int, in_features: int, format: WeightFormat, dtype: torch.dtype = torch.float32,
+    row_begin: int = 0, row_end: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Rows ``[row_begin, row_end)`` of the weight as numbers, ``dtype [rows, K]`` (float32, bfloat16, float16)."""
+    check_packed(packed, out_features, in_features, format)
+    row_end = out_features if row_end is None else row_end
+    if not 0 <= row_begin <= row_end <= out_features:
+        raise ValueError(f"rows must satisfy 0 <= row_begin <= row_end <= {out_features}, got {row_begin} and {row_end}")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    return torch.ops.taut.dequantize_weight(
+        packed, out_features, in_features, format.code, format.group_size, format.zeros, row_begin, row_end, dtype
+    )
+
+
+def check_packed(packed: Tensor, out_features: int, in_features: int, format: WeightFormat) -> None:
+    expected = format.layout_bytes(out_features, in_features)
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() != expected or packed.device.type != "cpu":
+        raise ValueError(
+            f"packed must be uint8 [{expected}] on the CPU for a {format} weight [{out_features}, {in_features}], "
+            f"got {packed.dtype} {list(packed.shape)} on {packed.device}"
+        )
+
+
+@torch.library.register_fake("taut::pack_weight")
+def _fake_pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, format: int, group_size: int) -> Tensor:
+    name = "int4" if format == 4 else "int8"
+    return codes.new_empty(WeightFormat(name, group_size, zeros is not None).layout_bytes(codes.shape[0], in_features), dtype=torch.uint8)
+
+
+@torch.library.register_fake("taut::unpack_weight")
+def _fake_unpack(packed: Tensor, out_features: int, in_features: int, format: int, group_size: int, zeros: bool) -> tuple[Tensor, Tensor, Tensor]:
+    f = WeightFormat("int4" if format == 4 else "int8", group_size, zeros)
+    groups = f.num_groups(in_features)
+    return (
+        packed.new_empty(f.codes_shape(out_features, in_features), dtype=f.codes_dtype),
+        packed.new_empty((out_features, groups), dtype=torch.float16),
+        packed.new_empty((out_features if zeros else 0, groups), dtype=torch.uint8),
+    )
+
+
+@torch.library.register_fake("taut::dequantize_weight")
+def _fake_dequantize(
+    packed: Tensor, out_features: int, in_features: int, format: int, group_size: int, zeros: bool,
+    row_begin: int, row_end: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return packed.new_empty((row_end - row_begin, in_features), dtype=dtype)

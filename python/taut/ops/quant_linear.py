@@ -1,0 +1,101 @@
+"""quant_linear: ``out[M,N] = x[M,K] @ dequant(w)[N,K]^T + bias``, w in a low-bit format."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _native  # noqa: F401  (loads torch.ops.taut)
+from ..formats import WeightFormat, activation_code
+from .pack_weight import check_packed
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# The backward dequantizes this many rows of w at a time, so that training never holds a float copy of a large layer.
+_BACKWARD_ROWS = 1024
+
+
+def quant_linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, format: WeightFormat, activations: str = "int8"
+) -> Tensor:
+    """``x [..., K]`` times a packed weight ``[N, K]``, plus ``bias [N]``: ``[..., N]`` in the dtype of x.
+
+    ``x``: float32, bfloat16 or float16; sums are float32. ``packed``: from ``pack_weight``.
+    ``activations="float"``: x enters as it is. ``"int8"``: x is quantized inside, symmetric, one scale per row per 32 k,
+    an integer multiple of a unit per row (``csrc/quant_linear/op.h``); a row that holds a NaN or an infinity gives NaN.
+    A row's result does not depend on the rows around it in a given impl. Differentiable in ``x`` (through the
+    dequantized weight) and ``bias``. Raises ``ValueError`` for wrong shapes, dtypes or devices.
+    """
+    check_call(x, packed, bias, out_features, format)
+    return torch.ops.taut.quant_linear(
+        x, packed, bias, out_features, format.code, format.group_size, format.zeros, activation_code(activations)
+    )
+
+
+def check_call(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, format: WeightFormat) -> None:
+    if x.dim() < 1:
+        raise ValueError("x must be [..., K], got a scalar")
+    if x.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
+    if x.device.type != "cpu":
+        raise ValueError(f"x must be on the CPU, got {x.device}")
+    check_packed(packed, out_features, x.shape[-1], format)
+    if bias is not None and (tuple(bias.shape) != (out_features,) or bias.dtype != x.dtype or bias.device != x.device):
+        raise ValueError(f"bias must be {x.dtype} [{out_features}] on {x.device}, got {bias.dtype} {list(bias.shape)} on {bias.device}")
+
+
+@torch.library.register_fake("taut::quant_linear")
+def _fake(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, format: int, group_size: int, zeros: bool, activations: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, packed, bias, *ctx.weight = inputs
+    ctx.save_for_backward(packed)
+    ctx.in_features = x.shape[-1]
+
+
+def _backward(ctx, grad: Tensor):
+    (packed,) = ctx.saved_tensors
+    out_features, format, group_size, zeros, _ = ctx.weight
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        for begin in range(0, out_features, _BACKWARD_ROWS):
+            end = min(begin + _BACKWARD_ROWS, out_features)
+            rows = torch.ops.taut.dequantize_weight(
+                packed, out_features, ctx.in_features, format, group_size, zeros, begin, end, grad.dtype
+            )
+            part = grad[..., begin:end] @ rows
+            grad_x = part if grad_x is None else grad_x + part
+    if ctx.needs_input_grad[2]:
+        grad_bias = grad.reshape(-1, out_features).sum(0)
+    return grad_x, None, grad_bias, None, None, None, None, None
+
+
+torch.library.register_autograd("taut::quant_linear", _backward, setup_context=_setup_context)
+
+
+def quantize_activations(x: Tensor) -> Tensor:
+    """What int8 activations round ``x [M, K]`` to, as ``float64``: the definition in op.h, in plain torch."""
+    x = x.float()
+    m, k = x.shape
+    blocks = torch.nn.functional.pad(x, (0, -k % 32)).unflatten(1, (-1, 32))
+    row_max = x.abs().amax(1)[:, None, None]
+    steps = torch.where(row_max > 0, torch.tensor(32767.0) / row_max, 0.0)  # WHY a tensor: 32767.0 / t is a reciprocal times 32767
+    multiple = torch.ceil(blocks.abs().amax(2, keepdim=True) * steps).clamp(1, 32767)
+    codes = torch.round(blocks * (steps * 127.0 / multiple)).clamp(-127, 127)
+    unit = row_max / (127.0 * 32767.0)
+    values = (codes.double() * multiple.double() * unit.double()).flatten(1)[:, :k]
+    return torch.where(x.isfinite().all(1, keepdim=True), values, torch.nan)
+
+
+def reference(x: Tensor, w: Tensor, bias: Tensor | None, activations: str = "float") -> Tensor:
+    """The definition in float64: ``x [M, K]``, ``w`` the dequantized weight ``[N, K]``, result ``float64 [M, N]``."""
+    x = quantize_activations(x) if activations == "int8" else x.double()
+    out = x @ w.double().T
+    return out if bias is None else out + bias.double()
+
+
+def cost(m: int, n: int, k: int, format: WeightFormat, element_bytes: int = 4) -> dict[str, int]:
+    """Counted work of one call: multiply-adds as 2 flops; bytes of w in its layout, x and out once each."""
+    return {"flops": 2 * m * n * k, "bytes": format.layout_bytes(n, k) + m * (k + n) * element_bytes}
