@@ -1,0 +1,1 @@
+"""The five resources of a model, base against swapped; see ``survey``."""

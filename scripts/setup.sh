@@ -1,0 +1,70 @@
+# Sets up this checkout: a virtual environment in .venv, torch, and taut built from the sources. Source it, then call
+#   setup_taut STAMP EXTRAS [REQUIREMENT...]
+# STAMP names what is set up (one word), EXTRAS are taut's ("transformers"), each REQUIREMENT is installed without its
+# dependencies. What is already there is kept: a torch of 2.11 or newer, an editable install, and, if the sources did not
+# change since, the whole set-up. Afterwards $TAUT_PYTHON is the interpreter to use, and $TAUT_ROOT the checkout.
+
+TAUT_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+TAUT_PYTHON="$TAUT_ROOT/.venv/bin/python"
+
+setup_say() { printf 'setup: %s\n' "$*" >&2; }
+
+setup_python() {  # the newest python on the path that taut can be built for
+  local name
+  for name in "${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.10; do
+    if command -v "$name" >/dev/null && "$name" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2])' 2>/dev/null; then
+      command -v "$name"
+      return
+    fi
+  done
+  setup_say "taut needs Python 3.10 or newer; none was found. Set PYTHON to one."
+  return 1
+}
+
+setup_fingerprint() {  # of everything an install is made from, and of what was asked for
+  (cd "$TAUT_ROOT" && find CMakeLists.txt pyproject.toml csrc python -type f ! -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum; echo "$*") |
+    sha256sum | cut -d' ' -f1
+}
+
+setup_is_editable() {
+  "$TAUT_PYTHON" - <<'PYTHON'
+import json, sys
+from importlib import metadata
+try:
+    origin = json.loads(metadata.distribution("taut").read_text("direct_url.json") or "{}")
+except metadata.PackageNotFoundError:
+    sys.exit(1)
+sys.exit(not origin.get("dir_info", {}).get("editable"))
+PYTHON
+}
+
+setup_taut() {
+  local stamp="$TAUT_ROOT/.venv/taut-setup-$1" extras="$2" fingerprint
+  shift
+  fingerprint="$(setup_fingerprint "$@")" || return
+  if [[ -x "$TAUT_PYTHON" && -f "$stamp" && "$(<"$stamp")" == "$fingerprint" ]]; then return; fi
+  shift
+  if [[ ! -x "$TAUT_PYTHON" ]]; then
+    local python
+    python="$(setup_python)" || return
+    setup_say "making .venv with $("$python" --version)"
+    "$python" -m venv "$TAUT_ROOT/.venv" || return
+  fi
+  local pip=("$TAUT_PYTHON" -m pip --disable-pip-version-check install --quiet)
+  if ! "$TAUT_PYTHON" -c 'import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))' 2>/dev/null; then
+    setup_say "installing torch 2.13.0"
+    "${pip[@]}" torch==2.13.0 || return
+  fi
+  setup_say "building taut"
+  "${pip[@]}" 'scikit-build-core>=0.10' 'pybind11>=2.13' cmake ninja || return
+  if setup_is_editable; then
+    "${pip[@]}" --no-build-isolation --editable "$TAUT_ROOT[$extras]" || return
+  else
+    "${pip[@]}" --no-build-isolation "$TAUT_ROOT[$extras]" || return
+  fi
+  if (($#)); then
+    setup_say "installing $*"
+    "${pip[@]}" --no-deps "$@" || return
+  fi
+  printf '%s\n' "$fingerprint" >"$stamp"
+}
