@@ -17,12 +17,14 @@ namespace {
 float quantize_row(float* x /* [K] */, int64_t K) {
   float row_max = 0, poison = 0;
   for (int64_t k = 0; k < K; k++) row_max = std::max(row_max, std::fabs(x[k])), poison += x[k] * 0.0f;
-  const float steps = row_max > 0 ? 32767.0f / row_max : 0.0f;
+  const float steps = row_max >= kSmallestRowMax ? 32767.0f / row_max : 0.0f;
   for (int64_t k0 = 0; k0 < K; k0 += 32) {
     const int64_t k1 = std::min(K, k0 + 32);
     float group_max = 0;
     for (int64_t k = k0; k < k1; k++) group_max = std::max(group_max, std::fabs(x[k]));
-    const float m = std::clamp(std::ceil(group_max * steps), 1.0f, 32767.0f);
+    float m = std::ceil(group_max * steps);
+    if (!(m >= 1.0f)) m = 1.0f;  // a NaN too
+    if (m > 32767.0f) m = 32767.0f;
     const float inverse = steps * 127.0f / m;
     for (int64_t k = k0; k < k1; k++) x[k] = m * std::clamp(std::nearbyint(x[k] * inverse), -127.0f, 127.0f);
   }

@@ -25,6 +25,8 @@ const char* float_small_m(const Params& p) { return p.M <= 4 ? nullptr : "above 
 
 // In priority order. Every crossover is in this table, and nowhere else.
 constexpr Impl<Params> kImpls[] = {
+    {"cpu_avx2.int8_small", needs_int8_avx2, int8_small_m, cpu_int8_avx2::run_small},
+    {"cpu_avx2.int8_tile", needs_int8_avx2, always, cpu_int8_avx2::run_tile},
     {"cpu_scalar", always, always, cpu_scalar::run},
 };
 

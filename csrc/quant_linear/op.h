@@ -12,8 +12,9 @@ namespace taut::quant_linear {
 // kInt8:  x is quantized inside, one scale per row per 32 k (quantize_row in cpu_scalar.cpp is the definition):
 //         row_max = max|x|, group_max = max|x| over 32 k, m = clamp(ceil(group_max * 32767 / row_max), 1, 32767),
 //         scale = m * row_max / (127 * 32767), q = round(x / scale) clamped to +-127.
-//         A row that holds a NaN or an infinity gives a row of NaN.
+//         A row whose max|x| is under 2^-100 counts as zeros. A row that holds a NaN or an infinity gives a row of NaN.
 //         The integer part m is what kernels multiply in; row_max / (127 * 32767) is applied once at the end.
+constexpr float kSmallestRowMax = 0x1p-100f;
 enum class Activations : int64_t { kFloat = 0, kInt8 = 1 };
 
 struct Params {

@@ -81,7 +81,7 @@ def quantize_activations(x: Tensor) -> Tensor:
     m, k = x.shape
     blocks = torch.nn.functional.pad(x, (0, -k % 32)).unflatten(1, (-1, 32))
     row_max = x.abs().amax(1)[:, None, None]
-    steps = torch.where(row_max > 0, torch.tensor(32767.0) / row_max, 0.0)  # WHY a tensor: 32767.0 / t is a reciprocal times 32767
+    steps = torch.where(row_max >= 2.0**-100, torch.tensor(32767.0) / row_max, 0.0)  # WHY a tensor: 32767.0 / t is a reciprocal times 32767
     multiple = torch.ceil(blocks.abs().amax(2, keepdim=True) * steps).clamp(1, 32767)
     codes = torch.round(blocks * (steps * 127.0 / multiple)).clamp(-127, 127)
     unit = row_max / (127.0 * 32767.0)

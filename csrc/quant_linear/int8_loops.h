@@ -1,0 +1,166 @@
+// The two loops around the int8-activation kernels, written once for every x86 ISA. Kernel is a policy: see Avx2 in
+// cpu_int8_avx2.cpp, which explains the formats of A and B. All of it in an anonymous namespace: each ISA file compiles
+// its own copy with its own flags.
+//
+//   small  weights are streamed once per kRows rows of x and unpacked in registers. A thread walks kStreams strips at a
+//          time that start far apart, so that as many hardware prefetch streams run.
+//   tile   per chunk of rows: x is quantized to A; a panel of 16 output columns x kPanelK is unpacked to L1 once and
+//          reused by every row block; fp32 sums live in a small tile C.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "quant_linear/op.h"
+#include "quant_linear/x86_rows.h"
+
+namespace taut::quant_linear {
+namespace {
+
+constexpr int kPanelStrips = 2;     // 16 output columns
+constexpr int64_t kChunkRows = 516;  // rows of x quantized at a time: 2.6 MB of A at K=4096
+
+struct Strips {  // where the strips of a packed weight lie
+  Rows8 layout;
+  const uint8_t* data;
+  int64_t strip_bytes, header_bytes, block_bytes, blocks_per_group, num_blocks;
+  explicit Strips(const Params& p)
+      : layout{p.weight}, data(p.packed), strip_bytes(layout.strip_bytes()), header_bytes(layout.header_bytes()),
+        block_bytes(layout.block_bytes()), blocks_per_group(layout.blocks_per_group()), num_blocks(layout.num_blocks()) {}
+};
+
+template <class Kernel, bool kZeros, Format kFormat, int kRows>
+void small_rows(const Params& p, const Strips& s, int64_t strip0, int64_t strip1, const uint8_t* a, const float* unit, int64_t m) {
+  constexpr int kStreams = Kernel::template streams<kFormat, kRows>;
+  alignas(64) float sums[kStreams * kRows * 8];
+  const int64_t per_stream = (strip1 - strip0) / kStreams;
+  const auto store = [&](int64_t strip, const float* tile) {
+    for (int r = 0; r < kRows; r++) store_strip(p, m + r, strip, _mm256_mul_ps(_mm256_load_ps(tile + r * 8), _mm256_set1_ps(unit[r])));
+  };
+  for (int64_t i = 0; i < per_stream; i++) {
+    const int64_t strip = strip0 + i;
+    Kernel::template strip_product<kZeros, kFormat, kRows, kStreams>(s, s.data + strip * s.strip_bytes, per_stream * s.strip_bytes, a, sums);
+    for (int stream = 0; stream < kStreams; stream++) store(strip + stream * per_stream, sums + stream * kRows * 8);
+  }
+  for (int64_t strip = strip0 + per_stream * kStreams; strip < strip1; strip++) {
+    Kernel::template strip_product<kZeros, kFormat, kRows, 1>(s, s.data + strip * s.strip_bytes, 0, a, sums);
+    store(strip, sums);
+  }
+}
+
+template <class Kernel, bool kZeros, Format kFormat>
+void small_loop(const Params& p) {
+  const Strips s(p);
+  const int64_t num_strips = s.layout.num_strips(), padded_k = s.num_blocks * 32, row_bytes = s.num_blocks * Kernel::kRowBlockBytes;
+  const int64_t num_tasks = std::min(p.num_threads, num_strips);
+  parallel_tasks(num_tasks, [&](int64_t task) {
+    // WHY every thread quantizes x for itself: for few rows that is cheaper than a barrier.
+    const int64_t row_blocks = (p.M + 3) / 4;
+    uint8_t* a = scratch(1, row_blocks * 4 * (row_bytes + sizeof(float)) + padded_k * sizeof(float) + 64);
+    float* unit = reinterpret_cast<float*>(a + row_blocks * 4 * row_bytes);
+    float* row = unit + row_blocks * 4;
+    for (int64_t m = 0; m < p.M; m += 4) {
+      const int rows = static_cast<int>(std::min<int64_t>(4, p.M - m));
+      for (int r = 0; r < rows; r++)
+        unit[m + r] = Kernel::quantize_row(load_row(p, m + r, padded_k, row), padded_k, r, rows, a + m * row_bytes, padded_k, 0);
+    }
+    const int64_t strip0 = num_strips * task / num_tasks, strip1 = num_strips * (task + 1) / num_tasks;
+    for (int64_t m = 0; m < p.M; m += 4) {
+      const uint8_t* block = a + m * row_bytes;
+      switch (std::min<int64_t>(4, p.M - m)) {
+        case 1: small_rows<Kernel, kZeros, kFormat, 1>(p, s, strip0, strip1, block, unit + m, m); break;
+        case 2: small_rows<Kernel, kZeros, kFormat, 2>(p, s, strip0, strip1, block, unit + m, m); break;
+        case 3: small_rows<Kernel, kZeros, kFormat, 3>(p, s, strip0, strip1, block, unit + m, m); break;
+        default: small_rows<Kernel, kZeros, kFormat, 4>(p, s, strip0, strip1, block, unit + m, m); break;
+      }
+    }
+  });
+}
+
+// A panel of B: codes u8, then scales, then zero points; kPanelK long in k at most.
+template <class Kernel, Format kFormat>
+struct Panel {
+  static constexpr int64_t kPanelK = Kernel::template panel_k<kFormat>;
+  static constexpr int kPasses = kFormat == Format::kInt8 ? Kernel::kInt8Passes : 1;
+  alignas(64) uint8_t codes[kPanelK * kPasses * kPanelStrips * 8];
+  alignas(64) float scales[kPanelK / 32 * kPanelStrips * 8];
+  alignas(64) int32_t zeros[kPanelK / 32 * kPanelStrips * 8];
+};
+
+template <class Kernel, bool kZeros, Format kFormat>
+void tile_loop(const Params& p) {
+  using PanelT = Panel<Kernel, kFormat>;
+  constexpr int kRows = Kernel::kTileRows;
+  constexpr int64_t kPanelK = PanelT::kPanelK;
+  const Strips s(p);
+  const int64_t padded_k = s.num_blocks * 32, num_strips = s.layout.num_strips();
+  const int64_t panels = (num_strips + kPanelStrips - 1) / kPanelStrips;
+  const int64_t chunk_rows = std::min<int64_t>(p.M, kChunkRows);
+  const int64_t row_panel_bytes = kPanelK / 32 * Kernel::kRowBlockBytes;  // one row of A within one panel's k
+  const int64_t k_panels = (padded_k + kPanelK - 1) / kPanelK, panel_stride = row_panel_bytes * chunk_rows;
+  uint8_t* a = scratch(0, k_panels * panel_stride + chunk_rows * sizeof(float));
+  float* unit = reinterpret_cast<float*>(a + k_panels * panel_stride);
+
+  for (int64_t m0 = 0; m0 < p.M; m0 += chunk_rows) {
+    const int64_t rows = std::min(chunk_rows, p.M - m0), row_blocks = (rows + kRows - 1) / kRows;
+    const int64_t quantize_tasks = std::min(p.num_threads, row_blocks);
+    parallel_tasks(quantize_tasks, [&](int64_t task) {
+      float* row = reinterpret_cast<float*>(scratch(1, padded_k * sizeof(float)));
+      for (int64_t b = row_blocks * task / quantize_tasks; b < row_blocks * (task + 1) / quantize_tasks; b++) {
+        const int64_t first = b * kRows;
+        const int in_block = static_cast<int>(std::min<int64_t>(kRows, rows - first));
+        for (int r = 0; r < in_block; r++)
+          unit[first + r] = Kernel::quantize_row(load_row(p, m0 + first + r, padded_k, row), padded_k, r, in_block, a + first * row_panel_bytes, kPanelK, panel_stride);
+      }
+    });
+
+    // Threads split the panels; if there are fewer of those than threads, the row blocks as well.
+    const int64_t across = std::min(p.num_threads, panels), down = std::clamp<int64_t>(p.num_threads / across, 1, row_blocks);
+    parallel_tasks(across * down, [&](int64_t task) {
+      const int64_t panel0 = panels * (task % across) / across, panel1 = panels * (task % across + 1) / across;
+      const int64_t block0 = row_blocks * (task / across) / down, block1 = row_blocks * (task / across + 1) / down;
+      const int64_t blocks = block1 - block0;
+      uint8_t* memory = scratch(1, sizeof(PanelT) + blocks * kRows * kPanelStrips * 32);
+      PanelT& panel = *reinterpret_cast<PanelT*>(memory);
+      float* c = reinterpret_cast<float*>(memory + sizeof(PanelT));
+      for (int64_t n = panel0; n < panel1; n++) {
+        const int strips = static_cast<int>(std::min<int64_t>(kPanelStrips, num_strips - n * kPanelStrips));
+        std::memset(c, 0, blocks * kRows * kPanelStrips * 32);
+        for (int64_t k0 = 0; k0 < padded_k; k0 += kPanelK) {
+          const int64_t k_blocks = std::min(kPanelK, padded_k - k0) / 32;
+          for (int strip = 0; strip < strips; strip++) Kernel::template unpack<kZeros, kFormat>(s, n * kPanelStrips + strip, k0 / 32, k_blocks, strip, panel);
+          // The packed bytes of the next panel are fetched to L2 in slices, one a row block.
+          const bool last = k0 + kPanelK >= padded_k;
+          const int64_t next_n = last ? n + 1 : n, next_k = last ? 0 : k0 + kPanelK;
+          const uint8_t* next = s.data + next_n * kPanelStrips * s.strip_bytes + s.layout.header_offset(0, next_k);
+          const int64_t next_bytes = s.layout.header_offset(0, std::min(kPanelK, padded_k - next_k));
+          const int64_t slice = next_n < panel1 && (next_n + 1) * kPanelStrips <= num_strips ? (next_bytes / blocks + 63) / 64 * 64 : 0;
+          for (int64_t b = block0; b < block1; b++) {
+            for (int64_t offset = (b - block0) * slice; offset < std::min(next_bytes, (b - block0 + 1) * slice); offset += 64)
+              for (int strip = 0; strip < kPanelStrips; strip++) _mm_prefetch(reinterpret_cast<const char*>(next + strip * s.strip_bytes + offset), _MM_HINT_T1);
+            const int in_block = static_cast<int>(std::min<int64_t>(kRows, rows - b * kRows));
+            Kernel::template micro_rows<kZeros, kFormat>(in_block, a + k0 / kPanelK * panel_stride + b * kRows * row_panel_bytes, panel, k_blocks, c + (b - block0) * kRows * kPanelStrips * 8);
+          }
+        }
+        for (int64_t m = block0 * kRows; m < std::min(rows, block1 * kRows); m++)
+          for (int strip = 0; strip < strips; strip++) {
+            const float* sums = c + ((m - block0 * kRows) * kPanelStrips + strip) * 8;
+            store_strip(p, m0 + m, n * kPanelStrips + strip, _mm256_mul_ps(_mm256_load_ps(sums), _mm256_set1_ps(unit[m])));
+          }
+      }
+    });
+  }
+}
+
+// One instantiation per kind of weight.
+#define TAUT_FOR_FORMAT(loop, Kernel, p)                                              \
+  do {                                                                                \
+    if ((p).weight.format == Format::kInt8) loop<Kernel, false, Format::kInt8>(p);    \
+    else if ((p).weight.zeros) loop<Kernel, true, Format::kInt4>(p);                  \
+    else loop<Kernel, false, Format::kInt4>(p);                                       \
+  } while (0)
+
+}  // namespace
+}  // namespace taut::quant_linear

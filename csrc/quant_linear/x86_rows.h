@@ -1,0 +1,81 @@
+// Rows of x in, strips of out back, in any of the three dtypes: shared by the x86 kernels (AVX2 and newer).
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "quant_linear/op.h"
+
+namespace taut::quant_linear {
+namespace {
+
+inline __m256 load8_bf16(const uint16_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+inline __m256 load8_fp16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+
+inline __m256 horizontal_add(__m256 v) {  // the sum, in lane 0
+  __m128 h = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+  return _mm256_castps128_ps256(_mm_add_ss(h, _mm_shuffle_ps(h, h, 1)));
+}
+inline float horizontal_max(__m256 v) {
+  __m128 h = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  h = _mm_max_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_max_ss(h, _mm_shuffle_ps(h, h, 1)));
+}
+
+// Row m of x as fp32, zero-padded to padded_k: x itself where that is what it already is, else a copy in `buffer`.
+inline const float* load_row(const Params& p, int64_t m, int64_t padded_k, float* buffer /* [padded_k] */) {
+  const int64_t K = p.weight.K, whole = K / 8 * 8;
+  if (p.dtype == DType::kFloat32) {
+    const float* x = static_cast<const float*>(p.x) + m * p.x_row_stride;
+    if (K == padded_k) return x;
+    std::memcpy(buffer, x, K * sizeof(float));
+  } else {
+    const uint16_t* x = static_cast<const uint16_t*>(p.x) + m * p.x_row_stride;
+    if (p.dtype == DType::kBFloat16) {
+      for (int64_t k = 0; k < whole; k += 8) _mm256_storeu_ps(buffer + k, load8_bf16(x + k));
+    } else {
+      for (int64_t k = 0; k < whole; k += 8) _mm256_storeu_ps(buffer + k, load8_fp16(x + k));
+    }
+    for (int64_t k = whole; k < K; k++) buffer[k] = load_float(x, k, p.dtype);
+  }
+  std::memset(buffer + K, 0, (padded_k - K) * sizeof(float));
+  return buffer;
+}
+
+inline __m128i to_bf16(__m256 v) {  // round to nearest even; NaN stays NaN
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
+  rounded = _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x88);
+  return _mm256_castsi256_si128(packed);
+}
+
+// Eight results of row m, columns [8*strip, 8*strip+8), plus bias, into out; columns past N are dropped.
+inline void store_strip(const Params& p, int64_t m, int64_t strip, __m256 sums) {
+  const int64_t N = p.weight.N, n = strip * 8, at = m * N + n;
+  if (n + 8 <= N) {
+    if (p.dtype == DType::kFloat32) {
+      if (p.bias) sums = _mm256_add_ps(sums, _mm256_loadu_ps(static_cast<const float*>(p.bias) + n));
+      _mm256_storeu_ps(static_cast<float*>(p.out) + at, sums);
+    } else if (p.dtype == DType::kBFloat16) {
+      if (p.bias) sums = _mm256_add_ps(sums, load8_bf16(static_cast<const uint16_t*>(p.bias) + n));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(p.out) + at), to_bf16(sums));
+    } else {
+      if (p.bias) sums = _mm256_add_ps(sums, load8_fp16(static_cast<const uint16_t*>(p.bias) + n));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(p.out) + at), _mm256_cvtps_ph(sums, _MM_FROUND_TO_NEAREST_INT));
+    }
+    return;
+  }
+  alignas(32) float values[8];
+  _mm256_store_ps(values, sums);
+  for (int64_t i = 0; n + i < N; i++) store_float(p.out, at + i, p.dtype, values[i] + (p.bias ? load_float(p.bias, n + i, p.dtype) : 0.0f));
+}
+
+}  // namespace
+}  // namespace taut::quant_linear
