@@ -6,6 +6,7 @@ distributions "probability loyalty"; the statistics here are those llama.cpp's p
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +78,7 @@ def summarize(stats: TokenStats, seed: int = 0) -> dict[str, Estimate]:
     dp2 = _mean((stats.p_other - stats.p_base) ** 2)
     rms = dp2.value**0.5
     nll_base, nll_other, ratio = _mean(stats.nll_base), _mean(stats.nll_other), _mean(stats.nll_other - stats.nll_base)
-    ppl_base, ppl_other = (float(torch.tensor(nll.value).double().exp()) for nll in (nll_base, nll_other))
+    ppl_base, ppl_other = math.exp(nll_base.value), math.exp(nll_other.value)
     return {
         "kl_mean": _mean(stats.kl),
         "kl_median": _quantile(stats.kl, 0.5, seed),
