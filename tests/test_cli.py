@@ -11,42 +11,17 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
+from safetensors.torch import load_file, save_file
 
 from taut import QuantLinear, cli, list_impls, models
 from taut.report import microbench
 from taut.report.worker import WorkerDied
-
-TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-
-
-def byte_tokenizer(chat: bool) -> transformers.PreTrainedTokenizerFast:
-    words = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(BPE(vocab={word: index for index, word in enumerate(words)}, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    if chat:
-        fast.chat_template = TEMPLATE
-    return fast
-
-
-def write_tiny_llama(folder: Path, chat: bool = True) -> Path:
-    """A random Llama of 259 tokens, whose linear layers a swap takes, and its tokenizer."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=259, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=1024, initializer_range=0.2, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer(chat).save_pretrained(folder)
-    return folder
+from tiny_models import write_checkpoint, write_gguf
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("llama"))
+    return write_checkpoint(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture
@@ -113,6 +88,24 @@ def test_quantize_writes_what_generate_reads(taut, checkpoint, tmp_path, options
     assert "wrote 4 tokens" in err
 
 
+def test_a_gguf_file_is_read_quantized_and_written(taut, tmp_path):
+    path, target = write_gguf(tmp_path / "tiny.gguf"), tmp_path / "out"
+    code, out, err = taut("quantize", path, target, "--weights", "int8")
+    assert code == 0, err
+    assert "swapped 14 linear layers to int8 per row" in out
+    written, read = (models.load_model(models.find_source(name))[0] for name in (target, tmp_path / "tiny.gguf"))
+    for name, module in written.named_modules():
+        if isinstance(module, QuantLinear):
+            weight = read.get_submodule(name).weight
+            assert (module.dequantize() - weight).abs().max() <= weight.abs().max() / 200, name
+    assert torch.equal(written.get_input_embeddings().weight, read.get_input_embeddings().weight)
+    command = ("--prompt", "Hello", "--max-new-tokens", "5", "--weights", "int8")
+    code, streamed, err = taut("generate", path, *command)
+    assert code == 0, err
+    assert streamed == taut("generate", target, *command[:-2])[1]
+    assert "prompt: 4 tokens" in err
+
+
 def test_quantize_keeps_what_is_there_unless_forced(taut, checkpoint, tmp_path):
     target = tmp_path / "out"
     target.mkdir()
@@ -155,7 +148,7 @@ def test_generate_swaps_on_the_fly_and_is_repeatable(taut, checkpoint):
 
 
 def test_generate_uses_the_chat_template_it_finds(taut, checkpoint, tmp_path, monkeypatch):
-    plain = write_tiny_llama(tmp_path, chat=False)
+    plain = write_checkpoint(tmp_path, chat=False)
     length = len("[user]Hi[assistant]")
     assert f"prompt: {length} tokens" in taut("generate", checkpoint, "--prompt", "Hi", "--max-new-tokens", "1")[2]
     assert "prompt: 2 tokens" in taut("generate", checkpoint, "--prompt", "Hi", "--max-new-tokens", "1", "--no-chat")[2]
@@ -213,6 +206,7 @@ BAD = {
     "pattern without a module": (["quantize", "MODEL", "OUT", "--skip", "nonsense"], "'nonsense' matches no module"),
     "everything skipped": (["quantize", "MODEL", "OUT", "--skip", "*"], "nothing to swap"),
     "unknown dtype": (["quantize", "MODEL", "OUT", "--dtype", "int7"], "'int7'; accepted: auto"),
+    "a checkpoint that lacks a weight": (["generate", "LACKING", "--prompt", "x"], "lacks 1 weight: model.norm.weight"),
     "no such model": (["generate", "no/such/model", "--prompt", "x"], "no such file"),
     "a file that is no model": (["generate", "FILE", "--prompt", "x"], "not a GGUF file"),
     "a broken GGUF file": (["generate", "GGUF", "--prompt", "x"], "cannot read"),
@@ -239,12 +233,16 @@ def places(checkpoint, tmp_path_factory) -> dict[str, str]:
     (root / "empty").mkdir()
     (root / "text.txt").write_text("some text")
     (root / "broken.gguf").write_bytes(b"GGUF" + b"\xff" * 64)
-    truncated = write_tiny_llama(root / "truncated")
+    truncated = write_checkpoint(root / "truncated")
     weights = truncated / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
+    lacking = write_checkpoint(root / "lacking")
+    tensors = load_file(lacking / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, lacking / "model.safetensors", {"format": "pt"})
     return {
         "MODEL": str(checkpoint), "OUT": str(root / "out"), "EMPTY": str(root / "empty"), "FILE": str(root / "text.txt"),
-        "GGUF": str(root / "broken.gguf"), "TRUNCATED": str(truncated),
+        "GGUF": str(root / "broken.gguf"), "TRUNCATED": str(truncated), "LACKING": str(lacking),
     }  # fmt: skip
 
 

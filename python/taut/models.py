@@ -134,7 +134,11 @@ def load_model(
         arguments = {**arguments, "quantization_config": Config(**settings.swap_arguments())}
     # WHY float32 for GGUF: its numbers are float16 at best, and "auto" would not say which dtype they become
     chosen = DTYPES.get(dtype, torch.float32 if source.kind == "gguf" else "auto")
-    model = _one_line_errors(source, lambda: transformers.AutoModelForCausalLM.from_pretrained(where, dtype=chosen, **arguments))
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model, found = _one_line_errors(source, lambda: load(where, dtype=chosen, output_loading_info=True, **arguments))
+    if missing := sorted(found["missing_keys"]):  # transformers only warns, and leaves them random
+        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ValueError(f"cannot read {source.name}: it lacks {len(missing)} weight{'s' * (len(missing) > 1)}: {names}")
     if source.kind == "gguf":
         _forget_gguf(model)
         if settings is not None:
