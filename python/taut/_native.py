@@ -78,6 +78,7 @@ def explain(op: str, **sizes: int) -> list[Verdict]:
 _EXPLAIN_SIZES = {
     "quant_linear": ("M", "N", "K", "format", "group_size", "zeros", "activations"),
     "quantize_weight": (),
+    "roofline": (),
 }
 
 

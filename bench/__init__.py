@@ -1,0 +1,1 @@
+"""taut's benchmark: ``python bench/run.py``. See ``bench/run.py --help``."""

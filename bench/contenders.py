@@ -1,0 +1,178 @@
+"""What competes in a case, and taut's own entries."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import taut
+from taut.ops import quant_linear, quantize_weight
+from taut.ops.pack_weight import dequantize_weight, pack_weight, unpack_weight
+
+from .cases import DTYPES, Case, parse_format
+from .problem import Problem, max_error
+
+_OWN_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
+_COMPARED_ROWS = 64  # of quantize_weight, against the scalar impl
+
+
+@dataclass
+class Prepared:
+    """A contender ready to run. ``call`` does ``layers`` computations, each on other weights where they are cold.
+
+    ``nbytes``, ``flops``, ``int8_ops``: counted work of one computation. ``max_error``: what the check found (see
+    ``problem.max_error``); ``wrong``: why the result is wrong, or None. ``warm_bytes``: the bytes that a warm run finds in cache.
+    """
+
+    call: Callable[[], object]
+    nbytes: int
+    flops: float
+    int8_ops: float
+    max_error: float
+    wrong: str | None = None
+    layers: int = 1
+    keep: Any = None  # what must outlive the call
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a race before it is prepared."""
+
+    case: Case
+    format: str
+    impl: str
+    peer: bool
+    prepare: Callable[[Problem, int], Prepared]  # (problem, bytes that the copies of the weights must exceed; 0 = one, warm)
+
+    @property
+    def id(self) -> str:
+        return f"{self.case.op}/{self.case.name}/{self.format}/{self.impl}"
+
+
+class Skip(Exception):
+    """A contender cannot take part; the message says why."""
+
+
+def copies_for(nbytes: int, cold_bytes: int) -> int:
+    """How many copies of weights of ``nbytes`` exceed ``cold_bytes`` together; 1 where they are to be warm."""
+    return cold_bytes // max(1, nbytes) + 1 if cold_bytes else 1
+
+
+def rotation(copies: list[Any]) -> Callable[[], Any]:
+    """Gives the copies one after the other, for ever."""
+    return itertools.cycle(copies).__next__
+
+
+def default_impl(case: Case, format: str) -> str:
+    """The impl that the op's table picks for a case."""
+    if case.op == "pack_weight":
+        return "cpu_scalar"
+    return next(verdict.impl for verdict in taut.explain(case.op, **_sizes(case, format)) if verdict.chosen)
+
+
+def impls(case: Case, format: str) -> list[str]:
+    """Every impl that can run a case, the table's choice first."""
+    chosen = default_impl(case, format)
+    if case.op == "pack_weight":
+        return [chosen]
+    return [chosen, *(name for name in taut.list_impls()[case.op] if name != chosen and _can_run(case, format, name))]
+
+
+def own_entry(case: Case, format: str, impl: str) -> Entry:
+    """taut's entry. ``impl`` is forced where the table would pick another."""
+    prepare = {"quant_linear": _prepare_linear, "quantize_weight": _prepare_quantize, "pack_weight": _prepare_pack}[case.op]
+    return Entry(case, format, impl, False, lambda problem, cold_bytes: prepare(problem, format, impl, cold_bytes))
+
+
+def _sizes(case: Case, format: str) -> dict[str, int]:
+    if case.op != "quant_linear":
+        return {}
+    weights, activations = parse_format(format)
+    return {
+        "M": case.m, "N": case.n, "K": case.k, "format": weights.code, "group_size": weights.group_size,
+        "zeros": int(weights.zeros), "activations": int(activations == "a8"),
+    }  # fmt: skip
+
+
+def _can_run(case: Case, format: str, impl: str) -> bool:
+    with taut.force_impl(case.op, impl):
+        return any(verdict.impl == impl and verdict.chosen for verdict in taut.explain(case.op, **_sizes(case, format)))
+
+
+def _forced(op: str, impl: str, call: Callable[[], object], default: bool) -> Callable[[], object]:
+    """``call`` with ``impl`` forced; as users call it where the table picks ``impl`` anyway."""
+    if default:
+        return call
+
+    def forced() -> object:
+        with taut.force_impl(op, impl):
+            return call()
+
+    return forced
+
+
+def _prepare_linear(problem: Problem, format: str, impl: str, cold_bytes: int) -> Prepared:
+    case = problem.case
+    weights, activations = parse_format(format)
+    mode = "int8" if activations == "a8" else "float"
+    x = problem.x.to(DTYPES[activations])
+    canonical = problem.canonical(weights)
+    layout_bytes = weights.layout_bytes(case.n, case.k)
+    # WHY packed again, not cloned: pack_weight asks for 2 MB pages, as a model's weights have them
+    packed = [pack_weight(*canonical, case.k, weights) for _ in range(copies_for(layout_bytes, cold_bytes))]
+    take, arguments = rotation(packed), (None, case.n, weights.code, weights.group_size, weights.zeros, int(mode == "int8"))
+    op = torch.ops.taut.quant_linear
+    call = _forced(case.op, impl, lambda: op(x, take(), *arguments), impl == default_impl(case, format))
+    out = call()
+    w = problem.dense(weights)
+    exact = max_error(out, x, w, quantized_x=mode == "int8")
+    wrong = None if exact <= _OWN_TOLERANCE[x.dtype] else f"off by {exact:.2g} of the largest result from its definition"
+    counted = quant_linear.cost(case.m, case.n, case.k, weights, x.element_size())
+    flops, int8_ops = (0, counted["flops"]) if mode == "int8" else (counted["flops"], 0)
+    return Prepared(call, counted["bytes"], flops, int8_ops, max_error(out, x, w), wrong)
+
+
+def _prepare_quantize(problem: Problem, format: str, impl: str, cold_bytes: int) -> Prepared:
+    case = problem.case
+    weights, source = parse_format(format)
+    w = problem.w.to(DTYPES[source])
+    take = rotation([w.clone() for _ in range(copies_for(w.nbytes, cold_bytes))])
+    call = _forced(
+        case.op,
+        impl,
+        lambda: torch.ops.taut.quantize_weight(take(), weights.code, weights.group_size, weights.zeros),
+        impl == default_impl(case, format),
+    )
+    codes, scales, zeros = call()
+    with taut.force_impl(case.op, "cpu_scalar"):
+        expected = quantize_weight.quantize_weight(w[:_COMPARED_ROWS], weights)
+    found = (codes, scales, zeros if weights.zeros else None)
+    same = all((a is None and b is None) or torch.equal(a[:_COMPARED_ROWS], b) for a, b in zip(found, expected, strict=True))
+    packed = pack_weight(*found, case.k, weights)
+    largest = float(w.float().abs().max())
+    error = float((dequantize_weight(packed, case.n, case.k, weights) - w.float()).abs().max()) / largest
+    counted = quantize_weight.cost(case.n, case.k, weights, w.element_size())
+    return Prepared(call, counted["bytes"], counted["flops"], 0, error, None if same else "its bits differ from the scalar impl's")
+
+
+def _prepare_pack(problem: Problem, format: str, impl: str, cold_bytes: int) -> Prepared:
+    case = problem.case
+    weights, _ = parse_format(format)
+    codes, scales, zeros = problem.canonical(weights)
+    nbytes = weights.canonical_bytes(case.n, case.k)
+    take = rotation([codes.clone() for _ in range(copies_for(nbytes, cold_bytes))])
+
+    def call() -> Tensor:
+        return torch.ops.taut.pack_weight(take(), scales, zeros, case.k, weights.code, weights.group_size)
+
+    back = unpack_weight(call(), case.n, case.k, weights)
+    pairs = zip(back, (codes, scales, zeros), strict=True)
+    same = all((a is None and b is None) or torch.equal(a, b) for a, b in pairs)
+    return Prepared(
+        call, nbytes + weights.layout_bytes(case.n, case.k), 0, 0, 0.0, None if same else "unpacking does not give the same bits back"
+    )

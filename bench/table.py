@@ -1,0 +1,124 @@
+"""The README's table, out of committed benchmark lines: ``python bench/run.py --table``, or ``python bench/table.py``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+SHAPE = "N14336_K4096"
+COLUMNS = (1, 4, 32, 512)
+_NAMES = {
+    "torch_fp32": "torch fp32", "torch_bf16": "torch bf16",
+    "torch_int4pack_f32": "torch int4pack, fp32", "torch_int4pack_bf16": "torch int4pack, bf16",
+    "onnxruntime_4bit": "ONNX Runtime, 4 bits", "onnxruntime_8bit": "ONNX Runtime, 8 bits", "openvino_u4": "OpenVINO, 4 bits",
+    "openvino_u8": "OpenVINO, 8 bits", "llama_cpp_q4_0": "llama.cpp Q4_0", "llama_cpp_q8_0": "llama.cpp Q8_0",
+}  # fmt: skip
+_OWN = {"int4_g32_a8": "**taut int4**", "int8_row_a8": "**taut int8**"}
+_NEEDED = ("op", "case", "format", "impl", "peer", "threads", "median_us", "cold", "commit", "machine", "torch", "run")
+
+Line = dict[str, Any]
+
+
+def read_lines(paths: Iterable[Path]) -> list[Line]:
+    """Every measurement in the files. Raises ``ValueError`` for a line that is none, naming file and line."""
+    lines = []
+    for path in paths:
+        for number, text in enumerate(path.read_text().splitlines(), 1):
+            if not text.strip():
+                continue
+            try:
+                line = json.loads(text)
+                missing = [name for name in _NEEDED if name not in line]
+            except (json.JSONDecodeError, TypeError) as error:
+                raise ValueError(f"{path}:{number}: not a JSON object: {error}") from None
+            if missing:
+                raise ValueError(f"{path}:{number}: has no {missing[0]!r}")
+            lines.append(line)
+    return lines
+
+
+def newest_run(lines: Sequence[Line]) -> list[Line]:
+    """The lines the table shows, all of one run: the newest that timed taut int4 at every M beside a peer; else the newest with any.
+
+    Raises ``ValueError`` where no run timed taut on the table's shape.
+    """
+    runs: dict[str, list[Line]] = {}
+    for line in lines:
+        if line["op"] == "quant_linear" and line["case"].startswith(f"{SHAPE}_M") and (line["peer"] or line["format"] in _OWN):
+            runs.setdefault(line["run"], []).append(line)
+    own = [run for run, found in runs.items() if any(not line["peer"] for line in found)]
+    if not own:
+        raise ValueError(f"no line times taut on {SHAPE}; run: python bench/run.py --peers --json bench/results/<machine>.jsonl")
+    full = [run for run in own if _is_full(runs[run])]
+    return runs[max(full or own)]
+
+
+def _is_full(lines: Sequence[Line]) -> bool:
+    int4 = {line["case"] for line in lines if line["format"] == "int4_g32_a8" and not line["peer"]}
+    return int4 >= {f"{SHAPE}_M{m}" for m in COLUMNS} and any(line["peer"] for line in lines)
+
+
+def render(lines: Sequence[Line]) -> str:
+    """The table in Markdown, times in milliseconds: cold weights where they were timed, else warm.
+
+    A peer's time over taut's stands beside it: over taut int8 for a peer of 8 bits, over taut int4 for all others.
+    """
+    times: dict[str, dict[int, float]] = {}
+    rival: dict[str, str] = {}
+    for line in sorted(lines, key=lambda line: line["cold"]):  # cold last: it stays
+        name = _NAMES.get(line["impl"], line["impl"]) if line["peer"] else _OWN[line["format"]]
+        if line["peer"]:
+            rival[name] = _OWN["int8_row_a8" if line["format"].startswith("int8") else "int4_g32_a8"]
+        times.setdefault(name, {})[int(line["case"].rpartition("_M")[2])] = line["median_us"] / 1e3
+    order = [*_OWN.values(), *_NAMES.values()]
+    names = sorted(times, key=lambda name: (order.index(name) if name in order else len(order), name))
+    first = lines[0]
+    rows = [
+        "| ms (times taut of as many bits; floats: times int4) | " + " | ".join(f"M={m}" for m in COLUMNS) + " |",
+        "|---|" + "---:|" * len(COLUMNS),
+    ]
+    for name in names:
+        ours = times.get(rival.get(name, ""), {})
+        rows.append(f"| {name} | " + " | ".join(_cell(times[name].get(m), ours.get(m)) for m in COLUMNS) + " |")
+    note = (
+        f"One linear layer, N=14336, K=4096, M rows of x; 4 bits in groups of 32. {first['machine']}, {first['threads']} threads, "
+        f"torch {first['torch']}, commit {first['commit']}, {first['run'][:10]}. Weights come from memory (M=512: from wherever they are). "
+        "Reproduce: `python bench/run.py --peers`."
+    )
+    return "\n".join([*rows, "", note])
+
+
+def _cell(value: float | None, ours: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" + (f" ({value / ours:.1f}x)" if ours else "")
+
+
+def update_readme(readme: Path, results: Sequence[Path]) -> None:
+    """Puts the table between the two marker comments of ``readme``; the rest stays as it is.
+
+    Raises ``ValueError`` where the markers are not there once each, in order, or no result fits.
+    """
+    text = readme.read_text()
+    begin, end = text.find(BEGIN), text.find(END)
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or begin > end:
+        raise ValueError(f"{readme} must hold {BEGIN} and {END}, once each, in this order")
+    table = render(newest_run(read_lines(results)))
+    temporary = readme.with_name(f".{readme.name}.new")
+    try:
+        temporary.write_text(f"{text[:begin]}{BEGIN}\n{table}\n{text[end:]}")
+        temporary.replace(readme)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    root = Path(__file__).resolve().parents[1]
+    try:
+        update_readme(root / "README.md", sorted((root / "bench" / "results").glob("*.jsonl")))
+    except (ValueError, OSError) as problem:
+        sys.exit(f"bench: {problem}")
