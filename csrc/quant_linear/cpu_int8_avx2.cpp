@@ -8,12 +8,12 @@
 //           int4 sums cannot overflow: 16 lanes-in-one of 15*127 = 30480 in int16, started at -z*sum(a); wrap-around on
 //           the way is harmless, the end is in range. int8 is two passes of the same kind: w = 16*(hi - 8) + lo.
 //           |int32| <= 2*30480*32767 < 2^31.
-//           small (int8_loops.h): R <= 4 rows, weights unpacked in registers.  tile: 6 rows x 16 outputs.
+//           small (x86_loops.h): R <= 4 rows, weights unpacked in registers.  tile: 6 rows x 16 outputs.
 // BOUND     M=1: DRAM read of the weights.  Large M: issue width; 3.35 instructions per vpmaddubsw (64 operations).
 // LIMITS    AVX2, FMA, F16C; int8 activations
 // TRIED     a zero correction per group after the sum: +6%.  12 rows x 1 vector: broadcasts bind, 0.8x.  int8 by the sign
 //           trick (vpsignb): the same instruction count as two nibble passes, and a second kernel.
-#include "quant_linear/int8_loops.h"
+#include "quant_linear/x86_loops.h"
 
 namespace taut::quant_linear::cpu_int8_avx2 {
 namespace {
@@ -51,16 +51,18 @@ TAUT_INLINE void accumulate(float* sums, __m256 c, __m256 scale) {
   asm volatile("vfmadd213ps %1,%2,%0\n\tvmovaps %0,%1" : "+x"(c), "+m"(*reinterpret_cast<__m256*>(sums)) : "x"(scale));
 }
 
-struct Avx2 {
+struct Int8Avx2 {
   static constexpr int kRowBlockBytes = 40;  // of A, per row and 32 k
   static constexpr int kTileRows = 6;        // 6 x 2 sums + 2 codes + 1 broadcast + 1 product = 16 registers
-  static constexpr int kInt8Passes = 2;
+  static constexpr int64_t kChunkRows = 516;  // 2.6 MB of A at K=4096
+  template <Format kFormat> static constexpr int code_bytes = kFormat == Format::kInt8 ? 2 : 1;  // of B: a pass each
   template <Format kFormat> static constexpr int64_t panel_k = kFormat == Format::kInt4 ? 1024 : 512;  // 16 KB of codes
   template <Format kFormat, int kRows>
   static constexpr int streams = kRows == 1 ? 4 : kFormat == Format::kInt4 || kRows == 2 ? 2 : 1;
 
   // Row r of a block of `rows`: codes, corrections and multiples for all of K. Returns the row's unit.
-  static float quantize_row(const float* x, int64_t padded_k, int r, int rows, uint8_t* a, int64_t panel_k, int64_t panel_stride) {
+  template <bool kZeros>
+  static float prepare_row(const float* x, int64_t padded_k, int r, int rows, uint8_t* a, int64_t panel_k, int64_t panel_stride) {
     const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
     const __m256 limit = _mm256_set1_ps(127.0f), low = _mm256_set1_ps(-127.0f);
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
@@ -90,7 +92,7 @@ struct Avx2 {
       alignas(32) uint32_t chunks[8];
       _mm256_store_si256(reinterpret_cast<__m256i*>(chunks), q);
       for (int c = 0; c < 8; c++) std::memcpy(block + (c * rows + r) * 4, &chunks[c], 4);
-      const int32_t minus_sum = _mm_cvtsi128_si32(_mm_sub_epi16(_mm_setzero_si128(), sum));
+      const int32_t minus_sum = _mm_cvtsi128_si32(_mm_mullo_epi16(sum, _mm_set1_epi16(kZeros ? -1 : -8)));
       const int32_t m = static_cast<int32_t>(multiple), twice = m | m << 16;
       std::memcpy(block + (8 * rows + r) * 4, &minus_sum, 4);
       std::memcpy(block + (9 * rows + r) * 4, &twice, 4);
@@ -98,10 +100,10 @@ struct Avx2 {
     return row_max / (127.0f * 32767.0f) + _mm256_cvtss_f32(horizontal_add(poison8));
   }
 
-  // Where the sum of a (row, strip) starts: -z * sum(a), z = 8 where there are no zeros.
+  // Where the sum of a (row, strip) starts: -z * sum(a); where there are no zeros, prepare_row has put in z = 8.
   template <bool kZeros>
   static TAUT_INLINE __m256i start(__m256i minus_sum, const uint8_t* zeros) {
-    return kZeros ? _mm256_mullo_epi16(minus_sum, load_zeros(zeros)) : _mm256_slli_epi16(minus_sum, 3);
+    return kZeros ? _mm256_mullo_epi16(minus_sum, load_zeros(zeros)) : minus_sum;
   }
 
   // sums[kStreams][kRows][8] = A[kRows, K] @ w[8 rows, K]^T for kStreams strips `stride` bytes apart.
@@ -200,7 +202,7 @@ struct Avx2 {
       const int64_t group = (block0 + b) / s.blocks_per_group % 4;
       _mm256_store_ps(panel.scales + (b * kPanelStrips + half) * 8, load_scales(header + group * 16));
       if (kZeros) _mm256_store_si256(reinterpret_cast<__m256i*>(panel.zeros + (b * kPanelStrips + half) * 8), load_zeros(header + 64 + group * 8));
-      uint8_t* out = panel.codes + b * PanelT::kPasses * 8 * kRow + half * 32;
+      uint8_t* out = panel.codes + b * code_bytes<kFormat> * 8 * kRow + half * 32;
       constexpr int kVectors = kFormat == Format::kInt4 ? 4 : 8;
       for (int v = 0; v < kVectors; v++) {
         const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + v * 32));
@@ -223,7 +225,7 @@ struct Avx2 {
     char* tile = reinterpret_cast<char*>(c) + 128;
     a += 128;
     for (int64_t b = 0; b < k_blocks; b++, a += kRowBlockBytes * kRows, scales += kPanelStrips * 8, zeros += kPanelStrips * 8) {
-      for (int pass = 0; pass < PanelT::kPasses; pass++, codes += 8 * kChunkBytes) {
+      for (int pass = 0; pass < code_bytes<kFormat>; pass++, codes += 8 * kChunkBytes) {
         const bool low_nibbles = kFormat == Format::kInt8 && pass == 1;
         __m256i sum[kRows][kPanelStrips];
         const uint8_t *codes0 = codes, *codes1 = codes + 4 * kChunkBytes;
@@ -235,7 +237,7 @@ struct Avx2 {
           TAUT_UNROLL for (int r = 0; r < kRows; r++) {
             const __m256i minus_sum = broadcast4(a + (8 * kRows + r) * 4 - 128);
             TAUT_UNROLL for (int i = 0; i < kPanelStrips; i++)
-              sum[r][i] = kZeros ? _mm256_mullo_epi16(minus_sum, *reinterpret_cast<const __m256i*>(zeros + i * 8)) : _mm256_slli_epi16(minus_sum, 3);
+              sum[r][i] = kZeros ? _mm256_mullo_epi16(minus_sum, *reinterpret_cast<const __m256i*>(zeros + i * 8)) : minus_sum;
           }
         }
         TAUT_UNROLL for (int chunk = 0; chunk < 8; chunk++) {
@@ -275,7 +277,7 @@ struct Avx2 {
 
 }  // namespace
 
-void run_small(const Params& p) { TAUT_FOR_FORMAT(small_loop, Avx2, p); }
-void run_tile(const Params& p) { TAUT_FOR_FORMAT(tile_loop, Avx2, p); }
+void run_small(const Params& p) { TAUT_FOR_FORMAT(small_loop, Int8Avx2, p); }
+void run_tile(const Params& p) { TAUT_FOR_FORMAT(tile_loop, Int8Avx2, p); }
 
 }  // namespace taut::quant_linear::cpu_int8_avx2

@@ -1,5 +1,6 @@
 #include "quant_linear/op.h"
 
+#include <algorithm>
 #include <sstream>
 
 #include "common/impl.h"
@@ -27,6 +28,8 @@ const char* float_small_m(const Params& p) { return p.M <= 4 ? nullptr : "above 
 constexpr Impl<Params> kImpls[] = {
     {"cpu_avx2.int8_small", needs_int8_avx2, int8_small_m, cpu_int8_avx2::run_small},
     {"cpu_avx2.int8_tile", needs_int8_avx2, always, cpu_int8_avx2::run_tile},
+    {"cpu_avx2.float_small", needs_float_avx2, float_small_m, cpu_float_avx2::run_small},
+    {"cpu_avx2.float_tile", needs_float_avx2, always, cpu_float_avx2::run_tile},
     {"cpu_scalar", always, always, cpu_scalar::run},
 };
 

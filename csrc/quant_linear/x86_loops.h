@@ -1,10 +1,10 @@
-// The two loops around the int8-activation kernels, written once for every x86 ISA. Kernel is a policy: see Avx2 in
-// cpu_int8_avx2.cpp, which explains the formats of A and B. All of it in an anonymous namespace: each ISA file compiles
-// its own copy with its own flags.
+// The two loops around the kernels, written once for every x86 ISA and both kinds of activations. Kernel is a policy: see
+// Int8Avx2 in cpu_int8_avx2.cpp, which explains A (the prepared rows of x) and B (the panel). All of it in an anonymous
+// namespace: each ISA file compiles its own copy with its own flags.
 //
 //   small  weights are streamed once per kRows rows of x and unpacked in registers. A thread walks kStreams strips at a
 //          time that start far apart, so that as many hardware prefetch streams run.
-//   tile   per chunk of rows: x is quantized to A; a panel of 16 output columns x kPanelK is unpacked to L1 once and
+//   tile   per chunk of rows: x is prepared as A; a panel of 16 output columns x kPanelK is unpacked to L1 once and
 //          reused by every row block; fp32 sums live in a small tile C.
 #pragma once
 
@@ -20,7 +20,6 @@ namespace taut::quant_linear {
 namespace {
 
 constexpr int kPanelStrips = 2;     // 16 output columns
-constexpr int64_t kChunkRows = 516;  // rows of x quantized at a time: 2.6 MB of A at K=4096
 
 struct Strips {  // where the strips of a packed weight lie
   Rows8 layout;
@@ -56,7 +55,7 @@ void small_loop(const Params& p) {
   const int64_t num_strips = s.layout.num_strips(), padded_k = s.num_blocks * 32, row_bytes = s.num_blocks * Kernel::kRowBlockBytes;
   const int64_t num_tasks = std::min(p.num_threads, num_strips);
   parallel_tasks(num_tasks, [&](int64_t task) {
-    // WHY every thread quantizes x for itself: for few rows that is cheaper than a barrier.
+    // WHY every thread prepares x for itself: for few rows that is cheaper than a barrier.
     const int64_t row_blocks = (p.M + 3) / 4;
     uint8_t* a = scratch(1, row_blocks * 4 * (row_bytes + sizeof(float)) + padded_k * sizeof(float) + 64);
     float* unit = reinterpret_cast<float*>(a + row_blocks * 4 * row_bytes);
@@ -64,7 +63,7 @@ void small_loop(const Params& p) {
     for (int64_t m = 0; m < p.M; m += 4) {
       const int rows = static_cast<int>(std::min<int64_t>(4, p.M - m));
       for (int r = 0; r < rows; r++)
-        unit[m + r] = Kernel::quantize_row(load_row(p, m + r, padded_k, row), padded_k, r, rows, a + m * row_bytes, padded_k, 0);
+        unit[m + r] = Kernel::template prepare_row<kZeros>(load_row(p, m + r, padded_k, row), padded_k, r, rows, a + m * row_bytes, padded_k, 0);
     }
     const int64_t strip0 = num_strips * task / num_tasks, strip1 = num_strips * (task + 1) / num_tasks;
     for (int64_t m = 0; m < p.M; m += 4) {
@@ -83,8 +82,7 @@ void small_loop(const Params& p) {
 template <class Kernel, Format kFormat>
 struct Panel {
   static constexpr int64_t kPanelK = Kernel::template panel_k<kFormat>;
-  static constexpr int kPasses = kFormat == Format::kInt8 ? Kernel::kInt8Passes : 1;
-  alignas(64) uint8_t codes[kPanelK * kPasses * kPanelStrips * 8];
+  alignas(64) uint8_t codes[kPanelK * Kernel::template code_bytes<kFormat> * kPanelStrips * 8];
   alignas(64) float scales[kPanelK / 32 * kPanelStrips * 8];
   alignas(64) int32_t zeros[kPanelK / 32 * kPanelStrips * 8];
 };
@@ -97,7 +95,7 @@ void tile_loop(const Params& p) {
   const Strips s(p);
   const int64_t padded_k = s.num_blocks * 32, num_strips = s.layout.num_strips();
   const int64_t panels = (num_strips + kPanelStrips - 1) / kPanelStrips;
-  const int64_t chunk_rows = std::min<int64_t>(p.M, kChunkRows);
+  const int64_t chunk_rows = std::min<int64_t>(p.M, Kernel::kChunkRows);
   const int64_t row_panel_bytes = kPanelK / 32 * Kernel::kRowBlockBytes;  // one row of A within one panel's k
   const int64_t k_panels = (padded_k + kPanelK - 1) / kPanelK, panel_stride = row_panel_bytes * chunk_rows;
   uint8_t* a = scratch(0, k_panels * panel_stride + chunk_rows * sizeof(float));
@@ -105,14 +103,14 @@ void tile_loop(const Params& p) {
 
   for (int64_t m0 = 0; m0 < p.M; m0 += chunk_rows) {
     const int64_t rows = std::min(chunk_rows, p.M - m0), row_blocks = (rows + kRows - 1) / kRows;
-    const int64_t quantize_tasks = std::min(p.num_threads, row_blocks);
-    parallel_tasks(quantize_tasks, [&](int64_t task) {
+    const int64_t prepare_tasks = std::min(p.num_threads, row_blocks);
+    parallel_tasks(prepare_tasks, [&](int64_t task) {
       float* row = reinterpret_cast<float*>(scratch(1, padded_k * sizeof(float)));
-      for (int64_t b = row_blocks * task / quantize_tasks; b < row_blocks * (task + 1) / quantize_tasks; b++) {
+      for (int64_t b = row_blocks * task / prepare_tasks; b < row_blocks * (task + 1) / prepare_tasks; b++) {
         const int64_t first = b * kRows;
         const int in_block = static_cast<int>(std::min<int64_t>(kRows, rows - first));
         for (int r = 0; r < in_block; r++)
-          unit[first + r] = Kernel::quantize_row(load_row(p, m0 + first + r, padded_k, row), padded_k, r, in_block, a + first * row_panel_bytes, kPanelK, panel_stride);
+          unit[first + r] = Kernel::template prepare_row<kZeros>(load_row(p, m0 + first + r, padded_k, row), padded_k, r, in_block, a + first * row_panel_bytes, kPanelK, panel_stride);
       }
     });
 
