@@ -51,7 +51,7 @@ struct FloatAvx2 {
   template <Format kFormat> static constexpr int kVectors = kFormat == Format::kInt4 ? 4 : 8;
 
   // Row r of a block of `rows`, interleaved; returns the factor the results are multiplied by.
-  template <bool kZeros>
+  template <bool kZeros, Format kFormat>
   static float prepare_row(const float* x, int64_t padded_k, int r, int rows, uint8_t* a, int64_t panel_k, int64_t panel_stride) {
     for (int64_t k = 0; k < padded_k; k += 32) {
       float* block = reinterpret_cast<float*>(a + k / panel_k * panel_stride + k % panel_k / 32 * kRowBlockBytes * rows);

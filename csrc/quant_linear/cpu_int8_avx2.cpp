@@ -13,6 +13,7 @@
 // LIMITS    AVX2, FMA, F16C; int8 activations
 // TRIED     a zero correction per group after the sum: +6%.  12 rows x 1 vector: broadcasts bind, 0.8x.  int8 by the sign
 //           trick (vpsignb): the same instruction count as two nibble passes, and a second kernel.
+#include "quant_linear/x86_int8.h"
 #include "quant_linear/x86_loops.h"
 
 namespace taut::quant_linear::cpu_int8_avx2 {
@@ -61,43 +62,20 @@ struct Int8Avx2 {
   static constexpr int streams = kRows == 1 ? 4 : kFormat == Format::kInt4 || kRows == 2 ? 2 : 1;
 
   // Row r of a block of `rows`: codes, corrections and multiples for all of K. Returns the row's unit.
-  template <bool kZeros>
+  template <bool kZeros, Format kFormat>
   static float prepare_row(const float* x, int64_t padded_k, int r, int rows, uint8_t* a, int64_t panel_k, int64_t panel_stride) {
-    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-    const __m256 limit = _mm256_set1_ps(127.0f), low = _mm256_set1_ps(-127.0f);
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    __m256 row_max8 = _mm256_setzero_ps(), poison8 = _mm256_setzero_ps();
-    for (int64_t k = 0; k < padded_k; k += 8) {
-      const __m256 v = _mm256_loadu_ps(x + k);
-      row_max8 = _mm256_max_ps(_mm256_and_ps(magnitude, v), row_max8);
-      poison8 = _mm256_add_ps(poison8, _mm256_mul_ps(v, _mm256_setzero_ps()));
-    }
-    const float row_max = horizontal_max(row_max8), steps = row_max >= kSmallestRowMax ? 32767.0f / row_max : 0.0f;
-    for (int64_t k = 0; k < padded_k; k += 32) {
-      const __m256 v0 = _mm256_loadu_ps(x + k), v1 = _mm256_loadu_ps(x + k + 8), v2 = _mm256_loadu_ps(x + k + 16), v3 = _mm256_loadu_ps(x + k + 24);
-      const __m256 m01 = _mm256_max_ps(_mm256_and_ps(magnitude, v0), _mm256_and_ps(magnitude, v1));
-      const __m256 m23 = _mm256_max_ps(_mm256_and_ps(magnitude, v2), _mm256_and_ps(magnitude, v3));
-      float multiple = __builtin_ceilf(horizontal_max(_mm256_max_ps(m01, m23)) * steps);
-      if (!(multiple >= 1.0f)) multiple = 1.0f;  // a NaN too
-      if (multiple > 32767.0f) multiple = 32767.0f;
-      const __m256 inverse = _mm256_set1_ps(steps * 127.0f / multiple);
-      const auto code = [&](__m256 v) { return _mm256_cvtps_epi32(_mm256_max_ps(low, _mm256_min_ps(limit, _mm256_mul_ps(v, inverse)))); };
-      const __m256i q = _mm256_permutevar8x32_epi32(
-          _mm256_packs_epi16(_mm256_packs_epi32(code(v0), code(v1)), _mm256_packs_epi32(code(v2), code(v3))), order);
+    return quantize_row(x, padded_k, [&](int64_t k, __m256i q, float multiple) {
       const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), q);  // sums over k%4 in {0,1} and {2,3}: the two int16 lanes
       __m128i sum = _mm_add_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
       sum = _mm_add_epi16(sum, _mm_unpackhi_epi64(sum, sum));
       sum = _mm_add_epi16(sum, _mm_shuffle_epi32(sum, 1));
       uint8_t* block = a + k / panel_k * panel_stride + k % panel_k / 32 * kRowBlockBytes * rows;
-      alignas(32) uint32_t chunks[8];
-      _mm256_store_si256(reinterpret_cast<__m256i*>(chunks), q);
-      for (int c = 0; c < 8; c++) std::memcpy(block + (c * rows + r) * 4, &chunks[c], 4);
+      store_chunks(block, r, rows, q);
       const int32_t minus_sum = _mm_cvtsi128_si32(_mm_mullo_epi16(sum, _mm_set1_epi16(kZeros ? -1 : -8)));
       const int32_t m = static_cast<int32_t>(multiple), twice = m | m << 16;
       std::memcpy(block + (8 * rows + r) * 4, &minus_sum, 4);
       std::memcpy(block + (9 * rows + r) * 4, &twice, 4);
-    }
-    return row_max / (127.0f * 32767.0f) + _mm256_cvtss_f32(horizontal_add(poison8));
+    });
   }
 
   // Where the sum of a (row, strip) starts: -z * sum(a); where there are no zeros, prepare_row has put in z = 8.

@@ -14,6 +14,11 @@ const char* needs_int8_avx2(const Params& p) {
   return p.activations == Activations::kInt8 ? nullptr : "it computes with int8 activations";
 }
 
+const char* needs_int8_avx512vnni(const Params& p) {
+  if (!cpu_features().avx512vnni) return "this processor has no AVX-512 VNNI";
+  return p.activations == Activations::kInt8 ? nullptr : "it computes with int8 activations";
+}
+
 const char* needs_float_avx2(const Params& p) {
   if (!cpu_features().avx2) return "this processor has no AVX2, FMA and F16C";
   return p.activations == Activations::kFloat ? nullptr : "it computes with float activations";
@@ -26,6 +31,8 @@ const char* float_small_m(const Params& p) { return p.M <= 4 ? nullptr : "above 
 
 // In priority order. Every crossover is in this table, and nowhere else.
 constexpr Impl<Params> kImpls[] = {
+    {"cpu_avx512vnni.int8_small", needs_int8_avx512vnni, int8_small_m, cpu_int8_avx512vnni::run_small},
+    {"cpu_avx512vnni.int8_tile", needs_int8_avx512vnni, always, cpu_int8_avx512vnni::run_tile},
     {"cpu_avx2.int8_small", needs_int8_avx2, int8_small_m, cpu_int8_avx2::run_small},
     {"cpu_avx2.int8_tile", needs_int8_avx2, always, cpu_int8_avx2::run_tile},
     {"cpu_avx2.float_small", needs_float_avx2, float_small_m, cpu_float_avx2::run_small},
