@@ -148,7 +148,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     if args.json is not None:
         with args.json.open("a"):  # so that a path that cannot be written is known before, not after
             pass
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    load = _load()
     ceilings = roofline()
     machine = f"{processor_name()}, {usable_cores()} cores"
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -174,7 +174,14 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         console.print(
             f"The load average was {load:.2f} when this began: something else ran. Do not trust these times.", style="bold yellow"
         )
+    if (after := _load()) > context.threads + 1:
+        console.print(f"The load average is {after:.2f} with {context.threads} threads: something else runs.", style="bold yellow")
     return 1 if wrong else 0
+
+
+def _load() -> float:
+    """The load average of the last minute; 0 where the system has none."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def _compile(expression: str | None) -> re.Pattern[str] | None:
@@ -290,7 +297,8 @@ def _show(rows: Sequence[Row]) -> Table:
         timing = row.timing
         ratios = [] if row.entry.peer else [f"{peer.entry.impl} {peer.timing.median_us / timing.median_us:.2f}" for peer in peers]
         table.add_row(
-            row.entry.format, row.entry.impl, _time(timing.median_us), f"{_time(timing.p10_us)} - {_time(timing.p90_us)}", f"{row.gb_s:.1f}",
+            row.entry.format, row.entry.impl, _time(timing.median_us), f"{_time(timing.p10_us)} - {_time(timing.p90_us)}",
+            f"{row.gb_s:.1f}",
             f"{row.gflop_s:.0f}" if row.gflop_s else "", f"{row.roofline_share:.0%}" if row.roofline_share else "",
             f"{row.prepared.max_error:.1e}", ", ".join(ratios), style=None if row.entry.peer else "bold",
         )  # fmt: skip
@@ -298,7 +306,10 @@ def _show(rows: Sequence[Row]) -> Table:
 
 
 def _time(micros: float) -> str:
-    return f"{micros / 1e3:.3g} ms" if micros >= 1e3 else f"{micros:.3g} us"
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if micros >= size:
+            return f"{micros / size:.3g} {unit}"
+    return f"{micros:.3g} us"
 
 
 def _words(context: Context) -> str:
