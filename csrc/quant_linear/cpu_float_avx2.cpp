@@ -107,14 +107,13 @@ struct FloatAvx2 {
 
   template <bool kZeros, Format kFormat, class PanelT>
   static void unpack(const Strips& s, int64_t strip, int64_t block0, int64_t k_blocks, int half, PanelT& panel) {
-    for (int64_t b = 0; b < k_blocks; b++) {
-      const int64_t k = (block0 + b) * 32, group = (block0 + b) / s.blocks_per_group % 4;
-      const uint8_t* codes = s.data + s.layout.block_offset(strip * 8, k);
-      const uint8_t* header = s.data + s.layout.header_offset(strip * 8, k);
-      const __m256 scale = load_scales(header + group * 16);
+    BlockCursor at(s, strip, block0);
+    for (int64_t b = 0; b < k_blocks; b++, at.next()) {
+      const uint8_t* codes = at.codes;
+      const __m256 scale = load_scales(at.scales());
       __m256 offset = _mm256_setzero_ps();
       if (kZeros)
-        offset = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_set1_epi32(8), _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(header + 64 + group * 8)))));
+        offset = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_set1_epi32(8), _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at.zeros())))));
       float* out = reinterpret_cast<float*>(panel.codes) + b * 32 * kPanelStrips * 8 + half * 8;
       for (int v = 0; v < kVectors<kFormat>; v++) {
         const __m256i packed = to_signed<kFormat>(codes + v * 32);

@@ -173,13 +173,11 @@ struct Int8Avx2 {
   static void unpack(const Strips& s, int64_t strip, int64_t block0, int64_t k_blocks, int half, PanelT& panel) {
     const __m256i nibble = _mm256_set1_epi8(15);
     constexpr int64_t kRow = kPanelStrips * 32;
-    for (int64_t b = 0; b < k_blocks; b++) {
-      const int64_t k = (block0 + b) * 32;
-      const uint8_t* codes = s.data + s.layout.block_offset(strip * 8, k);
-      const uint8_t* header = s.data + s.layout.header_offset(strip * 8, k);
-      const int64_t group = (block0 + b) / s.blocks_per_group % 4;
-      _mm256_store_ps(panel.scales + (b * kPanelStrips + half) * 8, load_scales(header + group * 16));
-      if (kZeros) _mm256_store_si256(reinterpret_cast<__m256i*>(panel.zeros + (b * kPanelStrips + half) * 8), load_zeros(header + 64 + group * 8));
+    BlockCursor at(s, strip, block0);
+    for (int64_t b = 0; b < k_blocks; b++, at.next()) {
+      const uint8_t* codes = at.codes;
+      _mm256_store_ps(panel.scales + (b * kPanelStrips + half) * 8, load_scales(at.scales()));
+      if (kZeros) _mm256_store_si256(reinterpret_cast<__m256i*>(panel.zeros + (b * kPanelStrips + half) * 8), load_zeros(at.zeros()));
       uint8_t* out = panel.codes + b * code_bytes<kFormat> * 8 * kRow + half * 32;
       constexpr int kVectors = kFormat == Format::kInt4 ? 4 : 8;
       for (int v = 0; v < kVectors; v++) {

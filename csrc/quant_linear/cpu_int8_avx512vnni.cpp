@@ -128,13 +128,12 @@ struct Int8Avx512Vnni {
   static void unpack(const Strips& s, int64_t strip, int64_t block0, int64_t k_blocks, int half, PanelT& panel) {
     const __m256i nibble = _mm256_set1_epi8(15);
     constexpr int64_t kRow = kPanelStrips * 32;
-    for (int64_t b = 0; b < k_blocks; b++) {
-      const int64_t k = (block0 + b) * 32, group = (block0 + b) / s.blocks_per_group % 4;
-      const uint8_t* codes = s.data + s.layout.block_offset(strip * 8, k);
-      const uint8_t* header = s.data + s.layout.header_offset(strip * 8, k);
-      _mm256_store_ps(panel.scales + (b * kPanelStrips + half) * 8, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(header + group * 16))));
+    BlockCursor at(s, strip, block0);
+    for (int64_t b = 0; b < k_blocks; b++, at.next()) {
+      const uint8_t* codes = at.codes;
+      _mm256_store_ps(panel.scales + (b * kPanelStrips + half) * 8, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at.scales()))));
       if (kZeros)
-        _mm256_store_si256(reinterpret_cast<__m256i*>(panel.zeros + (b * kPanelStrips + half) * 8), _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(header + 64 + group * 8))));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(panel.zeros + (b * kPanelStrips + half) * 8), _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at.zeros()))));
       uint8_t* out = panel.codes + b * 8 * kRow + half * 32;
       for (int v = 0; v < (kFormat == Format::kInt4 ? 4 : 8); v++) {
         const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + v * 32));

@@ -30,6 +30,27 @@ struct Strips {  // where the strips of a packed weight lie
         block_bytes(layout.block_bytes()), blocks_per_group(layout.blocks_per_group()), num_blocks(layout.num_blocks()) {}
 };
 
+// Walks the k-blocks of one strip. WHY not the layout's offset functions: their divisions cost more than the unpacking.
+struct BlockCursor {
+  const Strips& s;
+  const uint8_t *header, *codes;
+  int64_t group, block;  // group within the superblock, block within the group
+  BlockCursor(const Strips& strips, int64_t strip, int64_t first_block)
+      : s(strips), header(s.data + s.layout.header_offset(strip * 8, first_block * 32)), codes(s.data + s.layout.block_offset(strip * 8, first_block * 32)),
+        group(first_block / s.blocks_per_group % 4), block(first_block % s.blocks_per_group) {}
+  const uint8_t* scales() const { return header + group * 16; }
+  const uint8_t* zeros() const { return header + 64 + group * 8; }
+  void next() {
+    codes += s.block_bytes;
+    if (++block < s.blocks_per_group) return;
+    block = 0;
+    if (++group < 4) return;
+    group = 0;
+    header = codes;
+    codes += s.header_bytes;
+  }
+};
+
 template <class Kernel, bool kZeros, Format kFormat, int kRows>
 void small_rows(const Params& p, const Strips& s, int64_t strip0, int64_t strip1, const uint8_t* a, const float* unit, int64_t m) {
   constexpr int kStreams = Kernel::template streams<kFormat, kRows>;
