@@ -57,7 +57,7 @@ struct Int8Avx512Vnni {
   static constexpr int kTileRows = 12;
   static constexpr int64_t kChunkRows = 516;
   template <Format kFormat> static constexpr int code_bytes = 1;
-  template <Format kFormat> static constexpr int64_t panel_k = 1024;
+  template <Format kFormat> static constexpr int64_t panel_k = 512;  // 8 KB of codes beside 8 KB of A
   template <Format kFormat, int kRows> static constexpr int streams = 4;
 
   template <bool kZeros, Format kFormat>

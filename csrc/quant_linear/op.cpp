@@ -26,7 +26,7 @@ const char* needs_float_avx2(const Params& p) {
 
 // The small loops stream the packed weights and unpack them in registers, for up to 4 rows at a time; the tiles unpack
 // 16 rows of w once to L1 and reuse them for every row of x.
-const char* int8_small_m(const Params& p) { return p.M <= 20 ? nullptr : "above M=20 the tile is faster"; }
+const char* int8_small_m(const Params& p) { return p.M <= 16 ? nullptr : "above M=16 the tile is faster"; }
 const char* float_small_m(const Params& p) { return p.M <= 4 ? nullptr : "above M=4 the tile is faster"; }
 
 // In priority order. Every crossover is in this table, and nowhere else.
