@@ -15,14 +15,15 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import run, table  # noqa: E402
-from bench.cases import Case, all_cases, format_name, parse_format  # noqa: E402
-from bench.contenders import Entry, Prepared, Skip, copies_for, default_impl, impls, own_entry, rotation  # noqa: E402
-from bench.peers import all_peers, bits_of, entry  # noqa: E402
-from bench.peers.common import disagreement  # noqa: E402
-from bench.problem import Problem, max_error  # noqa: E402
-from bench.timing import Runner, Sample, clean, interleave, percentile, spread, steal_ticks, wait_until_idle  # noqa: E402
-from taut.formats import WeightFormat  # noqa: E402
+from bench import run, table
+from bench.cases import Case, all_cases, format_name, parse_format
+from bench.contenders import Entry, Prepared, Skip, copies_for, default_impl, impls, own_entry, rotation
+from bench.peers import all_peers, bits_of, entry
+from bench.peers.common import disagreement
+from bench.problem import Problem, max_error
+from bench.timing import Runner, Sample, clean, interleave, percentile, spread, steal_ticks, wait_until_idle
+
+from taut.formats import WeightFormat
 
 SMALL = Case("quant_linear", 64, 96, 3)
 JSON_TYPES = {
@@ -58,9 +59,9 @@ def test_parse_format(name: str, format: WeightFormat, activations: str) -> None
     assert parse_format(name) == (format, activations)
 
 
-@pytest.mark.parametrize("name", ("", "int4", "int3_g32_a8", "int4_g33_a8", "int8_g32_z_a8", "int4_g32_a4"))
+@pytest.mark.parametrize("name", ["", "int4", "int3_g32_a8", "int4_g33_a8", "int8_g32_z_a8", "int4_g32_a4"])
 def test_unknown_formats_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="accepted|does not fit|int4 only"):
+    with pytest.raises(ValueError, match=r"accepted|does not fit|int4 only"):
         parse_format(name)
 
 
@@ -73,10 +74,12 @@ def test_stolen_samples_are_dropped_where_three_clean_ones_stay() -> None:
     assert len(clean([*stolen, *[Sample(1.0, False)] * 2])) == 7
     found = spread([*stolen, *(Sample(micros * 1e-6, False) for micros in (1, 2, 3, 4, 5))])
     assert (found.samples, found.dropped) == (5, 5)
-    assert found.median_us == pytest.approx(3) and found.p10_us == pytest.approx(1.4) and found.p90_us == pytest.approx(4.6)
+    assert found.median_us == pytest.approx(3)
+    assert found.p10_us == pytest.approx(1.4)
+    assert found.p90_us == pytest.approx(4.6)
 
 
-@pytest.mark.parametrize("count", (1, 2, 7, 100))
+@pytest.mark.parametrize("count", [1, 2, 7, 100])
 def test_percentile_is_numpys(count: int) -> None:
     values = np.random.default_rng(count).random(count).tolist()
     for share in (0.0, 0.1, 0.5, 0.9, 1.0):
@@ -140,27 +143,31 @@ def _context() -> run.Context:
     return run.Context(run.roofline(), torch.get_num_threads(), "abc", "a machine", "2026-01-01T00:00:00+00:00")
 
 
-@pytest.mark.parametrize("name", ("int4_g32_a8", "int4_row_z_f32", "int8_row_bf16", "int8_g32_a8"))
-@pytest.mark.parametrize("cold", (True, False))
+@pytest.mark.parametrize("name", ["int4_g32_a8", "int4_row_z_f32", "int8_row_bf16", "int8_g32_a8"])
+@pytest.mark.parametrize("cold", [True, False])
 def test_every_impl_runs_a_small_race(name: str, cold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "last_cache_bytes", lambda: 4096)
     entries = [own_entry(SMALL, name, impl) for impl in impls(SMALL, name)]
     wrong: list[str] = []
     rows = run.race(entries, cold, 1, _context(), wrong, set())
-    assert not wrong and [row.entry.impl for row in rows] == impls(SMALL, name)
+    assert not wrong
+    assert [row.entry.impl for row in rows] == impls(SMALL, name)
     assert rows[0].entry.impl == default_impl(SMALL, name)
     for row in rows:
-        assert 0 < row.prepared.max_error < 0.03 and row.timing.median_us > 0 and row.roofline_share > 0
+        assert 0 < row.prepared.max_error < 0.03
+        assert row.timing.median_us > 0
+        assert row.roofline_share > 0
 
 
-@pytest.mark.parametrize("op", ("quantize_weight", "pack_weight"))
+@pytest.mark.parametrize("op", ["quantize_weight", "pack_weight"])
 def test_weight_ops_run_a_small_race(op: str) -> None:
     case = Case(op, 64, 96)
     for name in ("int4_g32", "int4_g64_z", "int8_row"):
         name += "_bf16" if op == "quantize_weight" else ""
         wrong: list[str] = []
         rows = run.race([own_entry(case, name, impl) for impl in impls(case, name)], False, 1, _context(), wrong, set())
-        assert not wrong and len(rows) == len(impls(case, name))
+        assert not wrong
+        assert len(rows) == len(impls(case, name))
 
 
 def test_a_wrong_result_is_reported_and_never_timed(
@@ -191,7 +198,7 @@ def test_who_cannot_take_part_is_skipped_with_the_reason() -> None:
 
 
 @pytest.mark.parametrize("peer", all_peers(), ids=lambda peer: peer.name)
-@pytest.mark.parametrize("cold_bytes", (0, 40_000))
+@pytest.mark.parametrize("cold_bytes", [0, 40_000])
 def test_peer_computes_the_same(peer, cold_bytes: int) -> None:
     if reason := peer.available():
         pytest.skip(reason)
@@ -272,17 +279,27 @@ def test_a_tiny_run_writes_lines_of_the_schema(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "bench" / "run.py"), "--filter", "N192_K576_M1/int4_g32_a8", "--rounds", "1", "--threads", "1"]
     finished = subprocess.run([*command, "--json", str(lines)], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
-    assert "N192_K576_M1" in finished.stdout and "ceilings now" in finished.stdout
+    assert "N192_K576_M1" in finished.stdout
+    assert "ceilings now" in finished.stdout
     first, *rest = [json.loads(text) for text in lines.read_text().splitlines()]
-    assert first == {"kept": True} and [line["cold"] for line in rest] == [True, False]
+    assert first == {"kept": True}
+    assert [line["cold"] for line in rest] == [True, False]
     for line in rest:
-        assert tuple(line) == run.FIELDS and set(JSON_TYPES) == set(run.FIELDS)
+        assert tuple(line) == run.FIELDS
+        assert set(JSON_TYPES) == set(run.FIELDS)
         for name, kind in JSON_TYPES.items():
             assert isinstance(line[name], kind), name
-        assert line["op"] == "quant_linear" and line["case"] == "N192_K576_M1" and line["format"] == "int4_g32_a8" and line["peer"] is False
-        assert line["impl"] == default_impl(Case("quant_linear", 192, 576, 1), "int4_g32_a8") and line["threads"] == 1
+        assert line["op"] == "quant_linear"
+        assert line["case"] == "N192_K576_M1"
+        assert line["format"] == "int4_g32_a8"
+        assert line["peer"] is False
+        assert line["impl"] == default_impl(Case("quant_linear", 192, 576, 1), "int4_g32_a8")
+        assert line["threads"] == 1
         assert 0 < line["p10_us"] <= line["median_us"] <= line["p90_us"]
-        assert line["gb_s"] > 0 and line["gflop_s"] > 0 and line["roofline_share"] > 0 and 0 < line["max_error"] < 0.03
+        assert line["gb_s"] > 0
+        assert line["gflop_s"] > 0
+        assert line["roofline_share"] > 0
+        assert 0 < line["max_error"] < 0.03
         assert line["torch"] == torch.__version__
 
 
@@ -346,11 +363,13 @@ def test_update_readme_changes_only_what_is_between_the_markers(tmp_path: Path) 
     for _ in range(2):  # the second time changes nothing
         table.update_readme(readme, [results])
         text = readme.read_text()
-        assert text.startswith(f"# top\n{table.BEGIN}\n| ms") and text.endswith(f"{table.END}\nrest\n") and "old" not in text
-    assert list(tmp_path.iterdir()) == [readme, results] or set(tmp_path.iterdir()) == {readme, results}
+        assert text.startswith(f"# top\n{table.BEGIN}\n| ms")
+        assert text.endswith(f"{table.END}\nrest\n")
+        assert "old" not in text
+    assert set(tmp_path.iterdir()) == {readme, results}
 
 
-@pytest.mark.parametrize("text", ("no markers", f"{table.END} {table.BEGIN}", f"{table.BEGIN}{table.BEGIN}{table.END}"))
+@pytest.mark.parametrize("text", ["no markers", f"{table.END} {table.BEGIN}", f"{table.BEGIN}{table.BEGIN}{table.END}"])
 def test_a_readme_without_its_markers_is_left_alone(tmp_path: Path, text: str) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(text)

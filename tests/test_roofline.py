@@ -24,7 +24,7 @@ def threads(request: pytest.FixtureRequest):
 
 
 @pytest.mark.parametrize("streams", op.STREAMS)
-@pytest.mark.parametrize("words", (0, 1, 15, 16, 511, 512, 4096 + 7, 100_003))
+@pytest.mark.parametrize("words", [0, 1, 15, 16, 511, 512, 4096 + 7, 100_003])
 def test_read_sums_every_word(impl: str, threads: int, words: int, streams: int, forced) -> None:
     forced(impl)
     generator = torch.Generator().manual_seed(words)
@@ -38,12 +38,13 @@ def test_read_of_unaligned_words(impl: str, forced) -> None:
     assert int(op.roofline(buffer, "read", 2)) == op.reference(buffer)
 
 
-@pytest.mark.parametrize("ceiling", ("fma_f32", "dot_int8"))
+@pytest.mark.parametrize("ceiling", ["fma_f32", "dot_int8"])
 def test_multiply_adds_are_counted_by_doing_them(impl: str, threads: int, ceiling: str, forced) -> None:
     forced(impl)
     nothing = torch.empty(0, dtype=torch.int64)
     one = int(op.roofline(nothing, ceiling, steps=1))
-    assert one > 0 and one % threads == 0
+    assert one > 0
+    assert one % threads == 0
     for steps in (0, 2, 4095, 4096, 4097, 20_001):  # around the place where int16 sums are widened
         assert int(op.roofline(nothing, ceiling, steps=steps)) == steps * one
 
@@ -83,10 +84,13 @@ def test_the_op_itself_refuses_too() -> None:
 
 def test_what_is_measured_is_positive_finite_and_kept() -> None:
     found = roofline()
-    assert found.threads == torch.get_num_threads() and found.impl in IMPLS
+    assert found.threads == torch.get_num_threads()
+    assert found.impl in IMPLS
     for value in (found.read_gb_s, found.best_read_gb_s, found.fma_gflop_s, found.dot_gop_s):
-        assert math.isfinite(value) and value > 0
-    assert found.buffer_bytes > 0 and found.read_streams in op.STREAMS
+        assert math.isfinite(value)
+        assert value > 0
+    assert found.buffer_bytes > 0
+    assert found.read_streams in op.STREAMS
     assert roofline() is found
 
 
