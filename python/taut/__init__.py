@@ -1,9 +1,27 @@
 """taut takes the slack out of language models: low-bit kernels behind PyTorch ops, swapped into models in one call."""
 
+from typing import Any
+
+from . import integrations
 from ._native import build_info, cpu_features, explain, force_impl, list_impls
 from .formats import WeightFormat
 from .nn import QuantLinear
+from .roofline import Roofline, roofline
 from .swap import SwapReport, swap
 
 __version__ = build_info()["version"]
-__all__ = ["QuantLinear", "SwapReport", "WeightFormat", "build_info", "cpu_features", "explain", "force_impl", "list_impls", "swap"]
+__all__ = [
+    "Config", "QuantLinear", "Roofline", "SwapReport", "WeightFormat", "build_info", "cpu_features", "explain", "force_impl", "list_impls",
+    "roofline", "save", "swap",
+]  # fmt: skip
+
+integrations.install()
+
+
+def __getattr__(name: str) -> Any:
+    # WHY lazy: these two need transformers, whose import takes longer than taut's own.
+    if name in ("Config", "save"):
+        from .integrations import transformers
+
+        return getattr(transformers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
+import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from .formats import WeightFormat, activation_code
+from .formats import ACTIVATIONS, WeightFormat, activation_code
 from .nn import QuantLinear
 
 DEFAULT_GROUP_SIZE = {"int4": 32, "int8": 0}
@@ -26,11 +28,19 @@ class Rule:
 
 def make_rule(weights: str | None, group_size: int | None = None, zeros: bool = False, activations: str = "int8") -> Rule:
     """A checked rule. ``weights``: "int4", "int8" or None (leave alone); ``group_size`` None: 32 for int4, per row for int8."""
+    if not isinstance(activations, str):
+        raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {activations!r}")
     activation_code(activations)
     if weights is None:
         return Rule(None, activations)
+    if not isinstance(weights, str) or weights not in DEFAULT_GROUP_SIZE:
+        raise ValueError(f"unknown weight format {weights!r}; accepted: {', '.join(DEFAULT_GROUP_SIZE)}")
+    if not isinstance(zeros, bool):
+        raise ValueError(f"zeros must be True or False, got {zeros!r}")
     if group_size is None:
-        group_size = DEFAULT_GROUP_SIZE.get(weights, 0)
+        group_size = DEFAULT_GROUP_SIZE[weights]
+    if not isinstance(group_size, int):
+        raise ValueError(f"group_size must be 32, 64, 128, 0 (one scale a row) or None, got {group_size!r}")
     return Rule(WeightFormat(weights, group_size, zeros), activations)
 
 
@@ -46,8 +56,10 @@ class RuleBook:
         self, weights: str | None = "int4", group_size: int | None = None, zeros: bool = False, activations: str = "int8",
         skip: Sequence[str] | None = None, rules: Mapping[str, Mapping | None] | None = None,
     ) -> None:  # fmt: skip
+        if weights is None:
+            raise ValueError("weights must be 'int4' or 'int8'; use skip or rules to leave modules alone")
         self.default = make_rule(weights, group_size, zeros, activations)
-        if isinstance(skip, str) or not all(isinstance(pattern, str) for pattern in skip or ()):
+        if not isinstance(skip, (list, tuple, set, type(None))) or not all(isinstance(pattern, str) for pattern in skip or ()):
             raise ValueError(f"skip must be a list of module name patterns, got {skip!r}")
         self.skip = list(skip or ())
         self.rules: list[tuple[str, Rule]] = []
@@ -55,15 +67,19 @@ class RuleBook:
         if rules is not None and not isinstance(rules, Mapping):
             raise ValueError(f"rules must map module name patterns to settings, got {rules!r}")
         for pattern, settings in (rules or {}).items():
+            if not isinstance(pattern, str):
+                raise ValueError(f"rules must map module name patterns to settings, got the pattern {pattern!r}")
             if settings is None:
                 self.rules.append((pattern, Rule(None, activations)))
                 continue
+            if not isinstance(settings, Mapping):
+                raise ValueError(f"rule {pattern!r} must be None or a dict of {', '.join(_RULE_KEYS)}, got {settings!r}")
             unknown = set(settings) - set(_RULE_KEYS)
             if unknown:
                 raise ValueError(f"rule {pattern!r}: unknown key {sorted(unknown)[0]!r}; accepted: {', '.join(_RULE_KEYS)}")
             merged = {**base, **settings}
             if "weights" in settings and settings["weights"] != weights:  # the default's group and zeros were for its own format
-                merged = {**merged, **{key: settings.get(key) for key in ("group_size",)}, "zeros": settings.get("zeros", False)}
+                merged = {**merged, "group_size": settings.get("group_size"), "zeros": settings.get("zeros", False)}
             self.rules.append((pattern, make_rule(**merged)))
 
     def rule_for(self, name: str) -> tuple[Rule, str]:
@@ -115,14 +131,18 @@ class SwapReport:
     def bytes_after(self) -> int:
         return sum(entry.bytes_after for entry in self.swapped)
 
+    @property
+    def summary(self) -> str:
+        """One line: how many layers became what, how much smaller they are, and how much was kept."""
+        kinds = sorted({f"{entry.rule.format}, {entry.rule.activations} activations" for entry in self.swapped})
+        return (
+            f"swapped {len(self.swapped)} linear layers{' to ' if kinds else ''}{'; '.join(kinds)}: {self.bytes_before / 1e6:.1f} MB -> "
+            f"{self.bytes_after / 1e6:.1f} MB ({self.bytes_after / max(self.bytes_before, 1):.3f}); "
+            f"kept {len(self.kept)} modules, {sum(entry.bytes for entry in self.kept) / 1e6:.1f} MB"
+        )
+
     def __str__(self) -> str:
-        lines = []
-        if self.swapped:
-            kinds = sorted({f"{entry.rule.format}, {entry.rule.activations} activations" for entry in self.swapped})
-            lines.append(
-                f"swapped {len(self.swapped)} linear layers to {'; '.join(kinds)}: {self.bytes_before / 1e6:.1f} MB -> "
-                f"{self.bytes_after / 1e6:.1f} MB ({self.bytes_after / max(self.bytes_before, 1):.3f})"
-            )
+        lines = [self.summary]
         by_reason: dict[tuple[str, str], list[Kept]] = {}
         for entry in self.kept:
             by_reason.setdefault((entry.kind, entry.reason), []).append(entry)
@@ -136,68 +156,103 @@ def parameter_bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
 
 
-def reason_to_keep(model: nn.Module, name: str, module: nn.Module, shared: set[int]) -> str | None:
+@dataclass
+class _Facts:
+    """What has to be known of a whole model to judge one of its modules."""
+
+    head: nn.Module | None
+    shared: set[str]
+    float32: list[str]
+
+    @classmethod
+    def of(cls, model: nn.Module, dtype: torch.dtype | None) -> _Facts:
+        get_head = getattr(model, "get_output_embeddings", None)
+        try:
+            head = get_head() if callable(get_head) else None
+        except (AttributeError, NotImplementedError):
+            head = None
+        # transformers' own list of what must stay in float32 when the model is loaded in 16 bits
+        plan = getattr(model, "_get_dtype_plan", None)
+        dtype = dtype or getattr(model, "dtype", None)
+        return cls(head, shared_weights(model), list(plan(dtype)) if plan is not None and dtype is not None else [])
+
+
+def shared_weights(model: nn.Module) -> set[str]:
+    """Names of modules whose weight more than one place in the model uses."""
+    users: dict[int, set[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(id(parameter), set()).add(name)
+    shared = {name for names in users.values() if len(names) > 1 for name in names}
+    # Before transformers has loaded a model nothing is tied yet; this is what will be.
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return shared | {key.rpartition(".")[0] for pair in tied.items() for key in pair}
+
+
+def reason_to_keep(model: nn.Module, name: str, module: nn.Module, facts: _Facts) -> str | None:
     """Why a module that holds a matrix cannot be swapped, in words; None if it can."""
     if isinstance(module, QuantLinear):
         return "already low-bit"
     if not isinstance(module, nn.Linear):
+        if any(p.dim() == 3 for p in module.parameters(recurse=False)) and "expert" in f"{name} {type(module).__name__}".lower():
+            return "fused experts are not supported yet"
         return f"{type(module).__name__} is not a linear layer taut knows"
-    if type(module) is not nn.Linear and type(module).__name__ != "NonDynamicallyQuantizableLinear":
-        return f"{type(module).__name__} is a subclass of nn.Linear with behaviour of its own"
-    if type(module) is not nn.Linear:
+    if type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear:
         return "nn.MultiheadAttention reads this weight itself"
-    if id(module.weight) in shared:
+    if type(module) is not nn.Linear:
+        return f"{type(module).__name__} is a subclass of nn.Linear with behaviour of its own"
+    if not name:
+        return "it is the model itself, and cannot be replaced in place; use QuantLinear.from_float"
+    if name in facts.shared:
         return "its weight is tied to another module's"
-    if is_output_head(model, module):
-        return "the output head is left in float by default; name it in rules to swap it"
+    parent, _, own = name.rpartition(".")
+    if own in ("gate", "router") and hasattr(model.get_submodule(parent), "experts"):
+        return "it routes tokens to experts, which low bits would disturb"
     if module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its weight is {module.weight.dtype}; accepted: float32, bfloat16, float16"
+    if any(matches(name, pattern) or fnmatch.fnmatchcase(f"{name}.weight", pattern) for pattern in facts.float32):
+        return "the model keeps it in float32 when the rest is 16-bit"
     if module.weight.device.type not in ("cpu", "meta"):
         return f"its weight is on {module.weight.device}; this build has kernels for the CPU"
-    if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "parametrizations"):
+    if (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        or hasattr(module, "parametrizations") or "forward" in module.__dict__
+    ):  # fmt: skip
         return "it carries hooks or parametrizations, which a swap would lose"
     if min(module.in_features, module.out_features) == 0:
         return "it is empty"
     return None
 
 
-def is_output_head(model: nn.Module, module: nn.Module) -> bool:
-    get = getattr(model, "get_output_embeddings", None)
-    try:
-        return callable(get) and get() is module
-    except (AttributeError, NotImplementedError):
-        return False
+def plan(model: nn.Module, book: RuleBook, dtype: torch.dtype | None = None) -> tuple[list[tuple[str, nn.Linear, Rule]], list[Kept]]:
+    """Which modules of ``model`` the rules swap, and what is kept and why. Changes nothing.
 
-
-def shared_weights(model: nn.Module) -> set[int]:
-    """ids of parameters that more than one module holds."""
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                (shared if id(parameter) in seen else seen).add(id(parameter))
-    return shared
-
-
-def plan(model: nn.Module, book: RuleBook) -> tuple[list[tuple[str, nn.Linear, Rule]], list[Kept]]:
-    """Which modules of ``model`` the rules swap, and what is kept and why. Changes nothing."""
-    shared = shared_weights(model)
+    ``dtype``: what the model will be loaded in, where it is not loaded yet. Raises ``ValueError`` if a pattern matches no
+    module, or if there is nothing to swap.
+    """
+    names = [name for name, _ in model.named_modules()]
+    for pattern in [*book.skip, *(pattern for pattern, _ in book.rules)]:
+        if not any(matches(name, pattern) for name in names):
+            raise ValueError(f"pattern {pattern!r} matches no module of this model")
+    facts = _Facts.of(model, dtype)
     chosen, kept = [], []
     for name, module in model.named_modules():
         if not any(p.dim() >= 2 for p in module.parameters(recurse=False)) and not isinstance(module, QuantLinear):
             continue
         rule, why = book.rule_for(name)
-        reason = reason_to_keep(model, name, module, shared)
-        if reason and why.startswith("rule") and is_output_head(model, module) and id(getattr(module, "weight", None)) not in shared:
-            reason = None
-        if rule.format is None and isinstance(module, nn.Linear):
+        reason = reason_to_keep(model, name, module, facts)
+        if reason is None and module is facts.head and not why.startswith("rule"):
+            reason = "the output head is left in float by default; name it in rules to swap it"
+        if rule.format is None and type(module) is nn.Linear:
             reason = f"left alone by {why}"
         if reason is None:
             chosen.append((name, module, rule))
         else:
             held = module.weight_bytes if isinstance(module, QuantLinear) else parameter_bytes(module)
             kept.append(Kept(name, type(module).__name__, reason, held))
+    if not chosen:
+        raise ValueError(nothing_to_swap(kept))
     return chosen, kept
 
 
@@ -223,30 +278,48 @@ def swap(
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     book = RuleBook(weights, group_size, zeros, activations, skip, rules)
-    if weights is None:
-        raise ValueError("weights must be 'int4' or 'int8'; use skip or rules to leave modules alone")
-    names = [name for name, _ in model.named_modules()]
-    for pattern in [*book.skip, *(pattern for pattern, _ in book.rules)]:
-        if not any(matches(name, pattern) for name in names):
-            raise ValueError(f"pattern {pattern!r} matches no module of this model")
+    record = _recorder(model)
     chosen, kept = plan(model, book)
-    if not chosen:
-        raise ValueError(nothing_to_swap(kept))
-    for name, module, _ in chosen:
-        if module.weight.device.type == "meta":
-            raise ValueError(f"{name} is on the meta device: load the model first, or give taut.Config to from_pretrained")
-        if not bool(torch.isfinite(module.weight).all()):
-            raise ValueError(f"{name}: its weight holds a NaN or an infinity")
+    for name, module, rule in chosen:
+        check_values(name, module.weight, rule)
     report = SwapReport(kept=kept)
-    for index, (name, module, rule) in enumerate(chosen):
+    total = len(chosen)
+    for index in range(total):
+        name, module, rule = chosen.pop(0)  # WHY pop: so that each float weight is freed as soon as it is replaced
         if progress:
-            progress(index, len(chosen), name)
+            progress(index, total, name)
         new = QuantLinear.from_float(module, rule.format, rule.activations)
         new.train(module.training)
-        model.set_submodule(name, new) if name else None
-        report.swapped.append(
-            Swapped(name, rule, module.out_features, module.in_features, module.weight.numel() * module.weight.element_size(), new.weight_bytes)
-        )
+        model.set_submodule(name, new)
+        size = module.weight.numel() * module.weight.element_size()
+        report.swapped.append(Swapped(name, rule, module.out_features, module.in_features, size, new.weight_bytes))
+        del module
     if progress:
-        progress(len(chosen), len(chosen), "")
+        progress(total, total, "")
+    if record is not None:
+        settings = {"weights": weights, "group_size": group_size, "zeros": zeros, "activations": activations}
+        record(model, {**settings, "skip": skip, "rules": rules}, report)
     return report
+
+
+def check_values(name: str, weight: torch.Tensor, rule: Rule) -> None:
+    """Raises ``ValueError`` if the weight of module ``name`` cannot be quantized, so that nothing is changed then."""
+    if weight.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device: load the model first, or give taut.Config to from_pretrained")
+    least, most = torch.aminmax(weight.detach())
+    largest = max(-float(least), float(most))
+    if not math.isfinite(largest):
+        raise ValueError(f"{name}: its weight holds a NaN or an infinity")
+    if largest > (limit := 65504.0 * (7 if rule.format.name == "int4" else 127)):
+        raise ValueError(f"{name}: its weight holds {largest:g}; a float16 scale reaches up to {limit:g}")
+
+
+def _recorder(model: nn.Module) -> Callable[[nn.Module, dict, SwapReport], None] | None:
+    """For a transformers model, what notes in its config how it was swapped, so that it can be saved and loaded again."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None or not isinstance(model, modeling.PreTrainedModel):
+        return None
+    from .integrations import transformers
+
+    transformers.check_float(model)
+    return transformers.record_swap

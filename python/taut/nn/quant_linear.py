@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..formats import WeightFormat, activation_code
 from ..ops.pack_weight import dequantize_weight, pack_weight, unpack_weight
@@ -11,15 +12,72 @@ from ..ops.quant_linear import FLOAT_DTYPES
 from ..ops.quantize_weight import quantize_weight
 
 
+class DequantizedWeight(Tensor):
+    """What ``QuantLinear.weight`` gives: the float weight, computed when an operation first needs its numbers.
+
+    Models and libraries read ``weight.dtype``, ``.device`` and ``.shape`` in every forward; those cost nothing here.
+    Any operation on it yields a plain tensor; writing to it raises ``ValueError``, since the write would be lost.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, linear: QuantLinear, dtype: torch.dtype, device: torch.device) -> DequantizedWeight:
+        shape = (linear.out_features, linear.in_features)
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=False)
+
+    def __init__(self, linear: QuantLinear, dtype: torch.dtype, device: torch.device) -> None:
+        self._linear = linear
+        self._is_hf_initialized = True  # transformers' weight initialization leaves it alone
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for index, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[index] if index < len(args) else kwargs.get(argument.name)
+                if isinstance(value, cls):
+                    raise ValueError(_READ_ONLY)
+
+        def numbers(value):
+            return value._linear.dequantize(value.dtype) if isinstance(value, cls) else value
+
+        return func(*tree_map(numbers, args), **tree_map(numbers, kwargs))
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise ValueError(_READ_ONLY)
+
+    def numpy(self, *, force: bool = False):
+        return self.detach().numpy(force=force)
+
+    def __deepcopy__(self, memo) -> Tensor:
+        return self.detach()
+
+    def __reduce_ex__(self, protocol):
+        return self.detach().__reduce_ex__(protocol)
+
+    def __repr__(self, **_) -> str:
+        return f"DequantizedWeight({list(self.shape)}, dtype={self.dtype}, of {self._linear.format})"
+
+
+_READ_ONLY = "the weight of a QuantLinear is read-only: it is stored in low bits. Merge or edit the float model, then swap it"
+
+
 class QuantLinear(nn.Linear):
-    """``y = x @ dequant(w)^T + bias`` for ``x [..., in_features]`` in float32, bfloat16 or float16.
+    """``y = x @ dequant(w)^T + bias`` for ``x [..., in_features]`` in float32, bfloat16 or float16, on the CPU.
 
     In a ``state_dict`` the weight is in canonical form: ``qweight`` (codes), ``scales``, and ``zeros`` if the format has
     them, so a checkpoint depends on no machine. In memory it is ``packed``, in the layout the kernels read; the change
     happens in ``finalize`` (called by ``load_state_dict`` and the loaders) and is undone when the state is saved.
 
-    Built on the meta device it holds empty canonical parameters for a loader to fill.
-    Trains through: the gradient reaches ``x`` and ``bias``, never the weight. ``weight`` is a read-only, dequantized copy.
+    Built on the meta device it holds empty canonical parameters for a loader to fill. ``dtype`` is that of the bias and of
+    ``weight``; casting the module (``.half()``) changes those two and nothing that is stored.
+    Trains through: the gradient reaches ``x`` and ``bias``, never the weight. ``weight`` is a ``DequantizedWeight``.
     """
 
     def __init__(
@@ -40,6 +98,8 @@ class QuantLinear(nn.Linear):
         self.zeros = empty((out_features, groups), torch.uint8) if format.zeros else None
         self.packed: Tensor | None
         self.register_buffer("packed", None, persistent=False)
+        # Holds no number: it is what remembers the dtype through .to(), .half() and the like.
+        self.register_buffer("_like", torch.empty(0, dtype=dtype, device=device), persistent=False)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         # transformers' tensor parallelism passes plain local tensors to modules that say so
         self._hf_quantized_needs_local_tp = True
@@ -49,16 +109,19 @@ class QuantLinear(nn.Linear):
         """Quantizes the weight of ``linear``, whose bias it takes over. Raises ``ValueError`` as ``quantize_weight``."""
         activation_code(activations)
         codes, scales, zeros = quantize_weight(linear.weight.detach(), format)
-        return cls.from_canonical(codes, scales, zeros, linear.bias, linear.in_features, format, activations)
+        return cls.from_canonical(codes, scales, zeros, linear.bias, linear.in_features, format, activations, linear.weight.dtype)
 
     @classmethod
     def from_canonical(
         cls, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, in_features: int,
-        format: WeightFormat, activations: str = "int8",
+        format: WeightFormat, activations: str = "int8", dtype: torch.dtype | None = None,
     ) -> QuantLinear:  # fmt: skip
-        """A module over an already quantized weight (canonical form, see ``taut.formats``)."""
+        """A module over an already quantized weight (canonical form, see ``taut.formats``); ``dtype`` default: the bias's."""
         module = cls(in_features, codes.shape[0], bias=False, format=format, activations=activations, device="meta")
         module._set_packed(pack_weight(codes, scales, zeros, in_features, format))
+        if dtype is None and bias is not None:
+            dtype = bias.dtype
+        module._like = torch.empty(0, dtype=dtype)
         if bias is not None:
             module.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return module
@@ -71,6 +134,8 @@ class QuantLinear(nn.Linear):
         """Canonical parameters to ``packed``, in place. No-op if already done. Raises ``ValueError`` on a bad checkpoint."""
         if self.packed is None:
             zeros = self.zeros.data if self.zeros is not None else None
+            if self.qweight.device.type == "meta":
+                raise ValueError("this QuantLinear was built on the meta device and holds no weight yet: load a state_dict first")
             self._set_packed(pack_weight(self.qweight.data, self.scales.data, zeros, self.in_features, self.format))
 
     def canonical(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -86,8 +151,10 @@ class QuantLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """A dequantized copy: reading it costs a pass over the weight, writing to it changes nothing."""
-        return self.dequantize(self.bias.dtype if self.bias is not None else torch.float32)
+        """The weight as a read-only float tensor, dequantized where an operation needs it (a pass over the weight each time)."""
+        if torch.compiler.is_compiling():
+            return self.dequantize(self._like.dtype)
+        return DequantizedWeight(self, self._like.dtype, self._like.device)
 
     @property
     def weight_bytes(self) -> int:
@@ -97,12 +164,14 @@ class QuantLinear(nn.Linear):
         return self.format.canonical_bytes(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.in_features:
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"QuantLinear takes x [..., {self.in_features}], got {list(x.shape)}")
         if x.dtype not in FLOAT_DTYPES:
             raise ValueError(f"QuantLinear takes float32, bfloat16 or float16, got {x.dtype}")
         if self.packed is None:
             self.finalize()
+        if x.device != self.packed.device or x.device.type not in ("cpu", "meta"):
+            raise ValueError(f"QuantLinear computes on the CPU; x is on {x.device}, the weight on {self.packed.device}")
         bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
         return torch.ops.taut.quant_linear(x, self.packed, bias, *self._call)
 
@@ -115,6 +184,16 @@ class QuantLinear(nn.Linear):
             f"weight={self.format}, activations={self.activations}"
         )
 
+    def _apply(self, fn, recurse: bool = True):
+        # .half() and .to(dtype) cast every float parameter; scales are float16 on disk and must not be rounded.
+        scales = self.scales
+        self.scales = None
+        super()._apply(fn, recurse)
+        if scales is not None:
+            moved = fn(scales.data)
+            self.scales = nn.Parameter(moved if moved.dtype == scales.dtype else scales.data.to(moved.device), requires_grad=False)
+        return self
+
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.packed is not None:
@@ -125,14 +204,14 @@ class QuantLinear(nn.Linear):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs) -> None:
         names = ["qweight", "scales"] + (["zeros"] if self.format.zeros else [])
         values = [state_dict.get(prefix + name) for name in names]
-        if any(value is not None and value.device.type != "cpu" for value in values):
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-            return
         missing_keys.extend(prefix + name for name, value in zip(names, values, strict=True) if value is None)
         if all(value is not None for value in values):
             zeros = values[2] if self.format.zeros else None
             try:
-                self._set_packed(pack_weight(values[0], values[1], zeros, self.in_features, self.format))
+                if tuple(values[0].shape) != self.format.codes_shape(self.out_features, self.in_features):
+                    expected = list(self.format.codes_shape(self.out_features, self.in_features))
+                    raise ValueError(f"qweight must be {expected}, got {list(values[0].shape)}")
+                self._set_packed(pack_weight(values[0].detach(), values[1].detach(), zeros, self.in_features, self.format))
             except ValueError as error:
                 error_msgs.append(f"{prefix.rstrip('.')}: {error}")
         rest = {key: value for key, value in state_dict.items() if key not in {prefix + name for name in names}}
@@ -141,3 +220,5 @@ class QuantLinear(nn.Linear):
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if self.packed is None:
             self.qweight, self.scales, self.zeros = held
+        elif self._like.device.type == "meta":
+            self._like = torch.empty(0, dtype=self._like.dtype)

@@ -10,6 +10,9 @@ from ..formats import WeightFormat
 
 
 def check_canonical(codes: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, format: WeightFormat) -> None:
+    for tensor in (codes, scales, zeros):
+        if tensor is not None and tensor.device.type != "cpu":
+            raise ValueError(f"codes, scales and zeros must be on the CPU, got {tensor.device}")
     if codes.dim() != 2 or tuple(codes.shape) != format.codes_shape(codes.shape[0], in_features) or codes.dtype != format.codes_dtype:
         raise ValueError(
             f"codes of a {format} weight with K={in_features} must be {format.codes_dtype} [N, {format.codes_shape(1, in_features)[1]}], "
@@ -26,9 +29,8 @@ def check_canonical(codes: Tensor, scales: Tensor, zeros: Tensor | None, in_feat
         raise ValueError(f"zeros must be 0..15, got {int(zeros.max())}")
     if not bool(torch.isfinite(scales).all()):
         raise ValueError("scales must be finite")
-    for tensor in (codes, scales, zeros):
-        if tensor is not None and tensor.device.type != "cpu":
-            raise ValueError(f"codes, scales and zeros must be on the CPU, got {tensor.device}")
+    if format.name == "int8" and codes.numel() and int(codes.min()) < -127:
+        raise ValueError("int8 codes must be -127..127, got -128")
 
 
 def pack_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, format: WeightFormat) -> Tensor:
