@@ -1,0 +1,154 @@
+"""Named inputs of each op, shared by the tests and the benchmarks.
+
+``LINEAR_SHAPES`` are the layers of real models, named ``N14336_K4096``; a benchmark adds ``_M1`` and so on.
+``linear_cases`` are the tests' small ones: a set that covers every pair of settings (row count and format, width and
+depth, dtype and format, ...), since the whole product would be ten thousand of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import taut  # noqa: F401  (loads torch.ops.taut)
+from taut.formats import WeightFormat
+
+FORMATS = tuple(
+    WeightFormat(name, group, zeros)
+    for name, zeros in (("int4", False), ("int4", True), ("int8", False))
+    for group in (32, 64, 128, 0)
+)  # fmt: skip
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = ("float", "int8")
+
+# (out_features N, in_features K) of the linear layers of Llama-shaped models
+LINEAR_SHAPES = {
+    "135M": ((576, 576), (1536, 576), (576, 1536)),
+    "1B": ((2048, 2048), (8192, 2048), (2048, 8192)),
+    "8B": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
+    "70B": ((8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)),
+}
+LINEAR_ROWS = (1, 4, 32, 512)
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """One call of quant_linear: ``x [M, K]`` in ``dtype``, ``w [N, K]`` in ``format``, with or without bias."""
+
+    M: int
+    N: int
+    K: int
+    format: WeightFormat
+    activations: str = "int8"
+    dtype: torch.dtype = torch.float32
+    bias: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"N{self.N}_K{self.K}_M{self.M}"
+
+    def __str__(self) -> str:
+        group = f"g{self.format.group_size}" if self.format.group_size else "row"
+        format = f"{self.format.name}{group}{'z' if self.format.zeros else ''}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.name}-{format}-a{self.activations}-{dtype}{'-bias' if self.bias else ''}"
+
+    @property
+    def seed(self) -> int:
+        """The same on every machine and in every process, and printed by a failing check."""
+        return zlib.crc32(str(self).encode())
+
+    def sizes(self) -> dict[str, int]:
+        """What ``taut.explain("quant_linear", ...)`` takes."""
+        return {
+            "M": self.M, "N": self.N, "K": self.K, "format": self.format.code, "group_size": self.format.group_size,
+            "zeros": int(self.format.zeros), "activations": ACTIVATIONS.index(self.activations),
+        }  # fmt: skip
+
+    def make(self) -> LinearInputs:
+        generator = torch.Generator().manual_seed(self.seed)
+        x = torch.randn(self.M, self.K, generator=generator)
+        # a few channels far larger than the rest, as language models have
+        x[:, torch.rand(self.K, generator=generator) < 0.02] *= 30
+        bias = torch.randn(self.N, generator=generator).to(self.dtype) if self.bias else None
+        codes, scales, zeros = random_weight(self.N, self.K, self.format, generator)
+        return LinearInputs(x.to(self.dtype), pack(codes, scales, zeros, self.K, self.format), bias, codes, scales, zeros)
+
+
+@dataclass(frozen=True)
+class LinearInputs:
+    x: Tensor
+    packed: Tensor
+    bias: Tensor | None
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+
+
+def pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, k: int, format: WeightFormat) -> Tensor:
+    """pack_weight past the checks of its Python contract: kernels are tested with every code a byte can hold, -128 too."""
+    return torch.ops.taut.pack_weight(codes, scales, zeros, k, format.code, format.group_size)
+
+
+def random_weight(n: int, k: int, format: WeightFormat, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A canonical weight of uniformly drawn codes, every one of them reachable, and scales of either sign.
+
+    WHY not a quantized random matrix: its extreme codes are rare, and a group's scale never has a sign of its own.
+    """
+    groups = format.num_groups(k)
+    if format.name == "int4":
+        codes = torch.randint(0, 256, format.codes_shape(n, k), generator=generator, dtype=torch.uint8)
+        if k % 2:
+            codes[:, -1] &= 15  # the unused nibble is zero in the canonical form
+    else:
+        codes = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
+    scales = (torch.rand(n, groups, generator=generator) + 0.5) * (0.1 if format.name == "int4" else 0.01)
+    scales *= torch.where(torch.rand(n, groups, generator=generator) < 0.25, -1.0, 1.0)
+    zeros = torch.randint(0, 16, (n, groups), generator=generator, dtype=torch.uint8) if format.zeros else None
+    return codes, scales.half(), zeros
+
+
+ROWS = (0, 1, 2, 3, 4, 5, 6, 7, 13, 20, 21, 33, 70)
+WIDTHS = (1, 7, 17, 100)
+DEPTHS = (1, 31, 33, 75, 576, 1536, 10944)
+MAX_PRODUCTS = 6_000_000  # M * N * K of one case: the scalar impl takes 50 ms for it
+
+
+def linear_cases(activations: str) -> list[LinearCase]:
+    """Every pair of (M, N, K, format, dtype, bias) values, each with the others at least once."""
+    rows = covering_set(
+        (ROWS, WIDTHS, DEPTHS, FORMATS, DTYPES, (False, True)),
+        allowed=lambda m, n, k, *_: m * n * k <= MAX_PRODUCTS,
+    )
+    return [LinearCase(m, n, k, format, activations, dtype, bias) for m, n, k, format, dtype, bias in rows]
+
+
+def covering_set(values: Sequence[Sequence], allowed=lambda *_: True) -> list[tuple]:
+    """A small set of rows in which every allowed pair of values of two columns occurs. Greedy, and always the same."""
+    draw = random.Random(0)
+    columns = range(len(values))
+    missing = {(i, a, j, b) for i, j in itertools.combinations(columns, 2) for a in range(len(values[i])) for b in range(len(values[j]))}
+    rows: list[tuple] = []
+    barren = 0
+    while missing and barren < 200:
+        best, best_gain = None, 0
+        i, a, j, b = draw.choice(sorted(missing))
+        for _ in range(30):
+            row = [draw.randrange(len(column)) for column in values]
+            row[i], row[j] = a, b
+            if not allowed(*(values[c][row[c]] for c in columns)):
+                continue
+            gain = sum((p, row[p], q, row[q]) in missing for p, q in itertools.combinations(columns, 2))
+            if gain > best_gain:
+                best, best_gain = row, gain
+        barren = barren + 1 if best is None else 0
+        if best is not None:
+            missing -= {(p, best[p], q, best[q]) for p, q in itertools.combinations(columns, 2)}
+            rows.append(tuple(values[c][best[c]] for c in columns))
+    return sorted(rows, key=str)

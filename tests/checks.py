@@ -1,0 +1,124 @@
+"""When is a result right? ``assert_matches`` says, and if it is not, where and by how much."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from cases import LinearCase, LinearInputs
+from taut.ops import quant_linear as linear_op
+from taut.ops import quantize_weight as weight_op
+
+# Largest relative rounding error of a normal number, and absolute one of a subnormal number, of each dtype.
+ROUNDING = {torch.float32: (2.0**-24, 2.0**-150), torch.bfloat16: (2.0**-8, 2.0**-134), torch.float16: (2.0**-11, 2.0**-25)}
+FP32_ROUNDING, FP32_TINY = ROUNDING[torch.float32]
+
+TILE_ROWS = 8  # a strip of the Rows8 layout
+
+
+def assert_matches(
+    out: Tensor, reference: Tensor, plain: Tensor, magnitude: Tensor, *, dtype: torch.dtype, depth: int = 1, context: str = "",
+) -> None:  # fmt: skip
+    """``out [M, N]`` against ``reference`` (float64), judged by ``plain``, the same computation by torch in float32.
+
+    ``magnitude [M, N]`` is the sum of the absolute values of the terms that were added up (float64), ``depth`` how many.
+
+    Where the bound comes from. Every fp32 sum of products p_k, in whatever order, has an error of at most
+    c * u * magnitude with u = 2^-24, c growing with the number of additions and with luck. torch's own c is measured,
+    over the whole output: c = max |plain - reference| / (u * magnitude). A kernel may take twice that; where torch had
+    luck (short or few sums), c counts as 2, so that the four roundings no kernel can avoid (product, scale, unit, bias)
+    fit. Then one rounding to ``dtype``: relative ROUNDING[dtype][0] of the result, or half a subnormal step. Products and
+    sums below the normal range of fp32 lose half a step each: depth * 2^-150.
+
+    Rows and columns. An error that is within the bound everywhere but leans one way or sits in one row is still a fault.
+    Rounding errors spread evenly in their bound have a mean square of 1/3 of the bound's; its standard deviation over n
+    values is sqrt(4/45/n). A row's or column's mean square, each element relative to its bound, may be 1/3 plus five of
+    those.
+    """
+    assert tuple(out.shape) == tuple(reference.shape), f"{context}: shape {list(out.shape)}, expected {list(reference.shape)}"
+    assert out.dtype == dtype, f"{context}: dtype {out.dtype}, expected {dtype}"
+    if out.numel() == 0:
+        return
+    rounded = reference.to(dtype)
+    for kind, test in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
+        wrong = test(out) != test(rounded)
+        if wrong.any():
+            first = describe(out, reference, None, wrong.nonzero()[0])
+            raise AssertionError(f"{context}: {kind} in the wrong place: {first}; {int(wrong.sum())} of {out.numel()} elements")
+    finite = torch.isfinite(rounded)
+    if not finite.any():
+        return
+    error = torch.where(finite, (out.double() - reference).abs(), 0.0)
+    plain_error = torch.where(finite & torch.isfinite(plain), (plain.double() - reference).abs() - depth * FP32_TINY, 0.0).clamp(min=0)
+    c = max(2.0, float((plain_error / (FP32_ROUNDING * magnitude).clamp(min=1e-300)).max()))
+    relative, tiny = ROUNDING[dtype]
+    sum_bound = 2 * c * FP32_ROUNDING * magnitude + depth * FP32_TINY
+    bound = sum_bound + torch.clamp(relative * (reference.abs() + sum_bound), min=tiny)
+    bound = torch.where(finite, bound, 1.0)
+    share = error / bound
+    if share.max() > 1:
+        at = (share == share.max()).nonzero()[0]
+        raise AssertionError(
+            f"{context}: {describe(out, reference, bound, at)}; {int((share > 1).sum())} of {out.numel()} elements are outside their bound"
+        )
+    for what, dim in (("row", 1), ("column", 0)):
+        count = finite.sum(dim).clamp(min=1)
+        mean_square = (share**2).sum(dim) / count
+        limit = torch.clamp(1 / 3 + 5 * torch.sqrt(4 / 45 / count), max=1.0)
+        worst = int((mean_square - limit).argmax())
+        assert mean_square[worst] <= limit[worst], (
+            f"{context}: {what} {worst} has a root mean square error of {math.sqrt(float(mean_square[worst])):.3f} of its bound; "
+            f"rounding alone stays under {math.sqrt(float(limit[worst])):.3f}"
+        )
+
+
+def describe(out: Tensor, reference: Tensor, bound: Tensor | None, at: Tensor) -> str:
+    m, n = (int(i) for i in at)
+    text = (
+        f"[m={m}, n={n}] (strip {n // TILE_ROWS}, row {n % TILE_ROWS} of it) is {float(out[m, n])!r}, expected {float(reference[m, n])!r}"
+    )
+    return (
+        text
+        if bound is None
+        else f"{text}, off by {abs(float(out[m, n]) - float(reference[m, n])):.3e} where {float(bound[m, n]):.3e} is allowed"
+    )
+
+
+def assert_linear(out: Tensor, x: Tensor, inputs: LinearInputs, case: LinearCase, *, impl: str) -> None:
+    """``out`` of quant_linear on ``x [M, K]`` against the float64 reference. Call it after the kernel has run."""
+    w = weight_op.reference(inputs.codes, inputs.scales, inputs.zeros, case.K, case.format)
+    reference = linear_op.reference(x, w, inputs.bias, case.activations)
+    values = linear_op.quantize_activations(x) if case.activations == "int8" else x.double()
+    bias = torch.zeros(case.N) if inputs.bias is None else inputs.bias
+    plain = values.float() @ w.float().T + bias.float()
+    magnitude = values.abs() @ term_sizes(inputs, w, case).T + bias.double().abs()
+    assert_matches(
+        out, reference, plain, magnitude.nan_to_num(), dtype=case.dtype, depth=case.K + 2, context=f"{impl} on {case}, seed {case.seed}"
+    )
+
+
+def term_sizes(inputs: LinearInputs, w: Tensor, case: LinearCase) -> Tensor:
+    """How large the terms are that a kernel may add up in place of each element of w, ``float64 [N, K]``.
+
+    WHY int8 differs: an instruction set without 8 x 8 bit products that cannot overflow takes q = 16 * high + low in two
+    passes, each rounded; for a q near zero of which high is -1 they are larger than q itself.
+    """
+    if case.format.name == "int4":
+        return w.abs()
+    scale = inputs.scales.double().abs()[:, torch.arange(case.K) // (case.format.group_size or case.K)]
+    high = torch.div(inputs.codes.double(), 16, rounding_mode="floor")
+    return (16 * high.abs() + (inputs.codes.double() - 16 * high)) * scale
+
+
+def assert_same_bits(a: Tensor, b: Tensor, context: str) -> None:
+    """Equal bit for bit: NaN equals NaN of the same payload, 0.0 does not equal -0.0."""
+    assert a.shape == b.shape and a.dtype == b.dtype, f"{context}: {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}"
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    different = a.contiguous().view(integers) != b.contiguous().view(integers)
+    if different.any():
+        at = tuple(int(i) for i in different.nonzero()[0])
+        raise AssertionError(
+            f"{context}: {list(at)} is {a[at].item()!r} and {b[at].item()!r}; {int(different.sum())} of {a.numel()} differ"
+        )

@@ -1,0 +1,498 @@
+"""quant_linear, every impl and every case, against the float64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, note, settings
+from hypothesis import strategies as st
+
+import taut
+from cases import ACTIVATIONS, DTYPES, FORMATS, LinearCase, LinearInputs, linear_cases, pack, random_weight
+from checks import assert_linear, assert_same_bits
+from taut.formats import WeightFormat, activation_code
+from taut.ops import quant_linear as linear_op
+from taut.ops.quant_linear import quant_linear
+
+OP = "quant_linear"
+INT4, INT4_ZEROS, INT8 = WeightFormat("int4", 32), WeightFormat("int4", 64, True), WeightFormat("int8", 0)
+
+
+def run(case: LinearCase, inputs: LinearInputs, x: torch.Tensor | None = None) -> torch.Tensor:
+    return quant_linear(inputs.x if x is None else x, inputs.packed, inputs.bias, case.N, case.format, case.activations)
+
+
+def weight_of(codes, scales, zeros, k: int, format: WeightFormat, x: torch.Tensor, bias=None) -> LinearInputs:
+    return LinearInputs(x, pack(codes, scales, zeros, k, format), bias, codes, scales, zeros)
+
+
+def poison_next_output(case: LinearCase, rows: int) -> None:
+    """Leaves NaN in the memory that the allocator is about to hand out for the output (the sanitizer run does it for certain)."""
+    block = torch.full((rows, case.N), float("nan"), dtype=case.dtype)
+    del block
+
+
+@pytest.mark.parametrize("case", [case for activations in ACTIVATIONS for case in linear_cases(activations)], ids=str)
+def test_matches_reference(impl, case, forced):
+    forced(impl, **case.sizes())
+    inputs = case.make()
+    before = [tensor.clone() for tensor in (inputs.x, inputs.packed, *([inputs.bias] if case.bias else []))]
+    poison_next_output(case, case.M)
+    out = run(case, inputs)
+    again = run(case, inputs)
+    assert_linear(out, inputs.x, inputs, case, impl=impl)
+    assert_same_bits(out, again, f"{impl} on {case}, run twice")
+    for old, new in zip(before, (inputs.x, inputs.packed, inputs.bias), strict=False):
+        assert_same_bits(old, new, f"{impl} on {case}: an input was written to")
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_x(impl, activations, dtype, forced):
+    case = LinearCase(6, 17, 75, INT4_ZEROS, activations, dtype, bias=True)
+    forced(impl, **case.sizes())
+    inputs = case.make()
+    expected = run(case, inputs)
+    wide = torch.full((6, 200), float("nan"), dtype=dtype)
+    wide[:, 40:115] = inputs.x
+    spread = torch.full((12, 75), float("nan"), dtype=dtype)
+    spread[::2] = inputs.x
+    columns = torch.full((6, 150), float("nan"), dtype=dtype)
+    columns[:, ::2] = inputs.x
+    views = {
+        "part of wider rows": wide[:, 40:115],
+        "every second row": spread[::2],
+        "every second column": columns[:, ::2],
+        "transposed": inputs.x.t().contiguous().t(),
+    }
+    for name, view in views.items():
+        assert not view.is_contiguous()
+        assert_same_bits(run(case, inputs, view), expected, f"{impl} on {case}, {name}")
+    same_row = run(case, inputs, inputs.x[2:3].expand(6, 75))
+    assert_same_bits(same_row, run(case, inputs, inputs.x[2:3].repeat(6, 1)), f"{impl} on {case}, expanded")
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_leading_dimensions(impl, activations, forced):
+    case = LinearCase(12, 9, 40, INT4, activations, bias=True)
+    forced(impl, **case.sizes())
+    inputs = case.make()
+    expected = run(case, inputs)
+    assert_same_bits(run(case, inputs, inputs.x.view(3, 4, 40)), expected.view(3, 4, 9), "3-D")
+    assert_same_bits(run(case, inputs, inputs.x.view(2, 3, 2, 40)), expected.view(2, 3, 2, 9), "4-D")
+    swapped = inputs.x.view(3, 4, 40).transpose(0, 1)
+    assert_same_bits(run(case, inputs, swapped), expected.view(3, 4, 9).transpose(0, 1).contiguous(), "3-D, transposed")
+    assert_same_bits(run(case, inputs, inputs.x[0]), run(case, inputs, inputs.x[:1])[0], "1-D")
+    assert run(case, inputs, inputs.x.view(3, 4, 40)[:0]).shape == (0, 4, 9)
+    assert run(case, inputs, inputs.x.view(3, 4, 40)[:, :0]).shape == (3, 0, 9)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_no_outputs(impl, format, forced):
+    case = LinearCase(3, 0, 33, format, bias=True)
+    forced(impl, **LinearCase(3, 8, 33, format).sizes())
+    inputs = case.make()
+    assert run(case, inputs).shape == (3, 0)
+
+
+@pytest.mark.parametrize("format", (INT4, INT4_ZEROS, INT8), ids=str)
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_a_row_does_not_depend_on_its_batch(impl, format, activations, forced):
+    case = LinearCase(29, 23, 350, format, activations, bias=True)
+    forced(impl, **case.sizes())
+    inputs = case.make()
+    whole = run(case, inputs)
+    for rows in (1, 2, 3, 4, 5, 6, 7, 12, 21):
+        for start in (0, 8):
+            part = run(case, inputs, inputs.x[start : start + rows])
+            assert_same_bits(part, whole[start : start + rows], f"{impl} on {case}: rows {start} to {start + rows} alone and in the batch")
+
+
+@pytest.mark.parametrize("rows", (1, 3, 70))
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("format", (INT4_ZEROS, INT8), ids=str)
+def test_threads_change_nothing(impl, rows, activations, format, forced, threads):
+    case = LinearCase(rows, 100, 4500 if rows == 1 else 1536, format, activations, bias=True)
+    forced(impl, **case.sizes())
+    inputs = case.make()
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(run(case, inputs))
+    for count, result in enumerate(results[1:], 2):
+        assert_same_bits(results[0], result, f"{impl} on {case}: 1 thread and {count}")
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_more_rows_than_a_chunk(impl, activations, forced):
+    """Kernels take rows of x in chunks of a few hundred; the seams must not show."""
+    case = LinearCase(1100, 9, 40, INT4_ZEROS, activations)
+    forced(impl, **case.sizes())
+    inputs = case.make()
+    out = run(case, inputs)
+    assert_linear(out, inputs.x, inputs, case, impl=impl)
+    assert_same_bits(out[500:530], run(case, inputs, inputs.x[500:530]), f"{impl} on {case}: rows 500 to 530")
+
+
+# ---- Exact mode: sums that fp32 can represent have no excuse ----
+
+
+def exact_weight(case: LinearCase, generator: torch.Generator):
+    codes, scales, zeros = random_weight(case.N, case.K, case.format, generator)
+    scales = 2.0 ** torch.randint(-3, 1, scales.shape, generator=generator) * torch.sign(scales)
+    return codes, scales.half(), zeros
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("rows", (1, 4, 7, 33))
+def test_exact_with_float_activations(impl, format, rows, forced):
+    for dtype in DTYPES:
+        case = LinearCase(rows, 19, 200, format, "float", dtype, bias=True)
+        forced(impl, **case.sizes())
+        generator = torch.Generator().manual_seed(case.seed)
+        codes, scales, zeros = exact_weight(case, generator)
+        x = torch.randint(-64, 65, (rows, case.K), generator=generator).to(dtype)
+        bias = torch.randint(-64, 65, (case.N,), generator=generator).to(dtype)
+        out = run(case, weight_of(codes, scales, zeros, case.K, format, x, bias))
+        w = taut.ops.quantize_weight.reference(codes, scales, zeros, case.K, format)
+        assert_same_bits(out, positive_zero((x.double() @ w.T + bias.double()).to(dtype)), f"{impl} on {case}, seed {case.seed}")
+
+
+def positive_zero(t: torch.Tensor) -> torch.Tensor:
+    return torch.where(t == 0, torch.zeros_like(t), t)
+
+
+def exact_activations(rows: int, k: int, generator: torch.Generator) -> torch.Tensor:
+    """x that int8 quantization keeps as it is, every 32 k at another scale.
+
+    A row's first element is 127 * 32767, so that the row's unit is 1; the rest of its block is zero. Every other block
+    holds integers up to 127 in size, 127 among them, times a power of two.
+    """
+    x = torch.randint(-127, 128, (rows, k), generator=generator).float()
+    x[:, 32::32] = 127.0 * torch.where(torch.rand(rows, len(range(32, k, 32)), generator=generator) < 0.5, -1.0, 1.0)
+    x *= (2.0 ** torch.randint(0, 3, (rows, -(-k // 32)), generator=generator)).repeat_interleave(32, 1)[:, :k]
+    x[:, 0], x[:, 1:32] = 127.0 * 32767.0, 0
+    assert torch.equal(linear_op.quantize_activations(x), x.double())
+    return x
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("rows", (1, 2, 4, 6, 33))
+def test_exact_with_int8_activations(impl, format, rows, forced):
+    case = LinearCase(rows, 19, 300, format, "int8", bias=True)
+    forced(impl, **case.sizes())
+    generator = torch.Generator().manual_seed(case.seed)
+    codes, scales, zeros = exact_weight(case, generator)
+    if zeros is not None:
+        zeros[:, 0] = 5
+    if format.name == "int4":
+        codes[:, 0] = codes[:, 0] & 0xF0 | (8 if zeros is None else 5)  # what meets the large first element is a zero
+    else:
+        codes[:, 0] = 0
+    x = exact_activations(rows, case.K, generator)
+    bias = torch.randint(-64, 65, (case.N,), generator=generator).float()
+    out = run(case, weight_of(codes, scales, zeros, case.K, format, x, bias))
+    w = taut.ops.quantize_weight.reference(codes, scales, zeros, case.K, format)
+    assert_same_bits(out, positive_zero((x.double() @ w.T + bias.double()).float()), f"{impl} on {case}, seed {case.seed}")
+
+
+# ---- Extremes ----
+
+
+def extreme_codes(format: WeightFormat, n: int, k: int) -> list[tuple[str, torch.Tensor, torch.Tensor | None]]:
+    groups = format.num_groups(k)
+    if format.name == "int8":
+        alternating = torch.full((n, k), 127, dtype=torch.int8)
+        alternating[:, ::2] = -127
+        return [
+            ("all -127", torch.full((n, k), -127, dtype=torch.int8), None),
+            ("all 127", torch.full((n, k), 127, dtype=torch.int8), None),
+            ("-127 and 127", alternating, None),
+        ]
+    shape = format.codes_shape(n, k)
+    found = []
+    for name, byte in (("all 15", 0xFF), ("all 0", 0x00), ("15 and 0", 0xF0), ("0 and 15", 0x0F)):
+        codes = torch.full(shape, byte, dtype=torch.uint8)
+        if k % 2:
+            codes[:, -1] &= 15
+        for zero in (0, 15) if format.zeros else (None,):
+            zeros = None if zero is None else torch.full((n, groups), zero, dtype=torch.uint8)
+            found.append((f"{name}, zero point {zero}", codes, zeros))
+    return found
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("rows", (1, 3, 4, 22))
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_no_integer_overflows(impl, format, rows, activations, forced):
+    """Every product as large as it can be, with signs that add up, cancel, or do both in turn."""
+    case = LinearCase(rows, 17, 330, format, activations)
+    forced(impl, **case.sizes())
+    k = torch.arange(case.K)
+    signs = {
+        "all +": torch.ones(case.K),
+        "all -": -torch.ones(case.K),
+        "alternating": 1.0 - 2 * (k % 2),
+        "pairs": 1.0 - 2 * (k // 2 % 2),
+        "fours": 1.0 - 2 * (k // 4 % 2),
+        "halves of a block": 1.0 - 2 * (k // 16 % 2),
+        "blocks": 1.0 - 2 * (k // 32 % 2),
+    }
+    scales = torch.ones(case.N, format.num_groups(case.K), dtype=torch.float16)
+    for what, codes, zeros in extreme_codes(format, case.N, case.K):
+        for pattern, sign in signs.items():
+            x = (sign * 127).repeat(rows, 1)
+            inputs = weight_of(codes, scales, zeros, case.K, format, x)
+            assert_linear(run(case, inputs), x, inputs, case, impl=f"{impl} ({what}; x {pattern})")
+
+
+SPECIAL_ROWS = 7
+
+
+def special_x(kind: str, k: int, generator: torch.Generator) -> torch.Tensor:
+    x = torch.randn(SPECIAL_ROWS, k, generator=generator)
+    if kind == "zero rows":
+        x[::2] = 0
+    elif kind == "negative zero rows":
+        x[::2] = -0.0
+    elif kind == "NaN":
+        x[2, k // 2], x[5, 0], x[6, k - 1] = float("nan"), float("nan"), float("nan")
+    elif kind == "infinity":
+        x[2, k // 2], x[5, 0], x[6, k - 1] = float("inf"), float("-inf"), float("inf")
+    elif kind == "outliers":
+        x[:, 3] *= 1e4
+        x[1, 50] = 1e6
+    elif kind == "one element":
+        x *= 0
+        x[torch.arange(SPECIAL_ROWS), torch.arange(SPECIAL_ROWS) * 11 % k] = torch.tensor([1.0, -1, 3, 1e-3, 7e4, 127, 1e-9])
+    elif kind == "rows of every size":
+        x *= torch.tensor([1e30, 1e-30, 1e20, 1e-20, 1e10, 1.0, 1e-38])[:, None]
+    elif kind == "subnormal":
+        x *= 1e-41
+    elif kind == "the threshold of zero rows":  # int8 activations: a row under 2^-100 counts as zeros
+        x = x.clamp(-1, 1) * (2.0 ** torch.tensor([-99.0, -100, -101, -102, -110, -126, -140]))[:, None]
+        x[:, 0] = 2.0 ** torch.tensor([-99.0, -100, -101, -102, -110, -126, -140])
+    elif kind == "ties":  # products with the inverse scale that end in .5
+        x = (torch.randint(-254, 255, (SPECIAL_ROWS, k), generator=generator) / 2).clamp(-127, 127)
+        x[:, ::32] = 127
+    return x
+
+
+SPECIALS = (
+    "zero rows", "negative zero rows", "NaN", "infinity", "outliers", "one element", "rows of every size", "subnormal",
+    "the threshold of zero rows", "ties",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SPECIALS)
+@pytest.mark.parametrize("format", (INT4, INT4_ZEROS, INT8), ids=str)
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_special_values(impl, kind, format, activations, forced):
+    case = LinearCase(SPECIAL_ROWS, 20, 107, format, activations)
+    forced(impl, **case.sizes())
+    inputs = case.make()
+    x = special_x(kind, case.K, torch.Generator().manual_seed(case.seed))
+    out = run(case, inputs, x)
+    if activations == "int8" and kind in ("NaN", "infinity"):
+        assert bool(out[[2, 5, 6]].isnan().all()), f"{impl}: a row of x that holds a {kind} must give a row of NaN"
+        assert bool(out[[0, 1, 3, 4]].isfinite().all()), f"{impl}: a {kind} leaked into another row"
+    if activations == "float" and kind == "infinity":
+        w = taut.ops.quantize_weight.reference(inputs.codes, inputs.scales, inputs.zeros, case.K, format)
+        assert_same_nonfinite(out, x.double() @ w.T, f"{impl} on {case}")
+        out, x = out[[0, 1, 3, 4]], x[[0, 1, 3, 4]]
+    assert_linear(out, x, inputs, case, impl=f"{impl} ({kind})")
+
+
+def assert_same_nonfinite(out: torch.Tensor, reference: torch.Tensor, context: str) -> None:
+    assert torch.equal(out.isnan(), reference.isnan()), f"{context}: NaN in the wrong place"
+    assert torch.equal(out.isinf(), reference.isinf()), f"{context}: infinity in the wrong place"
+    assert torch.equal(out[out.isinf()] > 0, reference[reference.isinf()] > 0), f"{context}: infinity of the wrong sign"
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_results_too_large_for_the_dtype(impl, dtype, activations, forced):
+    case = LinearCase(5, 9, 64, INT4, activations, dtype)
+    forced(impl, **case.sizes())
+    inputs = case.make()
+    largest = torch.finfo(dtype).max
+    x = torch.full((5, 64), largest / 2, dtype=dtype)
+    codes = torch.full_like(inputs.codes, 0xFF)
+    codes[4:] = 0
+    scales = torch.full_like(inputs.scales, 0.5 if dtype == torch.float16 else 0.001)
+    inputs = weight_of(codes, scales, None, 64, INT4, x)
+    out = run(case, inputs)
+    if dtype == torch.float16:
+        assert bool((out[:, :4] == float("inf")).all() and (out[:, 4:] == float("-inf")).all())
+    assert_linear(out, x, inputs, case, impl=impl)
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("format", (INT4_ZEROS, INT8), ids=str)
+def test_extreme_scales(impl, activations, format, forced):
+    """fp16 scales that are zero, subnormal or the largest there is."""
+    case = LinearCase(5, 12, 100, format, activations)
+    forced(impl, **case.sizes())
+    inputs = case.make()
+    for scale in (0.0, 2.0**-24, -(2.0**-15), 65504.0):
+        changed = weight_of(inputs.codes, torch.full_like(inputs.scales, scale), inputs.zeros, case.K, format, inputs.x)
+        assert_linear(run(case, changed), inputs.x, changed, case, impl=f"{impl} (scale {scale})")
+
+
+def can_run(impl: str, case: LinearCase) -> bool:
+    with taut.force_impl(OP, impl):
+        return any(verdict.chosen for verdict in taut.explain(OP, **case.sizes()))
+
+
+# ---- Fuzz ----
+
+
+def fuzz_cases(activations: str):
+    return st.builds(
+        LinearCase,
+        M=st.integers(0, 40),
+        N=st.integers(1, 60),
+        K=st.one_of(st.integers(1, 300), st.integers(1, 2500)),
+        format=st.sampled_from(FORMATS),
+        activations=st.just(activations),
+        dtype=st.sampled_from(DTYPES),
+        bias=st.booleans(),
+    )
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_fuzz(impl, activations):
+    if not can_run(impl, LinearCase(1, 8, 32, INT4, activations)):
+        pytest.skip(f"{impl} does not compute with {activations} activations here")
+
+    @settings(max_examples=60, deadline=None, print_blob=True)
+    @given(case=fuzz_cases(activations))
+    def fuzz(case: LinearCase) -> None:
+        note(f"seed {case.seed}")
+        inputs = case.make()
+        with taut.force_impl(OP, impl):
+            out = run(case, inputs)
+        assert_linear(out, inputs.x, inputs, case, impl=impl)
+
+    fuzz()
+
+
+# ---- The op as torch sees it ----
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("shape", ((3, 40), (40,), (2, 3, 40), (0, 40)), ids=str)
+@pytest.mark.parametrize("bias", (False, True))
+def test_opcheck(activations, shape, bias):
+    case = LinearCase(6, 9, 40, INT4_ZEROS, activations, bias=bias)
+    inputs = case.make()
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    b = inputs.bias.requires_grad_() if bias else None
+    args = (x, inputs.packed, b, case.N, 4, 64, True, activation_code(activations))
+    torch.library.opcheck(torch.ops.taut.quant_linear.default, args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("format", (INT4, INT4_ZEROS, INT8), ids=str)
+def test_backward(dtype, format):
+    case = LinearCase(6, 1050, 40, format, "float", dtype, bias=True)  # more rows of w than one step of the backward takes
+    inputs = case.make()
+    x, bias = inputs.x.clone().requires_grad_(), inputs.bias.clone().requires_grad_()
+    out = quant_linear(x.view(2, 3, 40), inputs.packed, bias, case.N, format, "float")
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    out.backward(grad)
+    w = taut.ops.quantize_weight.reference(inputs.codes, inputs.scales, inputs.zeros, case.K, format)
+    expected = grad.view(6, -1).double() @ w
+    magnitude = grad.view(6, -1).double().abs() @ w.abs()
+    unit = torch.finfo(dtype).eps / 2
+    assert x.grad.dtype == dtype and bias.grad.dtype == dtype
+    # w rounds to dtype, the product of each of two steps does, and so does their sum: four roundings of the magnitude
+    assert bool(((x.grad.double() - expected).abs() <= 4 * unit * magnitude + 1e-5 * magnitude).all())
+    assert bool(((bias.grad.double() - grad.view(6, -1).double().sum(0)).abs() <= 6 * unit * grad.view(6, -1).double().abs().sum(0)).all())
+
+
+def test_backward_reaches_x_alone():
+    case = LinearCase(3, 9, 40, INT4, "int8")
+    inputs = case.make()
+    x = inputs.x.clone().requires_grad_()
+    run(case, inputs, x).sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_compile_keeps_the_graph_whole(activations):
+    case = LinearCase(4, 9, 40, INT4, activations, bias=True)
+    inputs = case.make()
+    compiled = torch.compile(lambda x: run(case, inputs, x * 1.0) + 1.0, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (4, 2, 3):
+        assert_same_bits(compiled(inputs.x[:rows]), run(case, inputs, inputs.x[:rows]) + 1.0, f"{rows} rows, compiled")
+
+
+# ---- Bad input ----
+
+
+def good_call() -> dict:
+    case = LinearCase(3, 9, 40, INT4, "int8", bias=True)
+    inputs = case.make()
+    return {"x": inputs.x, "packed": inputs.packed, "bias": inputs.bias, "out_features": 9, "format": INT4, "activations": "int8"}
+
+
+BAD_CALLS = {
+    "x is a scalar": ({"x": torch.tensor(1.0)}, "got a scalar"),
+    "x is float64": ({"x": torch.zeros(3, 40, dtype=torch.float64)}, "x must be float32, bfloat16 or float16, got torch.float64"),
+    "x is int8": ({"x": torch.zeros(3, 40, dtype=torch.int8)}, "x must be float32"),
+    "x is elsewhere": ({"x": torch.zeros(3, 40, device="meta")}, "x must be on the CPU"),
+    "x has another K": ({"x": torch.zeros(3, 72)}, r"packed must be uint8 \["),
+    "packed is short": ({"packed": torch.zeros(100, dtype=torch.uint8)}, r"packed must be uint8 \[.*got torch.uint8 \[100\]"),
+    "packed is float": ({"packed": torch.zeros(384)}, "packed must be uint8"),
+    "packed is elsewhere": ({"packed": torch.zeros(384, dtype=torch.uint8, device="meta")}, "packed must be uint8"),
+    "N is another": ({"out_features": 17}, "packed must be uint8"),
+    "bias is long": ({"bias": torch.zeros(10)}, r"bias must be torch.float32 \[9\]"),
+    "bias is 2-D": ({"bias": torch.zeros(1, 9)}, "bias must be"),
+    "bias is bfloat16": ({"bias": torch.zeros(9, dtype=torch.bfloat16)}, "bias must be torch.float32"),
+    "bias is elsewhere": ({"bias": torch.zeros(9, device="meta")}, "bias must be"),
+    "unknown activations": ({"activations": "int4"}, "unknown activations 'int4'; accepted: float, int8"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD_CALLS)
+def test_bad_call_is_a_value_error(what):
+    change, message = BAD_CALLS[what]
+    with pytest.raises(ValueError, match=message):
+        quant_linear(**good_call() | change)
+
+
+RAW_BAD_CALLS = {
+    "x is a scalar": ({"x": torch.tensor(1.0)}, "got a scalar"),
+    "x is float64": ({"x": torch.zeros(3, 40, dtype=torch.float64)}, "x must be float32, bfloat16 or float16"),
+    "x has another K": ({"x": torch.zeros(3, 72)}, "is x's last dimension"),
+    "K is 0": ({"x": torch.zeros(3, 0)}, "K >= 1"),
+    "packed is short": ({"packed": torch.zeros(100, dtype=torch.uint8)}, "packed holds 100 bytes"),
+    "packed is float": ({"packed": torch.zeros(384)}, "packed must be a contiguous 1-D uint8"),
+    "packed is 2-D": ({"packed": torch.zeros(2, 192, dtype=torch.uint8)}, "packed must be a contiguous 1-D uint8"),
+    "packed has gaps": ({"packed": torch.zeros(1000, dtype=torch.uint8)[::2]}, "packed must be a contiguous 1-D uint8"),
+    "N is negative": ({"out_features": -9}, "N >= 0"),
+    "N is huge": ({"out_features": 1 << 40}, "under 2\\^31"),
+    "bias is long": ({"bias": torch.zeros(10)}, r"bias must be \[9\]"),
+    "bias is bfloat16": ({"bias": torch.zeros(9, dtype=torch.bfloat16)}, "bias must have the dtype of x"),
+    "unknown format": ({"format": 5}, "format must be 4"),
+    "unknown group": ({"group_size": 48}, "group_size must be 32, 64, 128 or 0"),
+    "int8 with zeros": ({"format": 8, "zeros": True}, "zeros are for int4 only"),
+    "unknown activations": ({"activations": 2}, "activations must be 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", RAW_BAD_CALLS)
+def test_bad_raw_call_is_an_error_and_no_crash(what):
+    change, message = RAW_BAD_CALLS[what]
+    call = good_call() | {"format": 4, "group_size": 32, "zeros": False, "activations": 1} | change
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.taut.quant_linear(*(call[key] for key in RAW_ORDER))
+
+
+RAW_ORDER = ("x", "packed", "bias", "out_features", "format", "group_size", "zeros", "activations")
+
+
+def test_cost_counts_what_a_call_moves():
+    found = linear_op.cost(4, 16, 64, INT4, element_bytes=2)
+    assert found == {"flops": 2 * 4 * 16 * 64, "bytes": INT4.layout_bytes(16, 64) + 4 * (64 + 16) * 2}
