@@ -1,8 +1,5 @@
-"""Named inputs of each op, shared by the tests and the benchmarks.
-
-``LINEAR_SHAPES`` are the layers of real models, named ``N14336_K4096``; a benchmark adds ``_M1`` and so on.
-``linear_cases`` are the tests' small ones: a set that covers every pair of settings (row count and format, width and
-depth, dtype and format, ...), since the whole product would be ten thousand of them.
+"""Named inputs of each op: ``linear_cases`` are a set that covers every pair of settings (row count and format, width and
+depth, dtype and format, ...), since the whole product would be a hundred thousand of them.
 """
 
 from __future__ import annotations
@@ -26,15 +23,6 @@ FORMATS = tuple(
 )  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("float", "int8")
-
-# (out_features N, in_features K) of the linear layers of Llama-shaped models
-LINEAR_SHAPES = {
-    "135M": ((576, 576), (1536, 576), (576, 1536)),
-    "1B": ((2048, 2048), (8192, 2048), (2048, 8192)),
-    "8B": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
-    "70B": ((8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)),
-}
-LINEAR_ROWS = (1, 4, 32, 512)
 
 
 @dataclass(frozen=True)
