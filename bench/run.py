@@ -5,7 +5,9 @@ process, with the same threads and inputs; before each turn the threads of the o
 during which the hypervisor took time away are dropped. Cold: each computation reads other copies of the weights, together more
 than three times the last cache. Warm: the same copy. The share of the roofline is the least time the machine could take, by the
 bytes and the operations counted and the ceilings measured in the same run, over the median; bytes that a warm run finds in the
-cache set no bound. Operations in bf16 are held against the fp32 ceiling: a processor with bf16 instructions can pass it.
+cache set no bound. A long run measures the ceilings again as it goes and holds each result against the best so far: a host that
+shares its memory with others has slow minutes. Operations in bf16 are held against the fp32 ceiling: a processor with bf16
+instructions can pass it.
 
 JSON lines: op, case, format, impl (bench/cases.py says how they are named), peer, threads, median_us, p10_us, p90_us, gb_s,
 gflop_s, roofline_share, cold, max_error (of the largest result, against float64 with unrounded x), commit, machine, torch, and
@@ -22,8 +24,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, Python looks for modules beside it
@@ -40,7 +43,7 @@ from bench.contenders import Entry, Prepared, Skip, default_impl, impls, own_ent
 from bench.peers import all_peers, bits_of
 from bench.peers import entry as peer_entry
 from bench.problem import Problem
-from bench.timing import Runner, Spread, interleave, spread
+from bench.timing import Runner, Spread, interleave, spread, wait_until_idle
 from taut.report.machine import processor_name, usable_cores
 from taut.roofline import Roofline, last_cache_bytes, roofline
 
@@ -52,6 +55,7 @@ FIELDS = (
 _WARM_ONLY_M = 64  # above it a matrix product is bound by arithmetic: cold and warm weights cost the same
 _SECONDS_EACH = 6.0  # that a contender may take in a race; with three samples it stops there
 _BUSY_LOAD = 0.5
+_CEILINGS_SECONDS = 20.0  # how old the ceilings may be when a race begins
 
 
 @dataclass(frozen=True)
@@ -149,11 +153,12 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         with args.json.open("a"):  # so that a path that cannot be written is known before, not after
             pass
     load = _load()
-    ceilings = roofline()
+    ceilings, measured = roofline(), time.monotonic()
     machine = f"{processor_name()}, {usable_cores()} cores"
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     context = Context(ceilings, torch.get_num_threads(), _commit(), machine, now)
     console.print(_words(context), highlight=False)
+    _warn_if_busy(load, console)  # now, for who would rather stop, and at the end, for who reads only that
     wrong: list[str] = []
     skipped = {f"{peer.name}: {reason}" for peer in all_peers() if args.peers and (reason := peer.available())}
     jobs = [(entries, cold) for entries in races for cold in _temperatures(entries[0].case, args.cold, args.warm)]
@@ -161,22 +166,31 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         task = progress.add_task("", total=len(jobs))
         for entries, cold in jobs:
             progress.update(task, description=entries[0].case.name)
+            if time.monotonic() - measured > _CEILINGS_SECONDS:
+                wait_until_idle()
+                ceilings, measured = ceilings.best_of(roofline(refresh=True)), time.monotonic()
+                context = replace(context, ceilings=ceilings)
             rows = race(entries, cold, args.rounds, context, wrong, skipped)
             progress.advance(task)
             if rows:
                 console.print(_show(rows))
                 _append(args.json, rows, context)
+    console.print(_ceilings_in_words(ceilings), highlight=False)
     for line in sorted(skipped):
         console.print(f"not measured: {line}", highlight=False, markup=False)
     for line in wrong:
         console.print(f"WRONG, not timed: {line}", style="bold red", highlight=False, markup=False)
+    _warn_if_busy(load, console)
+    if (after := _load()) > context.threads + 1:
+        console.print(f"The load average is {after:.2f} with {context.threads} threads: something else runs.", style="bold yellow")
+    return 1 if wrong else 0
+
+
+def _warn_if_busy(load: float, console: Console) -> None:
     if load > _BUSY_LOAD:
         console.print(
             f"The load average was {load:.2f} when this began: something else ran. Do not trust these times.", style="bold yellow"
         )
-    if (after := _load()) > context.threads + 1:
-        console.print(f"The load average is {after:.2f} with {context.threads} threads: something else runs.", style="bold yellow")
-    return 1 if wrong else 0
 
 
 def _load() -> float:
@@ -313,11 +327,13 @@ def _time(micros: float) -> str:
 
 
 def _words(context: Context) -> str:
-    ceilings = context.ceilings
+    return f"{context.machine}; {context.threads} threads; torch {torch.__version__}; commit {context.commit}"
+
+
+def _ceilings_in_words(ceilings: Roofline) -> str:
     huge = "" if ceilings.read_huge_pages_gb_s is None else f" ({ceilings.read_huge_pages_gb_s:.1f} with 2 MB pages)"
     return (
-        f"{context.machine}; {context.threads} threads; torch {torch.__version__}; commit {context.commit}\n"
-        f"ceilings now: read {ceilings.read_gb_s:.1f} GB/s{huge}, fp32 {ceilings.fma_gflop_s:.0f} GFLOP/s, "
+        f"ceilings: read {ceilings.read_gb_s:.1f} GB/s{huge}, fp32 {ceilings.fma_gflop_s:.0f} GFLOP/s, "
         f"int8 {ceilings.dot_gop_s:.0f} GOP/s; last cache {ceilings.last_cache_bytes / 2**20:.0f} MiB"
     )
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from bench.problem import Problem, max_error
 from bench.timing import Runner, Sample, clean, interleave, percentile, spread, steal_ticks, wait_until_idle
 
 from taut.formats import WeightFormat
+from taut.roofline import Roofline
 
 SMALL = Case("quant_linear", 64, 96, 3)
 JSON_TYPES = {
@@ -185,6 +187,34 @@ def test_a_wrong_result_is_reported_and_never_timed(
     assert lines.read_text() == ""
 
 
+def test_a_long_run_holds_results_against_the_best_ceilings_so_far(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    speeds = iter((10.0, 1000.0))
+    monkeypatch.setattr(
+        run, "roofline", lambda refresh=False: Roofline(torch.get_num_threads(), "cpu_scalar", 1, 1, next(speeds), None, 1, 1e9, 1e9)
+    )
+    monkeypatch.setattr(run, "all_cases", lambda: [SMALL])
+    clock = iter((0.0, run._CEILINGS_SECONDS - 1, run._CEILINGS_SECONDS + 1, run._CEILINGS_SECONDS + 1))
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    lines = tmp_path / "lines.jsonl"
+    assert run.main(["--filter", "N64_K96_M3/int4_g32_a8", "--rounds", "1", "--json", str(lines)]) == 0
+    first, second = [json.loads(text) for text in lines.read_text().splitlines()]
+    assert first["roofline_share"] == pytest.approx(first["gb_s"] / 10)
+    assert second["roofline_share"] == pytest.approx(second["gb_s"] / 1000)
+    assert "ceilings: read 1000.0 GB/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("load", "said"), [(0.5, 0), (0.51, 2)])
+def test_a_busy_machine_is_named_first_and_last(
+    load: float, said: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "all_cases", lambda: [SMALL])
+    monkeypatch.setattr(run, "_load", lambda: load)
+    assert run.main(["--filter", "N64_K96_M3/int4_g32_a8", "--warm", "--rounds", "1"]) == 0
+    assert capsys.readouterr().out.count("Do not trust these times") == said
+
+
 def test_who_cannot_take_part_is_skipped_with_the_reason() -> None:
     def refuse(problem: Problem, cold_bytes: int) -> Prepared:
         raise Skip("not today")
@@ -280,7 +310,7 @@ def test_a_tiny_run_writes_lines_of_the_schema(tmp_path: Path) -> None:
     finished = subprocess.run([*command, "--json", str(lines)], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert "N192_K576_M1" in finished.stdout
-    assert "ceilings now" in finished.stdout
+    assert "ceilings: read " in finished.stdout
     first, *rest = [json.loads(text) for text in lines.read_text().splitlines()]
     assert first == {"kept": True}
     assert [line["cold"] for line in rest] == [True, False]

@@ -114,5 +114,15 @@ def test_least_seconds_is_the_slower_of_memory_and_arithmetic() -> None:
     assert Roofline(2, "cpu_scalar", 1, 1, 10.0, None, 4, 1.0, 1.0).best_read_gb_s == 10.0
 
 
+def test_best_of_takes_the_higher_of_each() -> None:
+    first = Roofline(2, "cpu_scalar", 1, 1, 10.0, None, 1, 100.0, 400.0)
+    second = Roofline(2, "cpu_scalar", 1, 1, 9.0, 20.0, 8, 110.0, 300.0)
+    assert first.best_of(second) == Roofline(2, "cpu_scalar", 1, 1, 10.0, 20.0, 8, 110.0, 400.0)
+    assert second.best_of(first) == first.best_of(second)
+    assert first.best_of(first) == first
+    with pytest.raises(ValueError, match="ceilings of 2 threads of cpu_scalar and of 1 threads of cpu_scalar"):
+        first.best_of(Roofline(1, "cpu_scalar", 1, 1, 9.0, 20.0, 8, 110.0, 300.0))
+
+
 def test_last_cache_has_a_size() -> None:
     assert last_cache_bytes() >= 1 << 16

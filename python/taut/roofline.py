@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -18,8 +18,7 @@ from .ops import roofline as op
 _MIB = 1 << 20
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNKNOWN_CACHE_BYTES = 32 * _MIB
-_READ_PASSES = 4  # of each kind of read; the best counts
-_COMPUTE_SECONDS = 0.012  # of one timed burst
+_READ_PASSES = 8  # of each kind of read; the best counts
 _COMPUTE_BURSTS = 8
 _cached: dict[tuple[int, str], Roofline] = {}
 
@@ -52,6 +51,25 @@ class Roofline:
     def least_seconds(self, nbytes: float, flops: float = 0.0, int8_ops: float = 0.0) -> float:
         """The least time this machine could take to read ``nbytes`` and do ``flops`` in fp32 and ``int8_ops`` in int8."""
         return max(nbytes / (self.best_read_gb_s * 1e9), flops / (self.fma_gflop_s * 1e9) + int8_ops / (self.dot_gop_s * 1e9))
+
+    def best_of(self, other: Roofline) -> Roofline:
+        """The higher of each ceiling, of two measurements on one machine with the same threads and impl.
+
+        Raises ``ValueError`` where threads or impl differ.
+        """
+        if (self.threads, self.impl) != (other.threads, other.impl):
+            raise ValueError(
+                f"ceilings of {self.threads} threads of {self.impl} and of {other.threads} threads of {other.impl} do not compare"
+            )
+        huge = [found for found in (self.read_huge_pages_gb_s, other.read_huge_pages_gb_s) if found is not None]
+        return replace(
+            self,
+            read_gb_s=max(self.read_gb_s, other.read_gb_s),
+            read_huge_pages_gb_s=max(huge, default=None),
+            read_streams=max(self, other, key=lambda found: found.best_read_gb_s).read_streams,
+            fma_gflop_s=max(self.fma_gflop_s, other.fma_gflop_s),
+            dot_gop_s=max(self.dot_gop_s, other.dot_gop_s),
+        )
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -134,15 +152,10 @@ def _read(buffer: Tensor) -> tuple[float, int]:
 def _compute(ceiling: str) -> float:
     """The best rate, 10^9 operations a second."""
     nothing = torch.empty(0, dtype=torch.int64)
-    steps, best = 4096, 0.0
-    while True:  # bursts long enough for the clock, and for threads to have started
-        start = time.perf_counter()
-        op.roofline(nothing, ceiling, steps=steps)
-        if time.perf_counter() - start > _COMPUTE_SECONDS or 2 * steps > op.MAX_STEPS:
-            break
-        steps *= 2
+    best = 0.0
     for _ in range(_COMPUTE_BURSTS):
         start = time.perf_counter()
-        multiply_adds = int(op.roofline(nothing, ceiling, steps=steps))
+        # WHY not as many steps as fill some time: on a busy machine a thread that starts late fills it. These take 8 to 30 ms.
+        multiply_adds = int(op.roofline(nothing, ceiling, steps=op.MAX_STEPS))
         best = max(best, 2 * multiply_adds / (time.perf_counter() - start) / 1e9)
     return best
