@@ -95,7 +95,9 @@ def test_no_worse_than_rounding_to_nearest(impl, format, dtype, forced):
         ours = ((values - group.double()) ** 2).sum(1)
         plain = ((nearest(group, format) - group.double()) ** 2).sum(1)
         worse = ours > plain * (1 + 1e-5)
-        assert not bool(worse.any()), f"group {g}, row {int(worse.nonzero()[0])}: squared error {ours[worse][0]} where rounding gives {plain[worse][0]}"
+        assert not bool(worse.any()), (
+            f"group {g}, row {int(worse.nonzero()[0])}: squared error {ours[worse][0]} where rounding gives {plain[worse][0]}"
+        )
 
 
 def test_the_search_pays():

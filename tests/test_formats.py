@@ -1,0 +1,66 @@
+"""WeightFormat: what is accepted, and what it says of shapes and bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cases import FORMATS
+from taut.formats import WeightFormat, activation_code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("int5",), "unknown weight format 'int5'; accepted: int4, int8"),
+        (("",), "unknown weight format ''"),
+        ((4,), "unknown weight format 4"),
+        (("int4", 48), "group_size 48 does not fit; accepted: 32, 64, 128, or 0"),
+        (("int4", -1), "group_size -1 does not fit"),
+        (("int4", True), "group_size True does not fit"),
+        (("int4", None), "group_size None does not fit"),
+        (("int4", 32, "yes"), "zeros must be True or False, got 'yes'"),
+        (("int8", 32, True), "zeros=True is for int4 only"),
+    ],
+    ids=str,
+)
+def test_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        WeightFormat(*arguments)
+
+
+def test_activation_modes():
+    assert [activation_code(name) for name in ("float", "int8")] == [0, 1]
+    with pytest.raises(ValueError, match="unknown activations 'fp8'; accepted: float, int8"):
+        activation_code("fp8")
+
+
+def test_names_are_distinct_and_readable():
+    assert len({str(format) for format in FORMATS}) == len(FORMATS)
+    assert str(WeightFormat("int4", 32, True)) == "int4 group 32 with zeros"
+    assert str(WeightFormat("int8", 0)) == "int8 per row"
+
+
+@pytest.mark.parametrize(
+    ("format", "shape", "codes", "groups", "canonical", "layout"),
+    [
+        # [3, 70]: 2 strips of padding at most; 3 k-blocks of 32; groups of 32 fit one superblock of 4
+        (WeightFormat("int4", 32), (3, 70), (3, 35), 3, 3 * 35 + 3 * 3 * 2, 64 + 3 * 128),
+        (WeightFormat("int4", 32, True), (3, 70), (3, 35), 3, 3 * 35 + 3 * 3 * 3, 96 + 3 * 128),
+        (WeightFormat("int8", 64), (9, 70), (9, 70), 2, 9 * 70 + 9 * 2 * 2, 2 * (64 + 3 * 256)),
+        (WeightFormat("int8", 0), (9, 70), (9, 70), 1, 9 * 70 + 9 * 2, 2 * (64 + 3 * 256)),
+        # 130 k in groups of 32: 5 k-blocks, so a second superblock with its own header
+        (WeightFormat("int4", 32), (1, 130), (1, 65), 5, 65 + 5 * 2, 2 * 64 + 5 * 128),
+    ],
+    ids=str,
+)
+def test_shapes_and_bytes(format, shape, codes, groups, canonical, layout):
+    assert format.codes_shape(*shape) == codes
+    assert format.num_groups(shape[1]) == groups
+    assert format.canonical_bytes(*shape) == canonical
+    assert format.layout_bytes(*shape) == layout
+
+
+def test_codes():
+    assert (WeightFormat("int4").code, WeightFormat("int8").code) == (4, 8)
+    assert (WeightFormat("int4").codes_dtype, WeightFormat("int8").codes_dtype) == (torch.uint8, torch.int8)

@@ -1,0 +1,238 @@
+"""pack_weight, unpack_weight, dequantize_weight: bijection, the layout's own definition, exact numbers, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cases import DTYPES, FORMATS, pack, random_weight
+from checks import assert_same_bits
+from taut.formats import WeightFormat
+from taut.ops import quantize_weight as weight_op
+from taut.ops.pack_weight import dequantize_weight, pack_weight, unpack_weight
+
+SHAPES = ((1, 1), (7, 31), (8, 32), (9, 33), (17, 127), (16, 512), (100, 75), (3, 1537), (1, 10944))
+INT4, INT4_ZEROS, INT8 = WeightFormat("int4", 32), WeightFormat("int4", 64, True), WeightFormat("int8", 0)
+
+
+def make(n: int, k: int, format: WeightFormat, seed: int = 0):
+    return random_weight(n, k, format, torch.Generator().manual_seed(seed))
+
+
+def assert_round_trip(n: int, k: int, format: WeightFormat, seed: int) -> None:
+    parts = make(n, k, format, seed)
+    before = [part.clone() for part in parts if part is not None]
+    packed = pack(*parts, k, format)
+    assert packed.dtype == torch.uint8 and packed.numel() == format.layout_bytes(n, k)
+    for what, a, b in zip(("codes", "scales", "zeros"), unpack_weight(packed, n, k, format), parts, strict=True):
+        assert (a is None) == (b is None)
+        if b is not None:
+            assert_same_bits(a, b, f"{format} [{n}, {k}], seed {seed}: {what} packed and unpacked")
+    for a, b in zip(before, (part for part in parts if part is not None), strict=True):
+        assert_same_bits(a, b, "an input was written to")
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_round_trip(format, shape):
+    assert_round_trip(*shape, format, 0)
+
+
+@settings(max_examples=300, deadline=None, print_blob=True)
+@given(n=st.integers(0, 70), k=st.integers(1, 1200), format=st.sampled_from(FORMATS), seed=st.integers(0, 2**31))
+def test_round_trip_fuzz(n, k, format, seed):
+    assert_round_trip(n, k, format, seed)
+
+
+def layout(codes, scales, zeros, n: int, k: int, format: WeightFormat) -> torch.Tensor:
+    """Rows8 as the comment of csrc/common/formats.h describes it, written down byte by byte a second time."""
+    group, int4 = format.group_size or 128, format.name == "int4"
+    q = torch.stack([codes & 15, codes >> 4], -1).flatten(1)[:, :k].int() if int4 else codes.int() + 128
+    padded = torch.zeros(-(-n // 8) * 8, -(-k // 32) * 32, dtype=torch.int)
+    padded[:n, :k] = q
+    out: list[int] = []
+    for strip in range(0, n, 8):
+        for superblock in range(0, padded.shape[1], 4 * group):
+            for g in range(4):
+                for row in range(strip, strip + 8):
+                    at = superblock + g * group
+                    inside = row < n and at < k
+                    value = scales[row, at // format.group_size if format.group_size else 0] if inside else torch.tensor(0.0).half()
+                    out += value.reshape(1).view(torch.uint8).tolist()
+            if format.zeros:
+                for g in range(4):
+                    for row in range(strip, strip + 8):
+                        at = superblock + g * group
+                        out.append(int(zeros[row, at // format.group_size if format.group_size else 0]) if row < n and at < k else 0)
+            for block in range(superblock, min(superblock + 4 * group, padded.shape[1]), 32):
+                for vector in range(4 if int4 else 8):
+                    for row in range(strip, strip + 8):
+                        for i in range(4):
+                            at = block + 4 * vector + i
+                            out.append(int(padded[row, at] | padded[row, at + 16] << 4 if int4 else padded[row, at]))
+    return torch.tensor(out, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("shape", ((1, 1), (9, 33), (5, 300), (8, 544)), ids=str)
+def test_bytes_are_where_the_layout_says(format, shape):
+    parts = make(*shape, format)
+    packed = pack(*parts, shape[1], format)
+    expected = layout(*parts, *shape, format)
+    if format.name == "int8":  # padding is code 0, whose stored byte the layout leaves open: compare what belongs to elements
+        n, k = shape
+        ones = layout(torch.full((n, k), 127, dtype=torch.int8), torch.ones_like(parts[1]), None, n, k, format)
+        packed, expected = packed[ones != 0], expected[ones != 0]
+    assert_same_bits(packed, expected, f"{format} {shape}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_dequantize_is_exact(format, dtype):
+    """A code times an fp16 scale fits float32; one rounding to the dtype remains."""
+    for n, k in ((1, 1), (17, 75), (9, 333)):
+        parts = make(n, k, format)
+        expected = weight_op.reference(*parts, k, format).to(dtype)
+        expected = torch.where(expected == 0, torch.zeros_like(expected), expected)
+        found = dequantize_weight(pack(*parts, k, format), n, k, format, dtype)
+        found = torch.where(found == 0, torch.zeros_like(found), found)  # 0 * -s is -0.0 in one and 0.0 in the other
+        assert_same_bits(found, expected, f"{format} [{n}, {k}] to {dtype}")
+
+
+@pytest.mark.parametrize("format", (INT4, INT4_ZEROS, INT8), ids=str)
+def test_dequantize_some_rows(format):
+    n, k = 29, 75
+    packed = pack(*make(n, k, format), k, format)
+    whole = dequantize_weight(packed, n, k, format)
+    for begin, end in ((0, 29), (0, 0), (29, 29), (3, 5), (7, 9), (8, 16), (15, 29), (28, 29)):
+        assert_same_bits(dequantize_weight(packed, n, k, format, row_begin=begin, row_end=end), whole[begin:end], f"rows {begin} to {end}")
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_threads_change_nothing(format, threads):
+    parts = make(50, 300, format)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        packed = pack(*parts, 300, format)
+        results.append((packed, unpack_weight(packed, 50, 300, format)[0], dequantize_weight(packed, 50, 300, format)))
+    for result in results[1:]:
+        for a, b in zip(result, results[0], strict=True):
+            assert_same_bits(a, b, "another number of threads")
+
+
+@pytest.mark.parametrize("format", (INT4, INT4_ZEROS, INT8), ids=str)
+def test_strided_parts(format):
+    codes, scales, zeros = make(9, 75, format)
+    expected = pack(codes, scales, zeros, 75, format)
+
+    def spread(t):
+        return None if t is None else torch.stack([t, torch.zeros_like(t)], -1)[..., 0]
+
+    assert not spread(codes).is_contiguous()
+    assert_same_bits(pack(spread(codes), spread(scales), spread(zeros), 75, format), expected, "every second element")
+
+
+@pytest.mark.parametrize("format", (INT4, INT4_ZEROS, INT8), ids=str)
+def test_opcheck(format):
+    n, k = 9, 75
+    parts = make(n, k, format)
+    packed = pack(*parts, k, format)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    code, group = format.code, format.group_size
+    torch.library.opcheck(torch.ops.taut.pack_weight.default, (*parts, k, code, group), test_utils=tests)
+    torch.library.opcheck(torch.ops.taut.unpack_weight.default, (packed, n, k, code, group, format.zeros), test_utils=tests)
+    torch.library.opcheck(
+        torch.ops.taut.dequantize_weight.default, (packed, n, k, code, group, format.zeros, 1, 7, torch.bfloat16), test_utils=tests
+    )
+
+
+# ---- Bad input ----
+
+
+def good() -> dict:
+    codes, scales, zeros = make(3, 70, INT4_ZEROS)
+    return {"codes": codes, "scales": scales, "zeros": zeros, "in_features": 70, "format": INT4_ZEROS}
+
+
+BAD_PARTS = {
+    "codes 1-D": ({"codes": torch.zeros(35, dtype=torch.uint8)}, r"with zeros weight with K=70 must be torch.uint8 \[N, 35\]"),
+    "codes wide": ({"codes": torch.zeros(3, 36, dtype=torch.uint8)}, r"got torch.uint8 \[3, 36\]"),
+    "codes int8": ({"codes": torch.zeros(3, 35, dtype=torch.int8)}, "got torch.int8"),
+    "another K": ({"in_features": 80}, "K=80"),
+    "scales shape": ({"scales": torch.ones(3, 3).half()}, r"scales must be torch.float16 \[3, 2\]"),
+    "scales dtype": ({"scales": torch.ones(3, 2)}, r"scales must be torch.float16"),
+    "scales NaN": ({"scales": torch.full((3, 2), float("nan")).half()}, "scales must be finite"),
+    "scales inf": ({"scales": torch.full((3, 2), float("inf")).half()}, "scales must be finite"),
+    "no zeros": ({"zeros": None}, "needs zeros"),
+    "unwanted zeros": ({"format": WeightFormat("int4", 64)}, "has no zeros"),
+    "zeros shape": ({"zeros": torch.zeros(2, 3, dtype=torch.uint8)}, r"zeros must be torch.uint8 \[3, 2\]"),
+    "zeros dtype": ({"zeros": torch.zeros(3, 2)}, "zeros must be torch.uint8"),
+    "zeros large": ({"zeros": torch.full((3, 2), 16, dtype=torch.uint8)}, "zeros must be 0..15, got 16"),
+    "elsewhere": ({"codes": torch.zeros(3, 35, dtype=torch.uint8, device="meta")}, "must be on the CPU"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD_PARTS)
+def test_bad_part_is_a_value_error(what):
+    change, message = BAD_PARTS[what]
+    with pytest.raises(ValueError, match=message):
+        pack_weight(**good() | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"packed": torch.zeros(10, dtype=torch.uint8)}, r"packed must be uint8 \[\d+\] on the CPU .* got torch.uint8 \[10\]"),
+        ({"packed": torch.zeros(10)}, "packed must be uint8"),
+        ({"out_features": 9}, "packed must be uint8"),
+        ({"in_features": 1000}, "packed must be uint8"),
+        ({"format": INT8}, "packed must be uint8"),
+    ],
+    ids=("short", "float", "N", "K", "format"),
+)
+def test_bad_packed_is_a_value_error(change, message):
+    call = {"packed": pack_weight(**good()), "out_features": 3, "in_features": 70, "format": INT4_ZEROS} | change
+    for op in (unpack_weight, dequantize_weight):
+        with pytest.raises(ValueError, match=message):
+            op(**call)
+
+
+@pytest.mark.parametrize("rows", ((-1, 2), (2, 1), (0, 4), (5, 5)), ids=str)
+def test_bad_rows_are_a_value_error(rows):
+    with pytest.raises(ValueError, match="rows must satisfy 0 <= row_begin <= row_end <= 3"):
+        dequantize_weight(pack_weight(**good()), 3, 70, INT4_ZEROS, row_begin=rows[0], row_end=rows[1])
+
+
+def test_bad_dtype_is_a_value_error():
+    with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16, got torch.float64"):
+        dequantize_weight(pack_weight(**good()), 3, 70, INT4_ZEROS, torch.float64)
+
+
+def test_bad_raw_calls_are_errors_and_no_crash():
+    codes, scales, zeros = make(3, 70, INT4_ZEROS)
+    packed = pack(codes, scales, zeros, 70, INT4_ZEROS)
+    ops = torch.ops.taut
+    bad = [
+        (ops.pack_weight, (codes[0], scales, zeros, 70, 4, 64), "codes must be 2-D"),
+        (ops.pack_weight, (codes, scales, zeros, 80, 4, 64), "codes must be"),
+        (ops.pack_weight, (codes, scales, zeros, 0, 4, 64), "K >= 1"),
+        (ops.pack_weight, (codes, scales, zeros, 70, 2, 64), "format must be"),
+        (ops.pack_weight, (codes, scales, zeros, 70, 4, 16), "group_size must be"),
+        (ops.pack_weight, (codes.to(torch.int8), scales, zeros, 70, 4, 64), "codes must be uint8"),
+        (ops.pack_weight, (codes, scales.float(), zeros, 70, 4, 64), "scales must be float16"),
+        (ops.pack_weight, (codes, scales[:, :1], zeros, 70, 4, 64), r"scales must be \[3, 2\]"),
+        (ops.pack_weight, (codes, scales, zeros + 16, 70, 4, 64), "zeros must be 0..15"),
+        (ops.pack_weight, (codes, scales, zeros.int(), 70, 4, 64), "zeros must be uint8"),
+        (ops.unpack_weight, (packed[:-1], 3, 70, 4, 64, True), "packed must be"),
+        (ops.unpack_weight, (packed, 3, 70, 4, 64, False), "packed must be"),
+        (ops.unpack_weight, (packed, -3, 70, 4, 64, True), "N >= 0"),
+        (ops.dequantize_weight, (packed, 3, 70, 4, 64, True, 0, 4, torch.float32), "rows must satisfy"),
+        (ops.dequantize_weight, (packed, 3, 70, 4, 64, True, -1, 2, torch.float32), "rows must satisfy"),
+        (ops.dequantize_weight, (packed, 3, 70, 4, 64, True, 0, 3, torch.int32), "dtype must be"),
+    ]
+    for op, args, message in bad:
+        with pytest.raises(RuntimeError, match=message):
+            op(*args)
