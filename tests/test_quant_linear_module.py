@@ -1,0 +1,227 @@
+"""QuantLinear: the module around the op. States, copies, casts, devices, gradients, compile and export, refusals."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import taut
+from taut import QuantLinear, WeightFormat
+from taut.ops import quant_linear as op
+
+N, K = 40, 75
+FORMATS = [
+    WeightFormat("int4", 32),
+    WeightFormat("int4", 64, True),
+    WeightFormat("int4", 0),
+    WeightFormat("int8", 0),
+    WeightFormat("int8", 32),
+]
+
+
+def make(
+    format: WeightFormat = FORMATS[0], activations: str = "int8", bias: bool = True, dtype: torch.dtype = torch.float32
+) -> QuantLinear:
+    torch.manual_seed(0)
+    return QuantLinear.from_float(nn.Linear(K, N, bias=bias).to(dtype), format, activations)
+
+
+def inputs(dtype: torch.dtype = torch.float32, *shape: int) -> torch.Tensor:
+    return torch.randn(*(shape or (5,)), K, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def assert_same_module(a: QuantLinear, b: QuantLinear) -> None:
+    assert (a.format, a.activations, a.in_features, a.out_features) == (b.format, b.activations, b.in_features, b.out_features)
+    assert torch.equal(a.packed, b.packed)
+    assert torch.equal(a(inputs()), b(inputs()))
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_forward_is_the_op(format, activations):
+    module = make(format, activations)
+    x = inputs(torch.float32, 2, 3)
+    out = module(x)
+    assert out.shape == (2, 3, N)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, op.quant_linear(x, module.packed, module.bias, N, format, activations))
+    exact = op.reference(x.reshape(-1, K), module.dequantize().double(), module.bias.detach(), activations)
+    torch.testing.assert_close(out.reshape(-1, N).double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_state_dict_is_canonical_and_loads_bit_exactly(format):
+    module = make(format)
+    state = module.state_dict()
+    assert set(state) == {"qweight", "scales", "bias"} | ({"zeros"} if format.zeros else set())
+    assert "weight" not in state
+    assert (state["qweight"].dtype, tuple(state["qweight"].shape)) == (format.codes_dtype, format.codes_shape(N, K))
+    assert (state["scales"].dtype, tuple(state["scales"].shape)) == (torch.float16, (N, format.num_groups(K)))
+    other = QuantLinear(K, N, format=format)
+    assert not other.load_state_dict(state, strict=True).missing_keys
+    assert_same_module(module, other)
+    again = other.state_dict()
+    assert all(torch.equal(again[key], value) for key, value in state.items())
+
+
+def test_meta_module_is_filled_by_assign():
+    module = make(FORMATS[1])
+    with torch.device("meta"):
+        empty = QuantLinear(K, N, format=FORMATS[1])
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
+    with pytest.raises(ValueError, match="meta device and holds no weight"):
+        empty(inputs())
+    empty.load_state_dict(module.state_dict(), assign=True)
+    assert_same_module(module, empty)
+    assert empty.weight.device.type == "cpu"
+
+
+def test_load_reports_what_is_missing_or_wrong():
+    state = make(FORMATS[1]).state_dict()
+    fresh = lambda: QuantLinear(K, N, format=FORMATS[1])  # noqa: E731
+    for key in ("qweight", "scales", "zeros"):
+        with pytest.raises(RuntimeError, match=rf'Missing key.*"{key}"'):
+            fresh().load_state_dict({name: value for name, value in state.items() if name != key})
+        found = fresh().load_state_dict({name: value for name, value in state.items() if name != key}, strict=False)
+        assert found.missing_keys == [key]
+    for key, value, message in (
+        ("qweight", state["qweight"][:-8], r"qweight must be \[40, 38\], got \[32, 38\]"),
+        ("qweight", state["qweight"].to(torch.int16), "codes of a int4"),
+        ("scales", state["scales"][:, :1], r"scales must be torch.float16 \[40, 2\]"),
+        ("scales", state["scales"].float(), "scales must be torch.float16"),
+        ("scales", torch.full_like(state["scales"], torch.nan), "scales must be finite"),
+        ("zeros", torch.full_like(state["zeros"], 16), r"zeros must be 0\.\.15"),
+    ):
+        module = fresh()
+        with pytest.raises(RuntimeError, match=message):
+            module.load_state_dict({**state, key: value})
+        module.load_state_dict(state)  # and is not spoilt by the failed attempt
+        assert_same_module(module, make(FORMATS[1]))
+
+
+def test_deepcopy_and_pickle():
+    module = make()
+    assert_same_module(module, copy.deepcopy(module))
+    assert_same_module(module, pickle.loads(pickle.dumps(module)))
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    assert_same_module(module, torch.load(file, weights_only=False))
+    twin = copy.deepcopy(module)
+    twin.bias.data.zero_()
+    assert module.bias.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("finalized", [True, False])
+def test_casting_leaves_what_is_stored(dtype, finalized):
+    module = make(FORMATS[1])
+    state = module.state_dict()
+    if not finalized:
+        with torch.device("meta"):
+            module = QuantLinear(K, N, format=FORMATS[1])
+        for key, value in state.items():
+            setattr(module, key, nn.Parameter(value, requires_grad=key == "bias"))
+    module.to(dtype)
+    assert module.bias.dtype == module.weight.dtype == dtype
+    out = module(inputs(dtype))
+    assert out.dtype == dtype
+    after = module.state_dict()
+    assert after["scales"].dtype == torch.float16
+    assert all(torch.equal(after[key], state[key]) for key in ("qweight", "scales", "zeros"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_from_float_takes_every_dtype(dtype):
+    module = make(dtype=dtype)
+    assert module.weight.dtype == dtype
+    assert module(inputs(dtype)).dtype == dtype
+
+
+def test_weight_is_lazy_and_read_only():
+    module = make(FORMATS[3])
+    weight = module.weight
+    assert (weight.dtype, tuple(weight.shape), weight.device.type) == (torch.float32, (N, K), "cpu")
+    assert not isinstance(weight, nn.Parameter)
+    assert torch.equal(weight + 0, module.dequantize())
+    assert torch.equal(torch.mm(inputs(), weight.t()), inputs() @ module.dequantize().t())
+    assert torch.equal(torch.from_numpy(weight.numpy()), module.dequantize())
+    assert type(copy.deepcopy(weight)) is torch.Tensor
+    before = module.packed.clone()
+    for write in (
+        lambda w: w.mul_(2),
+        lambda w: w.copy_(torch.zeros(N, K)),
+        lambda w: torch.add(w, 1, out=w),
+        lambda w: setattr(w, "data", torch.zeros(N, K)),
+        lambda w: nn.init.zeros_(w),
+    ):
+        with pytest.raises(ValueError, match="read-only"):
+            write(module.weight)
+    assert torch.equal(module.packed, before)
+    assert "weight" not in dict(module.named_parameters())
+
+
+def test_gradient_reaches_input_and_bias_but_not_the_weight():
+    module = make(FORMATS[1], "float")
+    x = inputs().requires_grad_()
+    target = torch.randn(5, N, generator=torch.Generator().manual_seed(2))
+    (module(x) * target).sum().backward()
+    torch.testing.assert_close(x.grad, target @ module.dequantize())
+    torch.testing.assert_close(module.bias.grad, target.sum(0))
+    assert [name for name, p in module.named_parameters() if p.requires_grad] == ["bias"]
+
+
+def test_compile_and_export_have_no_graph_break():
+    module = make(FORMATS[1])
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(inputs()), module(inputs()))
+    program = torch.export.export(module, (inputs(),), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert "taut.quant_linear.default" in called
+    assert torch.equal(program.module()(inputs(torch.float32, 9)), module(inputs(torch.float32, 9)))
+
+
+def test_weight_bytes_and_repr():
+    module = make(FORMATS[0])
+    assert module.weight_bytes == FORMATS[0].layout_bytes(N, K) == module.packed.numel()
+    assert "in_features=75, out_features=40, bias=True, weight=int4 group 32, activations=int8" in repr(module)
+    with torch.device("meta"):
+        assert QuantLinear(K, N, format=FORMATS[0]).weight_bytes == FORMATS[0].canonical_bytes(N, K)
+
+
+def test_empty_batch_and_no_bias():
+    assert make(bias=False)(torch.empty(0, K)).shape == (0, N)
+    assert "bias" not in make(bias=False).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(3, K + 1), rf"takes x \[\.\.\., {K}\], got \[3, {K + 1}\]"),
+        (torch.zeros(()), "takes x"),
+        (torch.zeros(3, K, dtype=torch.float64), "float32, bfloat16 or float16, got torch.float64"),
+        (torch.zeros(3, K, dtype=torch.int64), "got torch.int64"),
+        (torch.zeros(3, K, device="meta"), "x is on meta"),
+    ],
+)
+def test_forward_refuses(x, message):
+    with pytest.raises(ValueError, match=message):
+        make()(x)
+
+
+def test_from_float_refuses():
+    linear = nn.Linear(K, N)
+    with pytest.raises(ValueError, match="unknown activations 'int3'"):
+        QuantLinear.from_float(linear, FORMATS[0], "int3")
+    with pytest.raises(ValueError, match="got torch.float64"):
+        QuantLinear.from_float(nn.Linear(K, N).double(), FORMATS[0])
+    linear.weight.data[3, 4] = torch.nan
+    with pytest.raises(ValueError, match="row 3 of w holds a NaN"):
+        QuantLinear.from_float(linear, FORMATS[0])
+    with pytest.raises(ValueError, match="unknown weight format 'int3'"):
+        taut.WeightFormat("int3")
