@@ -20,7 +20,7 @@ from taut.report.energy import EnergyCounter
 from taut.report.fidelity import compare_logits, join, summarize
 from taut.report.machine import describe_machine
 from taut.report.measure import Workload, measure
-from taut.report.memory import PeakSampler, anonymous_bytes
+from taut.report.memory import PeakSampler, anonymous_bytes, file_mappings
 from taut.report.microbench import Shape, run_shape
 from taut.report.resources import cache_bytes_per_token, decode_flops, parameter_count, ship_bytes, swapped_bytes, weight_bytes
 from taut.report.runner import Runner, Variant
@@ -336,3 +336,13 @@ def test_microbench_checks_and_times(capsys):
         assert row["gflop_s"] == pytest.approx(2 * 72 * 96 * 3 / row["median_us"] / 1e3)
     print_microbench(rows, Console(width=120))
     assert "N=72 K=96 M=3" in capsys.readouterr().out
+
+
+def test_file_mappings_tell_mapped_memory_from_its_own(tmp_path):
+    path = tmp_path / "numbers"
+    path.write_bytes(bytes(1 << 20))
+    mapped = torch.from_file(str(path), shared=True, size=1 << 18)
+    own = torch.zeros(1 << 18)
+    ranges = file_mappings()
+    assert any(begin <= mapped.data_ptr() < end for begin, end in ranges)
+    assert not any(begin <= own.data_ptr() < end for begin, end in ranges)

@@ -50,11 +50,11 @@ def words(found: dict[str, Any]) -> list[str]:
     machine = found["machine"]
     features = ", ".join(machine["cpu_features"]) or "none that taut has kernels for"
     lines = [
-        f"processor: {machine['processor']} ({machine['architecture']}), {machine['cores']} cores usable, torch uses {machine['threads']} threads",
+        f"processor: {machine['processor']} ({machine['architecture']}), {machine['cores']} cores usable",
         f"instruction sets taut knows: {features}",
         f"memory: {machine['memory_bytes'] / 1e9:.1f} GB, {found['memory_available_bytes'] / 1e9:.1f} GB free",
         f"taut {machine['taut']}, {', '.join(f'{key} {value}' for key, value in machine['build'].items() if key != 'version')}",
-        f"torch {machine['torch']}; Python {machine['python']}; {machine['system']}",
+        f"torch {machine['torch']}, which uses {machine['threads']} threads; Python {machine['python']}; {machine['system']}",
     ]
     for package, version in (("transformers", machine["transformers"]), ("peft", found["peft"])):
         lines.append(f"{package} {version}" if version else f"{package} is not installed")
@@ -77,7 +77,7 @@ def misfits(found: dict[str, Any]) -> list[str]:
         lines.append(f"this build serves torch {'.'.join(map(str, oldest))} and newer; torch {machine['torch']} is too old")
     if machine["threads"] > usable_cores():
         lines.append(
-            f"torch uses {machine['threads']} threads on {usable_cores()} usable cores, which slows it down: set --threads or OMP_NUM_THREADS"
+            f"torch uses {machine['threads']} threads on {usable_cores()} usable cores: slower than with as many, see OMP_NUM_THREADS"
         )
     if not machine["transformers"]:
         lines.append("quantize, generate and report need transformers: pip install 'taut[transformers]'")

@@ -23,6 +23,17 @@ def anonymous_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
+def file_mappings() -> list[tuple[int, int]]:
+    """The address ranges of this process that a file backs; none where the system does not say."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    fields = [line.split() for line in lines]
+    # a line: range, permissions, offset, device, inode, path
+    return [tuple(int(end, 16) for end in field[0].split("-")) for field in fields if field[4] != "0"]
+
+
 class PeakSampler:
     """Samples ``anonymous_bytes`` in a thread, every 3 ms; ``peak`` is the largest seen. A context manager."""
 

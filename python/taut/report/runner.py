@@ -13,7 +13,7 @@ from torch import Tensor
 from ..models import Settings, Source, end_tokens, find_source, load_model
 from .energy import EnergyCounter
 from .fidelity import TokenStats, compare_logits
-from .memory import PeakSampler, anonymous_bytes
+from .memory import PeakSampler, anonymous_bytes, file_mappings
 from .resources import cache_bytes_per_token, decode_flops, parameter_count, ship_bytes, swapped_bytes, weight_bytes
 
 
@@ -60,8 +60,9 @@ class Runner:
             start = time.perf_counter()
             self.model, report = load_model(source, self.variant.dtype, self.variant.settings)
             load_seconds = time.perf_counter() - start
-            if report is None and self.variant.settings is None:
-                for parameter in self.model.parameters():
+            mappings = file_mappings()
+            for parameter in self.model.parameters():
+                if any(begin <= parameter.data_ptr() < end for begin, end in mappings):
                     parameter.data = parameter.data.clone()
             ids = torch.tensor([prompt])
             _, cache = self._prefill(ids)

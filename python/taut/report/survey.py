@@ -161,13 +161,11 @@ def energy(found: Measurement, assumptions: Assumptions) -> dict[str, Figure]:
     elif low is None:
         figures["carbon of 1M tokens"] = unavailable("kgCO2eq", "needs an energy counter or --watts-per-core")
     else:
+        kind = "modelled" if assumptions.watts_per_core else "measured"
+        assumed = f"{kind} energy x {assumptions.grid_intensity:g} g/kWh, which you assumed"
         for word, value in (("low", low), ("high", high)) if low != high else (("", low),):
             kg = value * 1e6 / 3.6e6 * assumptions.grid_intensity / 1000
-            figures[f"carbon of 1M tokens{', ' + word if word else ''}"] = modelled(
-                kg,
-                "kgCO2eq",
-                f"{'modelled' if assumptions.watts_per_core else 'measured'} energy x {assumptions.grid_intensity:g} g/kWh, which you assumed",
-            )
+            figures[f"carbon of 1M tokens{', ' + word if word else ''}"] = modelled(kg, "kgCO2eq", assumed)
     return figures
 
 

@@ -34,7 +34,7 @@ class Worker:
 
     def __init__(self, variant: Variant, threads: int | None = None) -> None:
         self.variant = variant
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the worker)
+        self._errors = tempfile.TemporaryFile("w+")
         # the worker must find the same taut as its parent, wherever that was imported from
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         self._process = subprocess.Popen(
