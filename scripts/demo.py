@@ -215,8 +215,8 @@ def show(name: str, machine: dict, rows: list[dict], found: list[Measurement], c
     notes = [
         f"Rates: median ± half the range of {min(runs)} to {max(runs)} runs, interleaved. In brackets: share of fp32.",
         f"Peak: anonymous memory of a fresh process from load to decode, {base['before_bytes'] / 1e6:.0f} MB of it before the model.",
-        f"KL and top token: against fp32, on {rows[-1]['compared_tokens']} tokens (bf16: {rows[1]['compared_tokens']}) in windows of {WINDOW}, "
-        + f"± standard error, of: {TEXT_NAME}.",
+        f"KL and top token: against fp32, ± standard error, on {rows[-1]['compared_tokens']} tokens (bf16: {rows[1]['compared_tokens']}) "
+        + f"in windows of {WINDOW} of: {TEXT_NAME}.",
     ]
     if name.endswith(".gguf"):
         notes.append("fp32 is the numbers of that GGUF file as floats; what its own format lost before is not in this table.")

@@ -166,7 +166,7 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="what to answer, or to go on from; - reads standard input")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    greedy: Annotated[bool | None, typer.Option("--greedy/--sample", help="the likeliest token, or drawn [default: greedy unless --temperature]")] = None,
+    greedy: Annotated[bool | None, typer.Option("--greedy/--sample", help="[default: greedy unless --temperature]")] = None,
     temperature: Annotated[float | None, typer.Option(help="of sampling, above 0")] = None,
     seed: Annotated[int | None, typer.Option(help="of sampling")] = None,
     chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="use the chat template [default: if there is one]")] = None,
