@@ -1,0 +1,93 @@
+"""Builds and runs the kernels under AddressSanitizer and UndefinedBehaviorSanitizer, without torch or Python in the process.
+
+    python tests/sanitize/build.py [--compiler g++]
+
+Objects are kept in build/sanitize and made again only if a source, a header or the flags changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+OUT = ROOT / "build" / "sanitize"
+# -O1: -O0 would not inline what the kernels need inlined. Warnings are the library build's affair; gcc gives false ones here.
+FLAGS = ("-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-fno-math-errno", "-pthread")
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+OPS = ("quant_linear", "quantize_weight", "pack_weight")
+
+
+def isa_flags() -> dict[str, list[str]]:
+    """The flags CMakeLists.txt gives to a file by its suffix."""
+    text = (ROOT / "CMakeLists.txt").read_text()
+    return {isa: flags.split() for isa, flags in re.findall(r"set\(TAUT_FLAGS_(\w+) ([^)]*)\)", text)}
+
+
+def isa_of(source: Path) -> str | None:
+    """The ISA suffix of a kernel file, or None for one that any processor can run."""
+    return next((isa for isa in isa_flags() if source.stem.endswith(f"_{isa}")), None)
+
+
+def compiler(name: str | None = None) -> str | None:
+    return next(filter(None, map(shutil.which, [name] if name else [os.environ.get("CXX", "c++"), "g++", "clang++"])), None)
+
+
+def kernel_sources() -> list[Path]:
+    """Every kernel file this architecture can compile."""
+    files = sorted(path for op in OPS for path in (ROOT / "csrc" / op).glob("cpu_*.cpp"))
+    return files if platform.machine() in ("x86_64", "AMD64") else [path for path in files if isa_of(path) is None]
+
+
+def fingerprint(command: list[str], source: Path) -> str:
+    digest = hashlib.sha256(" ".join(command).encode())
+    for path in [source, *sorted((ROOT / "csrc").rglob("*.h"))]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def compile_one(cxx: str, source: Path) -> Path:
+    command = [cxx, *FLAGS, *SANITIZERS, *isa_flags().get(isa_of(source) or "", []), f"-I{ROOT / 'csrc'}", "-c"]
+    target = OUT / f"{source.parent.name}-{source.stem}-{fingerprint(command, source)[:16]}.o"
+    if not target.exists():
+        for old in OUT.glob(f"{source.parent.name}-{source.stem}-*.o"):
+            old.unlink()
+        partial = target.with_suffix(".partial")
+        subprocess.run([*command, str(source), "-o", str(partial)], check=True)
+        partial.rename(target)
+    return target
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compiler", help="default: $CXX, c++, g++ or clang++")
+    arguments = parser.parse_args()
+    cxx = compiler(arguments.compiler)
+    if cxx is None:
+        print("sanitize: no C++ compiler was found; set CXX to one", file=sys.stderr)
+        return 1
+    OUT.mkdir(parents=True, exist_ok=True)
+    sources = [*kernel_sources(), ROOT / "csrc/common/cpu_features.cpp", HERE / "kernels.cpp"]
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(lambda source: compile_one(cxx, source), sources))
+        program = OUT / "kernels"
+        subprocess.run([cxx, *SANITIZERS, "-pthread", *map(str, objects), "-o", str(program)], check=True)
+    except subprocess.CalledProcessError as error:
+        print(f"sanitize: {error}", file=sys.stderr)
+        return 1
+    options = {"ASAN_OPTIONS": "detect_stack_use_after_return=1:strict_init_order=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    return subprocess.run([str(program)], env=options | dict(os.environ), check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,338 @@
+// Every kernel this processor can run, on small ragged shapes, under AddressSanitizer and UndefinedBehaviorSanitizer.
+// Each buffer is a heap block of exactly its size, so that one byte past it is an error; what a kernel must write, and the
+// scratch memory it gets, start as NaN; results are checked against a plain loop. Threads: none, and three.
+#include <sys/types.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "common/cpu_features.h"
+#include "pack_weight/op.h"
+#include "quant_linear/op.h"
+#include "quantize_weight/op.h"
+
+namespace taut {
+
+// ---- What parallel.cpp is to the library, without torch ----
+
+int num_workers = 1;
+thread_local bool inside_task = false;
+
+void run_tasks(int64_t num_tasks, TaskBody body, void* context) {
+  if (num_workers == 1 || inside_task) {
+    for (int64_t task = 0; task < num_tasks; task++) body(context, task);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  std::vector<std::thread> workers;
+  for (int w = 0; w < num_workers; w++)
+    workers.emplace_back([&] {
+      inside_task = true;
+      for (int64_t task; (task = next++) < num_tasks;) body(context, task);
+    });
+  for (auto& worker : workers) worker.join();
+}
+
+struct Scratch {
+  void* data = nullptr;
+  ~Scratch() { std::free(data); }
+};
+
+// A new block for each call: a pointer kept past the next call for its slot is a use after free.
+uint8_t* scratch(int slot, size_t bytes) {
+  thread_local Scratch slots[kScratchSlots];
+  std::free(slots[slot].data);
+  if (posix_memalign(&slots[slot].data, 64, bytes) != 0) std::abort();
+  std::memset(slots[slot].data, 0xff, bytes);
+  return static_cast<uint8_t*>(slots[slot].data);
+}
+
+namespace {
+
+// ---- Buffers ----
+
+// `bytes` bytes that end where their heap block ends, `misalign` bytes past a multiple of 64, all ones (NaN in any dtype).
+class Buffer {
+ public:
+  explicit Buffer(size_t bytes, size_t misalign = 0) : misalign_(misalign), bytes_(bytes) {
+    if (posix_memalign(&block_, 64, misalign + bytes + (misalign + bytes == 0)) != 0) std::abort();
+    std::memset(data(), 0xff, bytes);
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(block_); }
+  uint8_t* data() const { return static_cast<uint8_t*>(block_) + misalign_; }
+  size_t bytes() const { return bytes_; }
+  bool same_as(const Buffer& other) const { return bytes_ == other.bytes_ && std::memcmp(data(), other.data(), bytes_) == 0; }
+
+ private:
+  void* block_ = nullptr;
+  size_t misalign_, bytes_;
+};
+
+std::mt19937 random_bits(1);
+int64_t checks = 0;
+
+float random_float() { return std::normal_distribution<float>()(random_bits); }
+
+[[noreturn]] void fail(const std::string& what) {
+  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
+  std::exit(1);
+}
+void expect(bool condition, const std::string& what) {
+  checks++;
+  if (!condition) fail(what);
+}
+
+std::string describe(const WeightSpec& w) {
+  return "N=" + std::to_string(w.N) + " K=" + std::to_string(w.K) + (w.format == Format::kInt4 ? " int4" : " int8") + " group " +
+         std::to_string(w.group_size) + (w.zeros ? " with zeros" : "");
+}
+
+// ---- A weight: canonical, packed, and as numbers ----
+
+struct Weight {
+  WeightSpec spec;
+  Buffer codes, scales, zeros, packed;
+
+  explicit Weight(const WeightSpec& w)
+      : spec(w), codes(w.N * w.code_row_bytes()), scales(w.N * w.num_groups() * 2), zeros(w.zeros ? w.N * w.num_groups() : 0),
+        packed(Rows8{w}.total_bytes(), 16) {  // a mapped checkpoint promises 16-byte alignment, no more
+    for (size_t i = 0; i < codes.bytes(); i++) codes.data()[i] = static_cast<uint8_t>(random_bits());
+    if (w.format == Format::kInt4 && w.K % 2)
+      for (int64_t n = 0; n < w.N; n++) codes.data()[(n + 1) * w.code_row_bytes() - 1] &= 15;
+    for (int64_t i = 0; i < w.N * w.num_groups(); i++) {
+      set_scale(i, float_to_fp16((random_bits() % 4 ? 1.0f : -1.0f) * (0.01f + 0.02f * std::fabs(random_float()))));
+      if (w.zeros) zeros.data()[i] = random_bits() % 16;
+    }
+  }
+  void set_scale(int64_t i, uint16_t bits) { std::memcpy(scales.data() + 2 * i, &bits, 2); }
+
+  pack_weight::Params params(int threads) const {
+    return {spec, codes.data(), reinterpret_cast<uint16_t*>(scales.data()), spec.zeros ? zeros.data() : nullptr, packed.data(), threads};
+  }
+  double value(int64_t n, int64_t k) const {
+    const int64_t group = n * spec.num_groups() + (spec.group_size ? k / spec.group_size : 0);
+    uint16_t bits;
+    std::memcpy(&bits, scales.data() + 2 * group, 2);
+    const double scale = fp16_to_float(bits);
+    if (spec.format == Format::kInt8) return static_cast<int8_t>(codes.data()[n * spec.K + k]) * scale;
+    const int code = codes.data()[n * spec.code_row_bytes() + k / 2] >> (k % 2 * 4) & 15;
+    return (code - (spec.zeros ? zeros.data()[group] : 8)) * scale;
+  }
+};
+
+void test_pack(const WeightSpec& spec) {
+  Weight weight(spec);
+  pack_weight::cpu_scalar::pack(weight.params(3));
+  Weight back(spec);
+  std::memcpy(back.packed.data(), weight.packed.data(), weight.packed.bytes());
+  std::memset(back.codes.data(), 0xff, back.codes.bytes());
+  std::memset(back.scales.data(), 0xff, back.scales.bytes());
+  std::memset(back.zeros.data(), 0xff, back.zeros.bytes());
+  pack_weight::cpu_scalar::unpack(back.params(3));
+  expect(back.codes.same_as(weight.codes) && back.scales.same_as(weight.scales) && back.zeros.same_as(weight.zeros), "pack, unpack: " + describe(spec));
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    const int64_t first = spec.N / 3, last = spec.N - spec.N / 4;
+    Buffer out((last - first) * spec.K * dtype_bytes(dtype));
+    pack_weight::cpu_scalar::dequantize(spec, weight.packed.data(), first, last, out.data(), dtype, 3);
+    for (int64_t n = first; n < last; n++)
+      for (int64_t k = 0; k < spec.K; k++) {
+        alignas(4) uint8_t rounded[4];
+        store_float(rounded, 0, dtype, static_cast<float>(weight.value(n, k)));
+        expect(load_float(out.data(), (n - first) * spec.K + k, dtype) == load_float(rounded, 0, dtype), "dequantize: " + describe(spec));
+      }
+  }
+}
+
+// ---- quant_linear ----
+
+// int8 activations as op.h defines them, one fp32 operation at a time; q * m * unit.
+std::vector<double> quantized(const std::vector<float>& x) {
+  float row_max = 0;
+  for (const float v : x) row_max = std::fmax(row_max, std::fabs(v));
+  const float steps = row_max >= quant_linear::kSmallestRowMax ? 32767.0f / row_max : 0.0f;
+  std::vector<double> out(x.size());
+  for (size_t k0 = 0; k0 < x.size(); k0 += 32) {
+    const size_t k1 = std::min(x.size(), k0 + 32);
+    float group_max = 0;
+    for (size_t k = k0; k < k1; k++) group_max = std::fmax(group_max, std::fabs(x[k]));
+    const float m = std::fmin(std::fmax(std::ceil(group_max * steps), 1.0f), 32767.0f);
+    const float inverse = steps * 127.0f / m;
+    for (size_t k = k0; k < k1; k++) {
+      const double code = std::fmin(std::fmax(std::nearbyint(x[k] * inverse), -127.0f), 127.0f);
+      out[k] = code * m * static_cast<double>(row_max / (127.0f * 32767.0f));
+    }
+  }
+  return out;
+}
+
+using Run = void (*)(const quant_linear::Params&);
+struct LinearImpl {
+  const char* name;
+  Run run;
+  quant_linear::Activations activations;
+  bool can_run;
+};
+
+void test_linear(int64_t M, const WeightSpec& spec, DType dtype, bool with_bias) {
+  using quant_linear::Activations;
+  const int64_t N = spec.N, K = spec.K, stride = K + (M % 2 ? 0 : 5), element = dtype_bytes(dtype);
+  const Weight weight(spec);
+  num_workers = 1;
+  pack_weight::cpu_scalar::pack(weight.params(1));
+  Buffer x(M ? ((M - 1) * stride + K) * element : 0, element), bias(with_bias ? N * element : 0, element);
+  std::vector<std::vector<float>> rows(M, std::vector<float>(K));
+  for (int64_t m = 0; m < M; m++)
+    for (int64_t k = 0; k < K; k++) {
+      store_float(x.data(), m * stride + k, dtype, random_float() * (k % 37 == 3 ? 20 : 1));
+      rows[m][k] = load_float(x.data(), m * stride + k, dtype);
+    }
+  for (int64_t n = 0; with_bias && n < N; n++) store_float(bias.data(), n, dtype, random_float());
+  Buffer x_before(x.bytes());
+  std::memcpy(x_before.data(), x.data(), x.bytes());
+
+  const CpuFeatures& cpu = cpu_features();
+  const LinearImpl impls[] = {
+      {"cpu_scalar float", quant_linear::cpu_scalar::run, Activations::kFloat, true},
+      {"cpu_scalar int8", quant_linear::cpu_scalar::run, Activations::kInt8, true},
+#if defined(__x86_64__)
+      {"cpu_avx2.float_small", quant_linear::cpu_float_avx2::run_small, Activations::kFloat, cpu.avx2},
+      {"cpu_avx2.float_tile", quant_linear::cpu_float_avx2::run_tile, Activations::kFloat, cpu.avx2},
+      {"cpu_avx2.int8_small", quant_linear::cpu_int8_avx2::run_small, Activations::kInt8, cpu.avx2},
+      {"cpu_avx2.int8_tile", quant_linear::cpu_int8_avx2::run_tile, Activations::kInt8, cpu.avx2},
+      {"cpu_avx512vnni.int8_small", quant_linear::cpu_int8_avx512vnni::run_small, Activations::kInt8, cpu.avx512vnni},
+      {"cpu_avx512vnni.int8_tile", quant_linear::cpu_int8_avx512vnni::run_tile, Activations::kInt8, cpu.avx512vnni},
+#endif
+  };
+  (void)cpu;
+  std::vector<double> w(N * K);
+  for (int64_t n = 0; n < N; n++)
+    for (int64_t k = 0; k < K; k++) w[n * K + k] = weight.value(n, k);
+  const double rounding = dtype == DType::kFloat32 ? 0x1p-24 : dtype == DType::kBFloat16 ? 0x1p-8 : 0x1p-11;
+  for (const Activations activations : {Activations::kFloat, Activations::kInt8}) {
+    std::vector<double> expected(M * N), allowed(M * N);
+    for (int64_t m = 0; m < M; m++) {
+      const std::vector<double> values = activations == Activations::kInt8 ? quantized(rows[m]) : std::vector<double>(rows[m].begin(), rows[m].end());
+      double x_size = 0;
+      for (const double v : values) x_size += std::fabs(v);
+      for (int64_t n = 0; n < N; n++) {
+        double sum = with_bias ? load_float(bias.data(), n, dtype) : 0.0, size = std::fabs(sum);
+        for (int64_t k = 0; k < K; k++) sum += values[k] * w[n * K + k], size += std::fabs(values[k] * w[n * K + k]);
+        expected[m * N + n] = sum;
+        // fp32 sums of K terms, each of which a kernel may take apart in two of up to 16 steps of w; then one rounding
+        allowed[m * N + n] = 8 * 0x1p-24 * std::sqrt(static_cast<double>(K) + 16) * (size + x_size) + rounding * std::fabs(sum) + 0x1p-24;
+      }
+    }
+    for (const LinearImpl& impl : impls) {
+      if (!impl.can_run || impl.activations != activations) continue;
+      const std::string what = std::string(impl.name) + ": M=" + std::to_string(M) + " " + describe(spec) + " dtype " +
+                               std::to_string(static_cast<int>(dtype)) + (with_bias ? " bias" : "");
+      Buffer serial(M * N * element, element), threaded(M * N * element);
+      for (Buffer* out : {&serial, &threaded}) {
+        num_workers = out == &serial ? 1 : 3;
+        impl.run({x.data(), stride, weight.packed.data(), with_bias ? bias.data() : nullptr, out->data(), dtype, M, spec, activations, num_workers});
+      }
+      num_workers = 1;
+      expect(serial.same_as(threaded), what + ": three threads give other bits than one");
+      expect(x.same_as(x_before), what + ": x was written to");
+      for (int64_t i = 0; i < M * N; i++) {
+        const double found = load_float(serial.data(), i, dtype);
+        expect(std::fabs(found - expected[i]) <= allowed[i],  // false for a NaN
+               what + ": [" + std::to_string(i / N) + ", " + std::to_string(i % N) + "] is " + std::to_string(found) + ", expected " +
+                   std::to_string(expected[i]) + " within " + std::to_string(allowed[i]));
+      }
+    }
+  }
+}
+
+// ---- quantize_weight ----
+
+void test_quantize(const WeightSpec& spec, DType dtype) {
+  const int64_t stride = spec.K + 3, element = dtype_bytes(dtype);
+  Buffer w(spec.N ? ((spec.N - 1) * stride + spec.K) * element : 0, element);
+  for (int64_t n = 0; n < spec.N; n++)
+    for (int64_t k = 0; k < spec.K; k++) store_float(w.data(), n * stride + k, dtype, n == 1 ? 0.0f : random_float());
+  using RunQuantize = void (*)(const quantize_weight::Params&);
+  struct {
+    const char* name;
+    RunQuantize run;
+    bool can_run;
+  } const impls[] = {
+      {"cpu_scalar", quantize_weight::cpu_scalar::run, true},
+#if defined(__x86_64__)
+      {"cpu_avx2", quantize_weight::cpu_avx2::run, cpu_features().avx2},
+#endif
+  };
+  Weight first(spec);
+  for (const auto& impl : impls)
+    for (const int threads : {1, 3}) {
+      if (!impl.can_run) continue;
+      const std::string what = std::string("quantize_weight ") + impl.name + ": " + describe(spec);
+      num_workers = threads;
+      Weight found(spec);
+      std::memset(found.codes.data(), 0xff, found.codes.bytes());
+      std::memset(found.scales.data(), 0xff, found.scales.bytes());
+      std::memset(found.zeros.data(), 0xff, found.zeros.bytes());
+      Buffer finite(spec.N);
+      impl.run({w.data(), stride, dtype, spec, found.codes.data(), reinterpret_cast<uint16_t*>(found.scales.data()),
+                spec.zeros ? found.zeros.data() : nullptr, finite.data(), threads});
+      num_workers = 1;
+      for (int64_t n = 0; n < spec.N; n++) expect(finite.data()[n] == 1, what + ": a finite row was refused");
+      if (&impl == impls && threads == 1) {
+        std::memcpy(first.codes.data(), found.codes.data(), first.codes.bytes());
+        std::memcpy(first.scales.data(), found.scales.data(), first.scales.bytes());
+        std::memcpy(first.zeros.data(), found.zeros.data(), first.zeros.bytes());
+      }
+      expect(found.codes.same_as(first.codes) && found.scales.same_as(first.scales) && found.zeros.same_as(first.zeros), what + ": not the bits of cpu_scalar");
+      for (int64_t n = 0; n < spec.N; n++)
+        for (int64_t k = 0; k < spec.K; k++)  // normal values: a step is at most 8 / 7.5, and clipping costs at most 30%
+          expect(std::fabs(found.value(n, k) - load_float(w.data(), n * stride + k, dtype)) < (spec.format == Format::kInt8 ? 0.03 : 2.0), what + ": far off");
+      if (spec.N > 0) {  // a NaN, in the last element
+        Buffer bad(w.bytes(), element);
+        std::memcpy(bad.data(), w.data(), w.bytes());
+        store_float(bad.data(), (spec.N - 1) * stride + spec.K - 1, dtype, std::nanf(""));
+        impl.run({bad.data(), stride, dtype, spec, found.codes.data(), reinterpret_cast<uint16_t*>(found.scales.data()),
+                  spec.zeros ? found.zeros.data() : nullptr, finite.data(), threads});
+        expect(finite.data()[spec.N - 1] == 0, what + ": a NaN was accepted");
+      }
+    }
+}
+
+int run_all() {
+  constexpr int64_t kWidths[] = {1, 7, 8, 9, 17, 33, 70}, kDepths[] = {1, 8, 31, 32, 33, 75, 130, 300, 1100};
+  constexpr int64_t kRows[] = {1, 2, 3, 4, 5, 6, 7, 13, 21};
+  constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+  int64_t turn = 0;
+  for (const Format format : {Format::kInt4, Format::kInt8})
+    for (const bool zeros : {false, true}) {
+      if (zeros && format == Format::kInt8) continue;
+      for (const int64_t group : {32, 64, 128, 0})
+        for (const int64_t K : kDepths)
+          for (const int64_t N : kWidths) {
+            const WeightSpec spec{format, N, K, group, zeros};
+            turn++;
+            if (turn % 3 == 0) test_pack(spec);
+            if (turn % 3 == 1) test_quantize(spec, kDTypes[turn / 3 % 3]);
+            // every shape of weight meets two row counts; every row count meets every format many times over
+            for (const int64_t M : {kRows[turn % 9], kRows[(turn * 4 + 2) % 9]}) test_linear(M, spec, kDTypes[(turn + M) % 3], turn % 2);
+          }
+    }
+  test_linear(530, {Format::kInt4, 9, 40, 32, true}, DType::kFloat32, true);  // more rows than a chunk of the tiles
+  test_linear(530, {Format::kInt8, 9, 40, 0, false}, DType::kBFloat16, true);
+  std::printf("sanitize: %lld checks passed (avx2 %s, avx512vnni %s)\n", static_cast<long long>(checks), cpu_features().avx2 ? "ran" : "not here",
+              cpu_features().avx512vnni ? "ran" : "not here");
+  return 0;
+}
+
+}  // namespace
+}  // namespace taut
+
+int main() { return taut::run_all(); }
