@@ -242,6 +242,8 @@ def plan(model: nn.Module, book: RuleBook, dtype: torch.dtype | None = None) -> 
             continue
         rule, why = book.rule_for(name)
         reason = reason_to_keep(model, name, module, facts)
+        if reason is not None and name in facts.shared and _can_untie(model, module, facts) and why.startswith("rule"):
+            reason = None
         if reason is None and module is facts.head and not why.startswith("rule"):
             reason = "the output head is left in float by default; name it in rules to swap it"
         if rule.format is None and type(module) is nn.Linear:
@@ -254,6 +256,21 @@ def plan(model: nn.Module, book: RuleBook, dtype: torch.dtype | None = None) -> 
     if not chosen:
         raise ValueError(nothing_to_swap(kept))
     return chosen, kept
+
+
+def _can_untie(model: nn.Module, module: nn.Module, facts: _Facts) -> bool:
+    """Whether a tied output head can have low bits of its own, beside the embeddings: in a model that is loaded, it can."""
+    return module is facts.head and type(module) is nn.Linear and module.weight.device.type == "cpu" and hasattr(model, "config")
+
+
+def _untie(model: nn.Module, name: str) -> None:
+    """Tells transformers that module ``name`` no longer shares the embeddings' weight, now and after a reload."""
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if tied:
+        for key in [key for key in tied if key.rpartition(".")[0] == name]:
+            del tied[key]
 
 
 def nothing_to_swap(kept: Sequence[Kept]) -> str:
@@ -271,7 +288,8 @@ def swap(
     ``weights``: "int4" or "int8". ``group_size``: 32, 64, 128, 0 (one scale a row); default 32 for int4, 0 for int8.
     ``zeros``: int4 with a zero point a group. ``activations``: "int8" (fast) or "float" (exact arithmetic).
     ``skip``: patterns of names to leave alone. ``rules``: pattern -> settings, see ``RuleBook``.
-    ``progress(done, total, name)`` is called before each layer. Tied weights, the output head and modules taut does not
+    ``progress(done, total, name)`` is called before each layer. The output head is swapped only if a rule names it; one
+    that is tied then gets low bits of its own beside the float embeddings. Other tied weights and modules taut does not
     know are kept, and named with their reason in the returned report. Raises ``ValueError`` for bad settings, a pattern
     that matches nothing, or a model with nothing to swap; the model is unchanged then.
     """
@@ -280,6 +298,7 @@ def swap(
     book = RuleBook(weights, group_size, zeros, activations, skip, rules)
     record = _recorder(model)
     chosen, kept = plan(model, book)
+    tied = shared_weights(model)
     for name, module, rule in chosen:
         check_values(name, module.weight, rule)
     report = SwapReport(kept=kept)
@@ -291,6 +310,8 @@ def swap(
         new = QuantLinear.from_float(module, rule.format, rule.activations)
         new.train(module.training)
         model.set_submodule(name, new)
+        if name in tied:
+            _untie(model, name)
         size = module.weight.numel() * module.weight.element_size()
         report.swapped.append(Swapped(name, rule, module.out_features, module.in_features, size, new.weight_bytes))
         del module

@@ -100,7 +100,7 @@ class QuantLinear(nn.Linear):
         self.register_buffer("packed", None, persistent=False)
         # Holds no number: it is what remembers the dtype through .to(), .half() and the like.
         self.register_buffer("_like", torch.empty(0, dtype=dtype, device=device), persistent=False)
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None)
         # transformers' tensor parallelism passes plain local tensors to modules that say so
         self._hf_quantized_needs_local_tp = True
 
@@ -168,12 +168,18 @@ class QuantLinear(nn.Linear):
             raise ValueError(f"QuantLinear takes x [..., {self.in_features}], got {list(x.shape)}")
         if x.dtype not in FLOAT_DTYPES:
             raise ValueError(f"QuantLinear takes float32, bfloat16 or float16, got {x.dtype}")
-        if self.packed is None:
+        packed, bias = self._buffers["packed"], self._parameters["bias"]  # WHY: nn.Module's __getattr__ costs 0.5 us each
+        if packed is None:
             self.finalize()
-        if x.device != self.packed.device or x.device.type not in ("cpu", "meta"):
-            raise ValueError(f"QuantLinear computes on the CPU; x is on {x.device}, the weight on {self.packed.device}")
-        bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
-        return torch.ops.taut.quant_linear(x, self.packed, bias, *self._call)
+            packed = self.packed
+        if x.device != packed.device or x.device.type not in ("cpu", "meta"):
+            raise ValueError(f"QuantLinear computes on the CPU; x is on {x.device}, the weight on {packed.device}")
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return torch.ops.taut.quant_linear(x, packed, bias, *self._call)
+        with torch._C._AutoDispatchBelowAutograd():  # WHY: asking a Python autograd formula that nothing needs takes 5 us
+            return torch.ops.taut.quant_linear(x, packed, bias, *self._call)
 
     def reset_parameters(self) -> None:
         """Nothing to draw at random: a low-bit weight comes from a float one or from a checkpoint."""

@@ -23,7 +23,7 @@ def check_weight(w: Tensor) -> None:
 def quantize_weight(w: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor, Tensor | None]:
     """Quantizes ``w [N, K]`` (float32, bfloat16, float16) to ``(codes, scales, zeros or None)``, canonical form.
 
-    int8: ``scale = max|w| / 127``. int4 without zeros: the largest magnitude maps to code -8, as llama.cpp's Q4_0, then
+    int8: the largest magnitude maps to 127, 126, ... or 112, whichever has the least squared error. int4 without zeros: the largest magnitude maps to code -8, as llama.cpp's Q4_0, then
     eight scales around that one are tried and the least squared error wins; with zeros: min and max map to 0 and 15,
     likewise searched. The result is the same, bit for bit, on every machine.
     Raises ``ValueError`` for a wrong shape, dtype or device, or if ``w`` holds a NaN, an infinity or a number whose
@@ -59,5 +59,5 @@ def reference(codes: Tensor, scales: Tensor, zeros: Tensor | None, in_features: 
 
 
 def cost(n: int, k: int, format: WeightFormat, element_bytes: int = 4) -> dict[str, int]:
-    """Counted flops and bytes: eight candidate scales of about seven operations for int4, one pass for int8."""
-    return {"flops": n * k * (56 if format.name == "int4" else 4), "bytes": n * k * element_bytes + format.canonical_bytes(n, k)}
+    """Counted flops and bytes: about seven operations a candidate scale, eight of them for int4, sixteen for int8."""
+    return {"flops": n * k * (56 if format.name == "int4" else 112), "bytes": n * k * element_bytes + format.canonical_bytes(n, k)}
