@@ -19,23 +19,28 @@ TILE_ROWS = 8  # a strip of the Rows8 layout
 
 
 def assert_matches(
-    out: Tensor, reference: Tensor, plain: Tensor, magnitude: Tensor, *, dtype: torch.dtype, depth: int = 1, context: str = "",
+    out: Tensor, reference: Tensor, plain: Tensor, magnitude: Tensor, walk: Tensor, *, dtype: torch.dtype, depth: int = 1,
+    independent: bool = True, context: str = "",
 ) -> None:  # fmt: skip
     """``out [M, N]`` against ``reference`` (float64), judged by ``plain``, the same computation by torch in float32.
 
-    ``magnitude [M, N]`` is the sum of the absolute values of the terms that were added up (float64), ``depth`` how many.
+    Of the terms t_k that were added up, ``magnitude [M, N]`` is sum |t_k|, ``walk [M, N]`` is sqrt(K * sum t_k^2), and
+    ``depth`` is K, how many there are (all float64).
 
-    Where the bound comes from. Every fp32 sum of products p_k, in whatever order, has an error of at most
-    c * u * magnitude with u = 2^-24, c growing with the number of additions and with luck. torch's own c is measured,
-    over the whole output: c = max |plain - reference| / (u * magnitude). A kernel may take twice that; where torch had
-    luck (short or few sums), c counts as 2, so that the four roundings no kernel can avoid (product, scale, unit, bias)
-    fit. Then one rounding to ``dtype``: relative ROUNDING[dtype][0] of the result, or half a subnormal step. Products and
-    sums below the normal range of fp32 lose half a step each: depth * 2^-150.
+    Where the bound comes from. A sum of K terms in fp32, in whatever order, has an error of at most c * u * magnitude with
+    u = 2^-24, c growing with the additions on the longest path and with luck. torch's own c is measured, over the whole
+    output: c = max |plain - reference| / (u * magnitude). A kernel may take twice that; where torch had luck (short or few
+    sums), c counts as 2, so that the four roundings no kernel can avoid (product, scale, unit, bias) fit.
+    torch's sums run in many lanes, a kernel's may run in one: then each addition rounds a partial sum S_j by an error of
+    standard deviation at most u |S_j| / sqrt(3), and with terms of random sign S_j^2 is about the sum of t_k^2 so far. All
+    told that is a standard deviation of at most u * walk / sqrt(3); five of them are allowed where that is more.
+    Then one rounding to ``dtype``: relative ROUNDING[dtype][0] of the result, or half a subnormal step. Products and sums
+    below the normal range of fp32 lose half a step each: depth * 2^-150.
 
     Rows and columns. An error that is within the bound everywhere but leans one way or sits in one row is still a fault.
     Rounding errors spread evenly in their bound have a mean square of 1/3 of the bound's; its standard deviation over n
     values is sqrt(4/45/n). A row's or column's mean square, each element relative to its bound, may be 1/3 plus five of
-    those.
+    those. ``independent=False``, for inputs that repeat themselves, so that errors do too, leaves this out.
     """
     assert tuple(out.shape) == tuple(reference.shape), f"{context}: shape {list(out.shape)}, expected {list(reference.shape)}"
     assert out.dtype == dtype, f"{context}: dtype {out.dtype}, expected {dtype}"
@@ -54,7 +59,7 @@ def assert_matches(
     plain_error = torch.where(finite & torch.isfinite(plain), (plain.double() - reference).abs() - depth * FP32_TINY, 0.0).clamp(min=0)
     c = max(2.0, float((plain_error / (FP32_ROUNDING * magnitude).clamp(min=1e-300)).max()))
     relative, tiny = ROUNDING[dtype]
-    sum_bound = 2 * c * FP32_ROUNDING * magnitude + depth * FP32_TINY
+    sum_bound = FP32_ROUNDING * torch.maximum(2 * c * magnitude, 5 / math.sqrt(3) * walk) + depth * FP32_TINY
     bound = sum_bound + torch.clamp(relative * (reference.abs() + sum_bound), min=tiny)
     bound = torch.where(finite, bound, 1.0)
     share = error / bound
@@ -63,7 +68,7 @@ def assert_matches(
         raise AssertionError(
             f"{context}: {describe(out, reference, bound, at)}; {int((share > 1).sum())} of {out.numel()} elements are outside their bound"
         )
-    for what, dim in (("row", 1), ("column", 0)):
+    for what, dim in (("row", 1), ("column", 0)) if independent else ():
         count = finite.sum(dim).clamp(min=1)
         mean_square = (share**2).sum(dim) / count
         limit = torch.clamp(1 / 3 + 5 * torch.sqrt(4 / 45 / count), max=1.0)
@@ -86,17 +91,20 @@ def describe(out: Tensor, reference: Tensor, bound: Tensor | None, at: Tensor) -
     )
 
 
-def assert_linear(out: Tensor, x: Tensor, inputs: LinearInputs, case: LinearCase, *, impl: str) -> None:
+def assert_linear(out: Tensor, x: Tensor, inputs: LinearInputs, case: LinearCase, *, impl: str, independent: bool = True) -> None:
     """``out`` of quant_linear on ``x [M, K]`` against the float64 reference. Call it after the kernel has run."""
     w = weight_op.reference(inputs.codes, inputs.scales, inputs.zeros, case.K, case.format)
     reference = linear_op.reference(x, w, inputs.bias, case.activations)
     values = linear_op.quantize_activations(x) if case.activations == "int8" else x.double()
     bias = torch.zeros(case.N) if inputs.bias is None else inputs.bias
     plain = values.float() @ w.float().T + bias.float()
-    magnitude = values.abs() @ term_sizes(inputs, w, case).T + bias.double().abs()
+    terms = term_sizes(inputs, w, case)
+    magnitude = values.abs() @ terms.T + bias.double().abs()
+    walk = (case.K * (values**2 @ (terms**2).T)).sqrt()
     assert_matches(
-        out, reference, plain, magnitude.nan_to_num(), dtype=case.dtype, depth=case.K + 2, context=f"{impl} on {case}, seed {case.seed}"
-    )
+        out, reference, plain, magnitude.nan_to_num(), walk.nan_to_num(), dtype=case.dtype, depth=case.K + 2, independent=independent,
+        context=f"{impl} on {case}, seed {case.seed}",
+    )  # fmt: skip
 
 
 def term_sizes(inputs: LinearInputs, w: Tensor, case: LinearCase) -> Tensor:
