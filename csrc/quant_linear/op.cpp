@@ -40,8 +40,8 @@ constexpr Impl<Params> kImpls[] = {
     {"cpu_scalar", always, always, cpu_scalar::run},
 };
 
-// Below this many multiply-adds a call is over before a second thread has started.
-constexpr int64_t kMinWorkPerThread = 1 << 17;
+// A second thread costs about 4 us to start and join; one thread does this many multiply-adds in that time.
+constexpr int64_t kMinWorkPerThread = 1 << 18;
 
 int64_t useful_threads(int64_t M, const WeightSpec& weight) {
   const int64_t work = std::max<int64_t>(M, 1) * weight.N * weight.K;

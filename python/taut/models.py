@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,14 @@ class Settings:
     zeros: bool = False
     activations: str = "int8"
     skip: tuple[str, ...] = ()
+    rules: Mapping[str, Mapping | None] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "skip", tuple(self.skip))  # a list when it comes out of JSON
         self.book()
 
     def book(self) -> RuleBook:
-        return RuleBook(self.weights, self.group_size, self.zeros, self.activations, self.skip)
+        return RuleBook(self.weights, self.group_size, self.zeros, self.activations, self.skip, self.rules)
 
     def swap_arguments(self) -> dict[str, Any]:
         return {**asdict(self), "skip": list(self.skip)}
@@ -116,7 +117,7 @@ def load_model(
     """A causal language model in evaluation mode, on the CPU, and what was swapped in it (None where nothing was asked).
 
     ``dtype``: "auto" (that of the checkpoint), "float32", "bfloat16", "float16". With ``settings``, a checkpoint streams in:
-    each weight is packed as it is read, and no float copy of the model is held; a GGUF file is read as floats first.
+    each weight is packed as it is read, and no float copy of the model is held; with rules, and from GGUF, floats are read first.
     ``progress(done, total, name)`` is called where layers are swapped after loading.
     Raises ``OSError`` or ``ValueError`` with a one-line message if the model cannot be read or swapped.
     """
@@ -128,7 +129,9 @@ def load_model(
     quantized = is_quantized(source)
     if settings is not None and quantized:
         raise ValueError(f"{source.name} is already quantized ({quantized}); give the float model to quantize it another way")
-    if settings is not None and source.kind != "gguf":
+    # WHY not with rules: they may name a tied output head, which gets low bits of its own only once the model is there
+    streams = settings is not None and source.kind != "gguf" and not settings.rules
+    if streams:
         from .integrations.transformers import Config
 
         arguments = {**arguments, "quantization_config": Config(**settings.swap_arguments())}
@@ -141,8 +144,8 @@ def load_model(
         raise ValueError(f"cannot read {source.name}: it lacks {len(missing)} weight{'s' * (len(missing) > 1)}: {names}")
     if source.kind == "gguf":
         _forget_gguf(model)
-        if settings is not None:
-            report = swap(model, progress=progress, **settings.swap_arguments())
+    if settings is not None and not streams:
+        report = swap(model, progress=progress, **settings.swap_arguments())
     elif settings is not None:
         report = getattr(getattr(model, "hf_quantizer", None), "report", None)
     return model.eval(), report

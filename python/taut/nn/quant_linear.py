@@ -68,6 +68,9 @@ class DequantizedWeight(Tensor):
 _READ_ONLY = "the weight of a QuantLinear is read-only: it is stored in low bits. Merge or edit the float model, then swap it"
 
 
+_quant_linear = torch.ops.taut.quant_linear
+
+
 class QuantLinear(nn.Linear):
     """``y = x @ dequant(w)^T + bias`` for ``x [..., in_features]`` in float32, bfloat16 or float16, on the CPU.
 
@@ -172,14 +175,14 @@ class QuantLinear(nn.Linear):
         if packed is None:
             self.finalize()
             packed = self.packed
-        if x.device != packed.device or x.device.type not in ("cpu", "meta"):
+        if not (x.is_cpu and packed.is_cpu or x.is_meta and packed.is_meta):
             raise ValueError(f"QuantLinear computes on the CPU; x is on {x.device}, the weight on {packed.device}")
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return torch.ops.taut.quant_linear(x, packed, bias, *self._call)
+            return _quant_linear(x, packed, bias, *self._call)
         with torch._C._AutoDispatchBelowAutograd():  # WHY: asking a Python autograd formula that nothing needs takes 5 us
-            return torch.ops.taut.quant_linear(x, packed, bias, *self._call)
+            return _quant_linear(x, packed, bias, *self._call)
 
     def reset_parameters(self) -> None:
         """Nothing to draw at random: a low-bit weight comes from a float one or from a checkpoint."""
