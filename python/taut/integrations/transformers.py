@@ -176,7 +176,7 @@ class TautQuantizer(HfQuantizer):
                 continue
             kind = "cuda" if isinstance(device, int) else torch.device(device).type
             if kind != "cpu":
-                raise ValueError(f"device_map names {device!r}: this taut has kernels for the CPU only; accepted: 'cpu', 'auto', None")
+                raise ValueError(f"device_map names {str(device)!r}: this taut has kernels for the CPU only; accepted: 'cpu', 'auto', None")
 
     def update_device_map(self, device_map: Any) -> Any:
         return {"": "cpu"} if isinstance(device_map, str) and device_map != "cpu" else device_map
