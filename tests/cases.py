@@ -95,7 +95,7 @@ def random_weight(n: int, k: int, format: WeightFormat, generator: torch.Generat
         if k % 2:
             codes[:, -1] &= 15  # the unused nibble is zero in the canonical form
     else:
-        codes = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
+        codes = torch.randint(-128, 128, (n, k), generator=generator, dtype=torch.int8)
     scales = (torch.rand(n, groups, generator=generator) + 0.5) * (0.1 if format.name == "int4" else 0.01)
     scales *= torch.where(torch.rand(n, groups, generator=generator) < 0.25, -1.0, 1.0)
     zeros = torch.randint(0, 16, (n, groups), generator=generator, dtype=torch.uint8) if format.zeros else None

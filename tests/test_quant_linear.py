@@ -203,11 +203,11 @@ def extreme_codes(format: WeightFormat, n: int, k: int) -> list[tuple[str, torch
     groups = format.num_groups(k)
     if format.name == "int8":
         alternating = torch.full((n, k), 127, dtype=torch.int8)
-        alternating[:, ::2] = -127
+        alternating[:, ::2] = -128
         return [
-            ("all -127", torch.full((n, k), -127, dtype=torch.int8), None),
+            ("all -128", torch.full((n, k), -128, dtype=torch.int8), None),
             ("all 127", torch.full((n, k), 127, dtype=torch.int8), None),
-            ("-127 and 127", alternating, None),
+            ("-128 and 127", alternating, None),
         ]
     shape = format.codes_shape(n, k)
     found = []

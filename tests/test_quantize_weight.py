@@ -110,18 +110,31 @@ def test_the_search_pays():
 
 @pytest.mark.parametrize("format", INT8, ids=str)
 def test_int8_is_what_numpy_computes(impl, format, forced):
+    """Scales that map the largest magnitude to 127, 126, ... 112, the one of the least squared error, and the nearest codes."""
     forced(impl)
     k = 333
-    w = weight(11, k)
+    w = torch.cat([weight(11, k), torch.round(weight(5, k) * 120) / 120])  # the last rows lie on a coarse grid
     codes, scales, _ = quantize_weight(w, format)
     x, size = w.numpy(), format.group_size or k
+    plain_won = searched_won = 0
     for g in range(format.num_groups(k)):
         part = x[:, g * size : (g + 1) * size]
-        scale = (np.abs(part).max(1) / np.float32(127)).astype(np.float16)
-        inverse = np.float32(1) / scale.astype(np.float32)
-        expected = np.clip(np.rint(part * inverse[:, None]), -127, 127).astype(np.int8)
-        np.testing.assert_array_equal(scales[:, g].numpy(), scale)
+        plain = np.abs(part).max(1) / np.float32(127)
+        errors, candidates = [], []
+        for end in range(127, 111, -1):
+            scale = (plain * (np.float32(127) / np.float32(end))).astype(np.float16)
+            found = np.clip(np.rint(part * (np.float32(1) / scale.astype(np.float32))[:, None]), -127, 127)
+            candidates.append(scale)
+            errors.append(((found * scale.astype(np.float64)[:, None] - part) ** 2).sum(1))
+        chosen = scales[:, g].numpy()
+        expected = np.clip(np.rint(part * (np.float32(1) / chosen.astype(np.float32))[:, None]), -127, 127).astype(np.int8)
         np.testing.assert_array_equal(codes[:, g * size : (g + 1) * size].numpy(), expected)
+        at = [next(i for i, scale in enumerate(candidates) if scale[row] == chosen[row]) for row in range(len(x))]
+        error = np.array([errors[i][row] for row, i in enumerate(at)])
+        assert (error <= np.min(errors, 0) * (1 + 1e-5)).all(), f"group {g}: another scale is better"
+        plain_won, searched_won = plain_won + at.count(0), searched_won + len(at) - at.count(0)
+    assert plain_won
+    assert searched_won
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -158,6 +171,24 @@ def test_tiny_weights_do_not_blow_up(impl, format, forced):
         found = weight_op.reference(*quantize_weight(w, format), 70, format)
         assert bool(found.isfinite().all())
         assert float((found - w.double()).abs().max()) <= float(w.double().abs().max()) + 2.0**-24
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_the_largest_weight_a_scale_can_hold(impl, format, forced):
+    forced(impl)
+    levels = {"int8": 127, "int4": 15 if format.zeros else 8}[format.name]
+    w = weight(3, 70).clamp(-0.2, 0.2) * 5
+    w = w.clamp(min=0) if format.zeros else w
+    w[:, 40] = 1
+    for part in groups_of(w, format):
+        part[:, 0] = 1
+    largest = 65504.0 * levels
+    codes, scales, zeros = quantize_weight(w * (largest * 0.999), format)
+    assert bool(scales.isfinite().all())
+    found = weight_op.reference(codes, scales, zeros, 70, format)
+    assert float((found - w.double() * largest).abs().max()) <= 65504 * (0.5 + 0.2 * levels if format.name == "int4" else 0.7)
+    with pytest.raises(ValueError, match="too large for a float16 scale"):
+        quantize_weight(w * (largest * 1.001), format)
 
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf"), 1e9))
