@@ -8,40 +8,52 @@
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
-  m.def("list_impls", [] {
-    py::dict all;
-    for (const auto& op : taut::ops()) all[op.name] = op.impls;
-    return all;
-  }, "Every op and its impls, in priority order.");
+  m.def(
+      "list_impls",
+      [] {
+        py::dict all;
+        for (const auto& op : taut::ops()) all[op.name] = op.impls;
+        return all;
+      },
+      "Every op and its impls, in priority order.");
   m.def("force_impl", &taut::force_impl, py::arg("op"), py::arg("impl"),
         "Let only `impl` (or its variants) run `op`; an empty string gives the choice back to the table.");
   m.def("forced_impl", [](const std::string& op) { return taut::forced_impl(op); }, py::arg("op"));
-  m.def("explain", [](const std::string& name, const std::map<std::string, int64_t>& sizes) {
-    for (const auto& op : taut::ops())
-      if (op.name == name) {
-        py::list rows;
-        for (const auto& v : op.explain(sizes)) rows.append(py::make_tuple(v.impl, v.chosen, v.reason));
-        return rows;
-      }
-    throw py::value_error("no op '" + name + "'");
-  }, py::arg("op"), py::arg("sizes"), "Rows (impl, chosen, reason) of the op's table for a call of these sizes.");
-  m.def("cpu_features", [] {
-    const auto& f = taut::cpu_features();
-    py::dict d;
-    d["avx2"] = f.avx2;
-    d["avx512vnni"] = f.avx512vnni;
-    d["avx512bf16"] = f.avx512bf16;
-    d["amx_int8"] = f.amx_int8;
-    d["neon_dotprod"] = f.neon_dotprod;
-    d["neon_i8mm"] = f.neon_i8mm;
-    return d;
-  }, "What this processor and operating system can run.");
-  m.def("build_info", [] {
-    py::dict d;
-    d["version"] = TAUT_VERSION;
-    d["compiler"] = TAUT_COMPILER;
-    d["torch_target"] = "2.11";
-    d["architecture"] = TAUT_ARCHITECTURE;
-    return d;
-  }, "How this build was made.");
+  m.def(
+      "explain",
+      [](const std::string& name, const std::map<std::string, int64_t>& sizes) {
+        for (const auto& op : taut::ops())
+          if (op.name == name) {
+            py::list rows;
+            for (const auto& v : op.explain(sizes)) rows.append(py::make_tuple(v.impl, v.chosen, v.reason));
+            return rows;
+          }
+        throw py::value_error("no op '" + name + "'");
+      },
+      py::arg("op"), py::arg("sizes"), "Rows (impl, chosen, reason) of the op's table for a call of these sizes.");
+  m.def(
+      "cpu_features",
+      [] {
+        const auto& f = taut::cpu_features();
+        py::dict d;
+        d["avx2"] = f.avx2;
+        d["avx512vnni"] = f.avx512vnni;
+        d["avx512bf16"] = f.avx512bf16;
+        d["amx_int8"] = f.amx_int8;
+        d["neon_dotprod"] = f.neon_dotprod;
+        d["neon_i8mm"] = f.neon_i8mm;
+        return d;
+      },
+      "What this processor and operating system can run.");
+  m.def(
+      "build_info",
+      [] {
+        py::dict d;
+        d["version"] = TAUT_VERSION;
+        d["compiler"] = TAUT_COMPILER;
+        d["torch_target"] = "2.11";
+        d["architecture"] = TAUT_ARCHITECTURE;
+        return d;
+      },
+      "How this build was made.");
 }

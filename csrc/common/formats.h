@@ -59,9 +59,7 @@ struct Rows8 {
   constexpr int64_t scale_offset(int64_t n, int64_t k) const {
     return header_offset(n, k) + (k / layout_group() % kGroupsPerSuperblock * kRows + n % kRows) * 2;
   }
-  constexpr int64_t zero_offset(int64_t n, int64_t k) const {
-    return header_offset(n, k) + 64 + k / layout_group() % kGroupsPerSuperblock * kRows + n % kRows;
-  }
+  constexpr int64_t zero_offset(int64_t n, int64_t k) const { return header_offset(n, k) + 64 + k / layout_group() % kGroupsPerSuperblock * kRows + n % kRows; }
   constexpr int64_t block_offset(int64_t n, int64_t k) const {
     return header_offset(n, k) + header_bytes() + k / kBlockK % blocks_per_superblock() * block_bytes();
   }

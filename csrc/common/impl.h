@@ -27,7 +27,9 @@ struct Impl {
 };
 
 template <class Params>
-const char* always(const Params&) { return nullptr; }
+const char* always(const Params&) {
+  return nullptr;
+}
 
 // One row of what `explain` prints.
 struct Verdict {

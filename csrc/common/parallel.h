@@ -24,8 +24,7 @@ inline void parallel_tasks(int64_t num_tasks, const F& f) {
     if (num_tasks == 1) f(int64_t{0});
     return;
   }
-  run_tasks(num_tasks, [](void* context, int64_t task) { (*static_cast<const F*>(context))(task); },
-            const_cast<void*>(static_cast<const void*>(&f)));
+  run_tasks(num_tasks, [](void* context, int64_t task) { (*static_cast<const F*>(context))(task); }, const_cast<void*>(static_cast<const void*>(&f)));
 }
 
 }  // namespace

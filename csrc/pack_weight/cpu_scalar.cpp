@@ -58,8 +58,7 @@ void pack(const Params& p) {
       rows[r] = expanded + r * padded_k;
       if (strip * 8 + r < w.N) expand_row(p, strip * 8 + r, expanded + r * padded_k);
     }
-    for (int64_t k0 = 0; k0 < padded_k; k0 += Rows8::kBlockK)
-      pack_block(layout, rows, k0, p.packed + layout.block_offset(strip * 8, k0));
+    for (int64_t k0 = 0; k0 < padded_k; k0 += Rows8::kBlockK) pack_block(layout, rows, k0, p.packed + layout.block_offset(strip * 8, k0));
     for (int64_t s = 0; s < layout.num_superblocks(); s++)
       std::memset(p.packed + strip * layout.strip_bytes() + s * layout.superblock_bytes(), 0, layout.header_bytes());
     for (int64_t n = strip * 8; n < std::min(w.N, strip * 8 + 8); n++)

@@ -32,8 +32,7 @@ void check_shape(const char* op, const char* what, const Tensor& t, int64_t rows
   check(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, op, ": ", what, " must be [", rows, ", ", columns, "], got ", shape_string(t));
 }
 
-Tensor pack_weight(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& zeros, int64_t in_features,
-                   int64_t format, int64_t group_size) {
+Tensor pack_weight(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& zeros, int64_t in_features, int64_t format, int64_t group_size) {
   constexpr const char* kOp = "pack_weight";
   check(codes.dim() == 2, kOp, ": codes must be 2-D, got ", shape_string(codes));
   const WeightSpec w = weight_spec(kOp, codes.size(0), in_features, format, group_size, zeros.has_value());
@@ -53,10 +52,9 @@ Tensor pack_weight(const Tensor& codes, const Tensor& scales, const std::optiona
   const Rows8 layout{w};
   Tensor packed = make_empty(codes, {layout.total_bytes()}, ScalarType::Byte);
   advise_huge_pages(packed.mutable_data_ptr(), layout.total_bytes());
-  cpu_scalar::pack({w, static_cast<uint8_t*>(const_cast<void*>(c.const_data_ptr())),
-                    static_cast<uint16_t*>(const_cast<void*>(s.const_data_ptr())),
-                    zeros ? static_cast<uint8_t*>(const_cast<void*>(zero_points.const_data_ptr())) : nullptr,
-                    static_cast<uint8_t*>(packed.mutable_data_ptr()), torch::stable::get_num_threads()});
+  cpu_scalar::pack({w, static_cast<uint8_t*>(const_cast<void*>(c.const_data_ptr())), static_cast<uint16_t*>(const_cast<void*>(s.const_data_ptr())),
+                    zeros ? static_cast<uint8_t*>(const_cast<void*>(zero_points.const_data_ptr())) : nullptr, static_cast<uint8_t*>(packed.mutable_data_ptr()),
+                    torch::stable::get_num_threads()});
   return packed;
 }
 
@@ -66,8 +64,8 @@ void check_packed(const char* op, const Tensor& packed, const WeightSpec& w) {
         ": packed must be a contiguous uint8 tensor of ", Rows8{w}.total_bytes(), " bytes, got ", shape_string(packed));
 }
 
-std::tuple<Tensor, Tensor, Tensor> unpack_weight(const Tensor& packed, int64_t out_features, int64_t in_features,
-                                                 int64_t format, int64_t group_size, bool zeros) {
+std::tuple<Tensor, Tensor, Tensor> unpack_weight(const Tensor& packed, int64_t out_features, int64_t in_features, int64_t format, int64_t group_size,
+                                                 bool zeros) {
   constexpr const char* kOp = "unpack_weight";
   const WeightSpec w = weight_spec(kOp, out_features, in_features, format, group_size, zeros);
   check_packed(kOp, packed, w);
@@ -75,20 +73,21 @@ std::tuple<Tensor, Tensor, Tensor> unpack_weight(const Tensor& packed, int64_t o
   Tensor scales = make_empty(packed, {w.N, w.num_groups()}, ScalarType::Half);
   Tensor zero_points = make_empty(packed, {zeros ? w.N : 0, w.num_groups()}, ScalarType::Byte);
   cpu_scalar::unpack({w, static_cast<uint8_t*>(codes.mutable_data_ptr()), static_cast<uint16_t*>(scales.mutable_data_ptr()),
-                      static_cast<uint8_t*>(zero_points.mutable_data_ptr()),
-                      static_cast<uint8_t*>(const_cast<void*>(packed.const_data_ptr())), torch::stable::get_num_threads()});
+                      static_cast<uint8_t*>(zero_points.mutable_data_ptr()), static_cast<uint8_t*>(const_cast<void*>(packed.const_data_ptr())),
+                      torch::stable::get_num_threads()});
   return {codes, scales, zero_points};
 }
 
-Tensor dequantize_weight(const Tensor& packed, int64_t out_features, int64_t in_features, int64_t format,
-                         int64_t group_size, bool zeros, int64_t row_begin, int64_t row_end, ScalarType dtype) {
+Tensor dequantize_weight(const Tensor& packed, int64_t out_features, int64_t in_features, int64_t format, int64_t group_size, bool zeros, int64_t row_begin,
+                         int64_t row_end, ScalarType dtype) {
   constexpr const char* kOp = "dequantize_weight";
   const WeightSpec w = weight_spec(kOp, out_features, in_features, format, group_size, zeros);
   check_packed(kOp, packed, w);
-  check(0 <= row_begin && row_begin <= row_end && row_end <= w.N, kOp, ": rows must satisfy 0 <= row_begin <= row_end <= ", w.N, ", got ", row_begin, " and ", row_end);
+  check(0 <= row_begin && row_begin <= row_end && row_end <= w.N, kOp, ": rows must satisfy 0 <= row_begin <= row_end <= ", w.N, ", got ", row_begin, " and ",
+        row_end);
   Tensor out = make_empty(packed, {row_end - row_begin, w.K}, dtype);
-  cpu_scalar::dequantize(w, static_cast<const uint8_t*>(packed.const_data_ptr()), row_begin, row_end, out.mutable_data_ptr(),
-                         float_dtype(kOp, "dtype", out), torch::stable::get_num_threads());
+  cpu_scalar::dequantize(w, static_cast<const uint8_t*>(packed.const_data_ptr()), row_begin, row_end, out.mutable_data_ptr(), float_dtype(kOp, "dtype", out),
+                         torch::stable::get_num_threads());
   return out;
 }
 

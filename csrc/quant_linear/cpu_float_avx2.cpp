@@ -18,7 +18,7 @@ namespace taut::quant_linear::cpu_float_avx2 {
 namespace {
 
 #define TAUT_INLINE inline __attribute__((always_inline))
-#define TAUT_UNROLL _Pragma("GCC unroll 8")
+#define TAUT_FOR(...) _Pragma("GCC unroll 8") for (__VA_ARGS__)
 
 TAUT_INLINE __m256 load_scales(const uint8_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
@@ -35,20 +35,31 @@ TAUT_INLINE __m256 code(__m256i x) {
 }
 // The k within a block of 32 that code j of vector v stands for.
 template <Format kFormat>
-constexpr int k_of(int v, int j) { return kFormat == Format::kInt4 ? v * 4 + j / 2 + j % 2 * 16 : v * 4 + j; }
+constexpr int k_of(int v, int j) {
+  return kFormat == Format::kInt4 ? v * 4 + j / 2 + j % 2 * 16 : v * 4 + j;
+}
 
 template <class F, int... j>
-TAUT_INLINE void for_each_code(F f, std::integer_sequence<int, j...>) { (f.template operator()<j>(), ...); }
+TAUT_INLINE void for_each_code(F f, std::integer_sequence<int, j...>) {
+  (f.template operator()<j>(), ...);
+}
 
 struct FloatAvx2 {
   static constexpr int kRowBlockBytes = 33 * 4;
   static constexpr int kTileRows = 6;  // 6 x 2 sums + 2 weights + 1 broadcast
   static constexpr int64_t kChunkRows = 252;
-  template <Format kFormat> static constexpr int code_bytes = 4;
-  template <Format kFormat> static constexpr int64_t panel_k = 256;  // 16 KB of B
-  template <Format kFormat, int kRows> static constexpr int streams = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;
-  template <Format kFormat> using Codes = std::make_integer_sequence<int, kFormat == Format::kInt4 ? 8 : 4>;
-  template <Format kFormat> static constexpr int kVectors = kFormat == Format::kInt4 ? 4 : 8;
+  template <Format kFormat>
+  static constexpr int code_bytes = 4;
+  template <Format kFormat>
+  static constexpr int64_t panel_k = 256;  // 16 KB of B
+  template <Format kFormat, int kRows>
+  static constexpr int streams = kRows == 1   ? 4
+                                 : kRows == 2 ? 2
+                                              : 1;
+  template <Format kFormat>
+  using Codes = std::make_integer_sequence<int, kFormat == Format::kInt4 ? 8 : 4>;
+  template <Format kFormat>
+  static constexpr int kVectors = kFormat == Format::kInt4 ? 4 : 8;
 
   // Row r of a block of `rows`, interleaved; returns the factor the results are multiplied by.
   template <bool kZeros, Format kFormat>
@@ -65,8 +76,8 @@ struct FloatAvx2 {
   template <bool kZeros, Format kFormat, int kRows, int kStreams>
   static __attribute__((noinline)) void strip_product(const Strips& s, const uint8_t* w, int64_t stride, const uint8_t* a, float* sums) {
     __m256 total[kStreams][kRows];
-    TAUT_UNROLL for (int i = 0; i < kStreams; i++)
-      TAUT_UNROLL for (int r = 0; r < kRows; r++) total[i][r] = _mm256_setzero_ps();
+    TAUT_FOR (int i = 0; i < kStreams; i++)
+      TAUT_FOR (int r = 0; r < kRows; r++) total[i][r] = _mm256_setzero_ps();
     const int64_t superblock_bytes = s.header_bytes + 4 * s.blocks_per_group * s.block_bytes;
     for (int64_t left = s.num_blocks; left > 0; w += superblock_bytes) {
       const uint8_t* codes = w + s.header_bytes;
@@ -74,8 +85,8 @@ struct FloatAvx2 {
         for (int64_t b = 0; b < s.blocks_per_group && left > 0; b++, left--, a += kRowBlockBytes * kRows, codes += s.block_bytes) {
           const float* x = reinterpret_cast<const float*>(a);
           __m256 sum[kStreams][kRows];
-          TAUT_UNROLL for (int i = 0; i < kStreams; i++)
-            TAUT_UNROLL for (int r = 0; r < kRows; r++) {
+          TAUT_FOR (int i = 0; i < kStreams; i++)
+            TAUT_FOR (int r = 0; r < kRows; r++) {
               if (kZeros) {  // 8 - z, times the block's sum of x
                 const __m256i z = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(w + i * stride + 64 + g * 8)));
                 sum[i][r] = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_set1_epi32(8), z)), _mm256_broadcast_ss(x + 32 * kRows + r));
@@ -83,26 +94,28 @@ struct FloatAvx2 {
                 sum[i][r] = _mm256_setzero_ps();
               }
             }
-          TAUT_UNROLL for (int v = 0; v < kVectors<kFormat>; v++) {
+          TAUT_FOR (int v = 0; v < kVectors<kFormat>; v++) {
             __m256i packed[kStreams];
-            TAUT_UNROLL for (int i = 0; i < kStreams; i++) packed[i] = to_signed<kFormat>(codes + i * stride + v * 32);
-            for_each_code([&]<int j>() __attribute__((always_inline)) {
-              __m256 weight[kStreams];
-              TAUT_UNROLL for (int i = 0; i < kStreams; i++) weight[i] = code<kFormat, j>(packed[i]);
-              TAUT_UNROLL for (int r = 0; r < kRows; r++) {
-                const __m256 xk = _mm256_broadcast_ss(x + k_of<kFormat>(v, j) * kRows + r);
-                TAUT_UNROLL for (int i = 0; i < kStreams; i++) sum[i][r] = _mm256_fmadd_ps(weight[i], xk, sum[i][r]);
-              }
-            }, Codes<kFormat>());
+            TAUT_FOR (int i = 0; i < kStreams; i++) packed[i] = to_signed<kFormat>(codes + i * stride + v * 32);
+            for_each_code(
+                [&]<int j>() __attribute__((always_inline)) {
+                  __m256 weight[kStreams];
+                  TAUT_FOR (int i = 0; i < kStreams; i++) weight[i] = code<kFormat, j>(packed[i]);
+                  TAUT_FOR (int r = 0; r < kRows; r++) {
+                    const __m256 xk = _mm256_broadcast_ss(x + k_of<kFormat>(v, j) * kRows + r);
+                    TAUT_FOR (int i = 0; i < kStreams; i++) sum[i][r] = _mm256_fmadd_ps(weight[i], xk, sum[i][r]);
+                  }
+                },
+                Codes<kFormat>());
           }
-          TAUT_UNROLL for (int i = 0; i < kStreams; i++) {
+          TAUT_FOR (int i = 0; i < kStreams; i++) {
             const __m256 scale = load_scales(w + i * stride + g * 16);
-            TAUT_UNROLL for (int r = 0; r < kRows; r++) total[i][r] = _mm256_fmadd_ps(sum[i][r], scale, total[i][r]);
+            TAUT_FOR (int r = 0; r < kRows; r++) total[i][r] = _mm256_fmadd_ps(sum[i][r], scale, total[i][r]);
           }
         }
     }
-    TAUT_UNROLL for (int i = 0; i < kStreams; i++)
-      TAUT_UNROLL for (int r = 0; r < kRows; r++) _mm256_store_ps(sums + (i * kRows + r) * 8, total[i][r]);
+    TAUT_FOR (int i = 0; i < kStreams; i++)
+      TAUT_FOR (int r = 0; r < kRows; r++) _mm256_store_ps(sums + (i * kRows + r) * 8, total[i][r]);
   }
 
   template <bool kZeros, Format kFormat, class PanelT>
@@ -113,15 +126,18 @@ struct FloatAvx2 {
       const __m256 scale = load_scales(at.scales());
       __m256 offset = _mm256_setzero_ps();
       if (kZeros)
-        offset = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_set1_epi32(8), _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at.zeros())))));
+        offset =
+            _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_set1_epi32(8), _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at.zeros())))));
       float* out = reinterpret_cast<float*>(panel.codes) + b * 32 * kPanelStrips * 8 + half * 8;
       for (int v = 0; v < kVectors<kFormat>; v++) {
         const __m256i packed = to_signed<kFormat>(codes + v * 32);
-        for_each_code([&]<int j>() __attribute__((always_inline)) {
-          __m256 weight = code<kFormat, j>(packed);
-          if (kZeros) weight = _mm256_add_ps(weight, offset);
-          _mm256_store_ps(out + k_of<kFormat>(v, j) * kPanelStrips * 8, _mm256_mul_ps(weight, scale));
-        }, Codes<kFormat>());
+        for_each_code(
+            [&]<int j>() __attribute__((always_inline)) {
+              __m256 weight = code<kFormat, j>(packed);
+              if (kZeros) weight = _mm256_add_ps(weight, offset);
+              _mm256_store_ps(out + k_of<kFormat>(v, j) * kPanelStrips * 8, _mm256_mul_ps(weight, scale));
+            },
+            Codes<kFormat>());
       }
     }
   }
@@ -130,22 +146,22 @@ struct FloatAvx2 {
   template <int kRows>
   static __attribute__((noinline)) void micro(const uint8_t* a, const float* panel, int64_t k_blocks, float* c) {
     __m256 sum[kRows][kPanelStrips];
-    TAUT_UNROLL for (int r = 0; r < kRows; r++)
-      TAUT_UNROLL for (int i = 0; i < kPanelStrips; i++) sum[r][i] = _mm256_setzero_ps();
+    TAUT_FOR (int r = 0; r < kRows; r++)
+      TAUT_FOR (int i = 0; i < kPanelStrips; i++) sum[r][i] = _mm256_setzero_ps();
     for (int64_t b = 0; b < k_blocks; b++, a += kRowBlockBytes * kRows) {
       const float* x = reinterpret_cast<const float*>(a);
       for (int k = 0; k < 32; k += 4, panel += 4 * kPanelStrips * 8, x += 4 * kRows)
-        TAUT_UNROLL for (int step = 0; step < 4; step++) {
+        TAUT_FOR (int step = 0; step < 4; step++) {
           const __m256 w0 = _mm256_load_ps(panel + step * kPanelStrips * 8), w1 = _mm256_load_ps(panel + step * kPanelStrips * 8 + 8);
-          TAUT_UNROLL for (int r = 0; r < kRows; r++) {
+          TAUT_FOR (int r = 0; r < kRows; r++) {
             const __m256 xk = _mm256_broadcast_ss(x + step * kRows + r);
             sum[r][0] = _mm256_fmadd_ps(w0, xk, sum[r][0]);
             sum[r][1] = _mm256_fmadd_ps(w1, xk, sum[r][1]);
           }
         }
     }
-    TAUT_UNROLL for (int r = 0; r < kRows; r++)
-      TAUT_UNROLL for (int i = 0; i < kPanelStrips; i++) {
+    TAUT_FOR (int r = 0; r < kRows; r++)
+      TAUT_FOR (int i = 0; i < kPanelStrips; i++) {
         float* at = c + (r * kPanelStrips + i) * 8;
         _mm256_store_ps(at, _mm256_add_ps(_mm256_load_ps(at), sum[r][i]));
       }

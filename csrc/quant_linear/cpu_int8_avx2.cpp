@@ -20,7 +20,7 @@ namespace taut::quant_linear::cpu_int8_avx2 {
 namespace {
 
 #define TAUT_INLINE inline __attribute__((always_inline))
-#define TAUT_UNROLL _Pragma("GCC unroll 8")
+#define TAUT_FOR(...) _Pragma("GCC unroll 8") for (__VA_ARGS__)
 
 // WHY asm: gcc 12 reassociates the int16 sum into a tree and spills it (2x slower); this keeps one running sum.
 TAUT_INLINE void dot(__m256i& sum, __m256i w, __m256i a) {
@@ -53,13 +53,17 @@ TAUT_INLINE void accumulate(float* sums, __m256 c, __m256 scale) {
 }
 
 struct Int8Avx2 {
-  static constexpr int kRowBlockBytes = 40;  // of A, per row and 32 k
-  static constexpr int kTileRows = 6;        // 6 x 2 sums + 2 codes + 1 broadcast + 1 product = 16 registers
+  static constexpr int kRowBlockBytes = 40;   // of A, per row and 32 k
+  static constexpr int kTileRows = 6;         // 6 x 2 sums + 2 codes + 1 broadcast + 1 product = 16 registers
   static constexpr int64_t kChunkRows = 516;  // 2.6 MB of A at K=4096
-  template <Format kFormat> static constexpr int code_bytes = kFormat == Format::kInt8 ? 2 : 1;  // of B: a pass each
-  template <Format kFormat> static constexpr int64_t panel_k = kFormat == Format::kInt4 ? 1024 : 512;  // 16 KB of codes
+  template <Format kFormat>
+  static constexpr int code_bytes = kFormat == Format::kInt8 ? 2 : 1;  // of B: a pass each
+  template <Format kFormat>
+  static constexpr int64_t panel_k = kFormat == Format::kInt4 ? 1024 : 512;  // 16 KB of codes
   template <Format kFormat, int kRows>
-  static constexpr int streams = kRows == 1 ? 4 : kFormat == Format::kInt4 || kRows == 2 ? 2 : 1;
+  static constexpr int streams = kRows == 1                               ? 4
+                                 : kFormat == Format::kInt4 || kRows == 2 ? 2
+                                                                          : 1;
 
   // Row r of a block of `rows`: codes, corrections and multiples for all of K. Returns the row's unit.
   template <bool kZeros, Format kFormat>
@@ -91,8 +95,8 @@ struct Int8Avx2 {
     constexpr bool kInRegisters = kFormat == Format::kInt4 && kRows * kStreams <= 4;
     const __m256i nibble = _mm256_set1_epi8(15);
     __m256 f[kStreams][kRows];
-    TAUT_UNROLL for (int i = 0; i < kStreams; i++)
-      TAUT_UNROLL for (int r = 0; r < kRows; r++) f[i][r] = _mm256_setzero_ps();
+    TAUT_FOR (int i = 0; i < kStreams; i++)
+      TAUT_FOR (int r = 0; r < kRows; r++) f[i][r] = _mm256_setzero_ps();
     if (!kInRegisters) std::memset(sums, 0, kStreams * kRows * 32);
     const int64_t superblock_bytes = s.header_bytes + 4 * s.blocks_per_group * s.block_bytes;
     for (int64_t left = s.num_blocks; left > 0; w += superblock_bytes) {
@@ -100,15 +104,17 @@ struct Int8Avx2 {
       for (int g = 0; g < 4 && left > 0; g++)
         for (int64_t b = 0; b < s.blocks_per_group && left > 0; b++, left--, a += kRowBlockBytes * kRows, codes += s.block_bytes) {
           const uint8_t* zeros = w + 64 + g * 8;
-          if (kRows > 1) TAUT_UNROLL for (int i = 0; i < kStreams; i++) for (int64_t line = 0; line < (kFormat == Format::kInt4 ? 128 : 256); line += 64)
-            _mm_prefetch(reinterpret_cast<const char*>(codes + i * stride + kPrefetch + line), _MM_HINT_T0);
+          if (kRows > 1)
+            TAUT_FOR (int i = 0; i < kStreams; i++)
+              for (int64_t line = 0; line < (kFormat == Format::kInt4 ? 128 : 256); line += 64)
+                _mm_prefetch(reinterpret_cast<const char*>(codes + i * stride + kPrefetch + line), _MM_HINT_T0);
           __m256i sum[kStreams][kRows], sum_low[kStreams][kRows];
           if constexpr (kFormat == Format::kInt8) {
-            TAUT_UNROLL for (int v = 0; v < 8; v++) {
-              TAUT_UNROLL for (int i = 0; i < kStreams; i++) {
+            TAUT_FOR (int v = 0; v < 8; v++) {
+              TAUT_FOR (int i = 0; i < kStreams; i++) {
                 const __m256i x = load32(codes + i * stride + v * 32);
                 const __m256i high = _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble), low = _mm256_and_si256(x, nibble);
-                TAUT_UNROLL for (int r = 0; r < kRows; r++) {
+                TAUT_FOR (int r = 0; r < kRows; r++) {
                   const __m256i chunk = broadcast4(a + (v * kRows + r) * 4);
                   if (v == 0) {
                     dot_first(sum[i][r], start<false>(broadcast4(a + (8 * kRows + r) * 4), zeros), high, chunk);
@@ -121,9 +127,9 @@ struct Int8Avx2 {
               }
             }
           } else if constexpr (kRows == 1) {
-            TAUT_UNROLL for (int v = 0; v < 4; v++) {
+            TAUT_FOR (int v = 0; v < 4; v++) {
               const __m256i chunk_low = broadcast4(a + v * 4), chunk_high = broadcast4(a + (v + 4) * 4);
-              TAUT_UNROLL for (int i = 0; i < kStreams; i++) {
+              TAUT_FOR (int i = 0; i < kStreams; i++) {
                 const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i * stride + v * 32));
                 const __m256i low = _mm256_and_si256(x, nibble), high = _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble);
                 if (v == 0) dot_first(sum[i][0], start<kZeros>(broadcast4(a + 32), zeros + i * stride), low, chunk_low);
@@ -132,31 +138,30 @@ struct Int8Avx2 {
               }
             }
           } else {
-            TAUT_UNROLL for (int v = 0; v < 4; v++)
-              TAUT_UNROLL for (int half = 0; half < 2; half++) {
+            TAUT_FOR (int v = 0; v < 4; v++)
+              TAUT_FOR (int half = 0; half < 2; half++) {
                 __m256i code[kStreams];
-                TAUT_UNROLL for (int i = 0; i < kStreams; i++) {
+                TAUT_FOR (int i = 0; i < kStreams; i++) {
                   const __m256i x = load32(codes + i * stride + v * 32);
                   code[i] = _mm256_and_si256(half ? _mm256_srli_epi16(x, 4) : x, nibble);
                 }
-                TAUT_UNROLL for (int r = 0; r < kRows; r++) {
+                TAUT_FOR (int r = 0; r < kRows; r++) {
                   const __m256i chunk = broadcast4(a + ((v + 4 * half) * kRows + r) * 4);
                   if (v == 0 && half == 0) {
                     const __m256i minus_sum = broadcast4(a + (8 * kRows + r) * 4);
-                    TAUT_UNROLL for (int i = 0; i < kStreams; i++) dot_first(sum[i][r], start<kZeros>(minus_sum, zeros + i * stride), code[i], chunk);
+                    TAUT_FOR (int i = 0; i < kStreams; i++) dot_first(sum[i][r], start<kZeros>(minus_sum, zeros + i * stride), code[i], chunk);
                   } else {
-                    TAUT_UNROLL for (int i = 0; i < kStreams; i++) dot(sum[i][r], code[i], chunk);
+                    TAUT_FOR (int i = 0; i < kStreams; i++) dot(sum[i][r], code[i], chunk);
                   }
                 }
               }
           }
-          TAUT_UNROLL for (int r = 0; r < kRows; r++) {
+          TAUT_FOR (int r = 0; r < kRows; r++) {
             const __m256i m = broadcast4(a + (9 * kRows + r) * 4);
-            TAUT_UNROLL for (int i = 0; i < kStreams; i++) {
+            TAUT_FOR (int i = 0; i < kStreams; i++) {
               const __m256 scale = load_scales(w + i * stride + g * 16);
               __m256 c = _mm256_cvtepi32_ps(_mm256_madd_epi16(sum[i][r], m));
-              if constexpr (kFormat == Format::kInt8)
-                c = _mm256_fmadd_ps(c, _mm256_set1_ps(16.0f), _mm256_cvtepi32_ps(_mm256_madd_epi16(sum_low[i][r], m)));
+              if constexpr (kFormat == Format::kInt8) c = _mm256_fmadd_ps(c, _mm256_set1_ps(16.0f), _mm256_cvtepi32_ps(_mm256_madd_epi16(sum_low[i][r], m)));
               if (kInRegisters) f[i][r] = _mm256_fmadd_ps(c, scale, f[i][r]);
               else accumulate(sums + (i * kRows + r) * 8, c, scale);
             }
@@ -164,8 +169,8 @@ struct Int8Avx2 {
         }
     }
     if (kInRegisters)
-      TAUT_UNROLL for (int i = 0; i < kStreams; i++)
-        TAUT_UNROLL for (int r = 0; r < kRows; r++) _mm256_store_ps(sums + (i * kRows + r) * 8, f[i][r]);
+      TAUT_FOR (int i = 0; i < kStreams; i++)
+        TAUT_FOR (int r = 0; r < kRows; r++) _mm256_store_ps(sums + (i * kRows + r) * 8, f[i][r]);
   }
 
   // k-blocks [block0, block0 + k_blocks) of one strip, to its half of the panel.
@@ -207,31 +212,31 @@ struct Int8Avx2 {
         const uint8_t *codes0 = codes, *codes1 = codes + 4 * kChunkBytes;
         asm("" : "+r"(a), "+r"(codes0), "+r"(codes1), "+r"(tile));
         if (low_nibbles) {
-          TAUT_UNROLL for (int r = 0; r < kRows; r++)
-            TAUT_UNROLL for (int i = 0; i < kPanelStrips; i++) sum[r][i] = _mm256_setzero_si256();
+          TAUT_FOR (int r = 0; r < kRows; r++)
+            TAUT_FOR (int i = 0; i < kPanelStrips; i++) sum[r][i] = _mm256_setzero_si256();
         } else {
-          TAUT_UNROLL for (int r = 0; r < kRows; r++) {
+          TAUT_FOR (int r = 0; r < kRows; r++) {
             const __m256i minus_sum = broadcast4(a + (8 * kRows + r) * 4 - 128);
-            TAUT_UNROLL for (int i = 0; i < kPanelStrips; i++)
+            TAUT_FOR (int i = 0; i < kPanelStrips; i++)
               sum[r][i] = kZeros ? _mm256_mullo_epi16(minus_sum, *reinterpret_cast<const __m256i*>(zeros + i * 8)) : minus_sum;
           }
         }
-        TAUT_UNROLL for (int chunk = 0; chunk < 8; chunk++) {
+        TAUT_FOR (int chunk = 0; chunk < 8; chunk++) {
           __m256i code[kPanelStrips];
-          TAUT_UNROLL for (int i = 0; i < kPanelStrips; i++) code[i] = load32((chunk < 4 ? codes0 : codes1) + ((chunk & 3) * kPanelStrips + i) * 32 - 128);
-          TAUT_UNROLL for (int r = 0; r < kRows; r++) {
+          TAUT_FOR (int i = 0; i < kPanelStrips; i++) code[i] = load32((chunk < 4 ? codes0 : codes1) + ((chunk & 3) * kPanelStrips + i) * 32 - 128);
+          TAUT_FOR (int r = 0; r < kRows; r++) {
             const __m256i x = broadcast4(a + (chunk * kRows + r) * 4 - 128);
-            TAUT_UNROLL for (int i = 0; i < kPanelStrips; i++) dot(sum[r][i], code[i], x);
+            TAUT_FOR (int i = 0; i < kPanelStrips; i++) dot(sum[r][i], code[i], x);
           }
         }
         __m256 scale[kPanelStrips];
-        TAUT_UNROLL for (int i = 0; i < kPanelStrips; i++) {
+        TAUT_FOR (int i = 0; i < kPanelStrips; i++) {
           scale[i] = _mm256_load_ps(scales + i * 8);
           if (kFormat == Format::kInt8 && !low_nibbles) scale[i] = _mm256_mul_ps(scale[i], _mm256_set1_ps(16.0f));
         }
-        TAUT_UNROLL for (int r = 0; r < kRows; r++) {
+        TAUT_FOR (int r = 0; r < kRows; r++) {
           const __m256i m = broadcast4(a + (9 * kRows + r) * 4 - 128);
-          TAUT_UNROLL for (int i = 0; i < kPanelStrips; i++)
+          TAUT_FOR (int i = 0; i < kPanelStrips; i++)
             accumulate(reinterpret_cast<float*>(tile + (r * kPanelStrips + i) * 32 - 128), _mm256_cvtepi32_ps(_mm256_madd_epi16(sum[r][i], m)), scale[i]);
         }
       }

@@ -19,20 +19,23 @@ namespace taut::quant_linear::cpu_int8_avx512vnni {
 namespace {
 
 #define TAUT_INLINE inline __attribute__((always_inline))
-#define TAUT_UNROLL _Pragma("GCC unroll 16")
+#define TAUT_FOR(...) _Pragma("GCC unroll 16") for (__VA_ARGS__)
 
 // sum += codes . (4 bytes at a, for all 16 outputs). WHY asm: gcc 12 loads the broadcast separately.
 TAUT_INLINE void dot(__m512i& sum, __m512i codes, const uint8_t* a) {
   asm("vpdpbusd %2%{1to16%},%1,%0" : "+v"(sum) : "v"(codes), "m"(*reinterpret_cast<const int32_t*>(a)));
 }
 TAUT_INLINE __m512i pair32(const uint8_t* low, const uint8_t* high) {  // 32 bytes of each of two strips
-  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low))), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)), 1);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low))),
+                            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)), 1);
 }
 TAUT_INLINE __m512 pair_scales(const uint8_t* low, const uint8_t* high) {
-  return _mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low))), _mm_loadu_si128(reinterpret_cast<const __m128i*>(high)), 1));
+  return _mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low))),
+                                                 _mm_loadu_si128(reinterpret_cast<const __m128i*>(high)), 1));
 }
 TAUT_INLINE __m512i pair_zeros(const uint8_t* low, const uint8_t* high) {
-  return _mm512_cvtepu8_epi32(_mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(low)), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(high))));
+  return _mm512_cvtepu8_epi32(
+      _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(low)), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(high))));
 }
 // Where a sum starts. With zeros: -sum(a) * z; both fit int16, so vpmaddwd of the low halves is the product.
 template <bool kZeros>
@@ -56,9 +59,12 @@ struct Int8Avx512Vnni {
   static constexpr int kRowBlockBytes = 40;
   static constexpr int kTileRows = 12;
   static constexpr int64_t kChunkRows = 516;
-  template <Format kFormat> static constexpr int code_bytes = 1;
-  template <Format kFormat> static constexpr int64_t panel_k = 512;  // 8 KB of codes beside 8 KB of A
-  template <Format kFormat, int kRows> static constexpr int streams = 4;
+  template <Format kFormat>
+  static constexpr int code_bytes = 1;
+  template <Format kFormat>
+  static constexpr int64_t panel_k = 512;  // 8 KB of codes beside 8 KB of A
+  template <Format kFormat, int kRows>
+  static constexpr int streams = 4;
 
   template <bool kZeros, Format kFormat>
   static float prepare_row(const float* x, int64_t padded_k, int r, int rows, uint8_t* a, int64_t panel_k, int64_t panel_stride) {
@@ -81,44 +87,44 @@ struct Int8Avx512Vnni {
     constexpr int64_t kPrefetch = kFormat == Format::kInt4 ? 1152 : 2304;
     const __m512i nibble = _mm512_set1_epi8(15);
     __m512 total[kPairs][kRows];
-    TAUT_UNROLL for (int i = 0; i < kPairs; i++)
-      TAUT_UNROLL for (int r = 0; r < kRows; r++) total[i][r] = _mm512_setzero_ps();
+    TAUT_FOR (int i = 0; i < kPairs; i++)
+      TAUT_FOR (int r = 0; r < kRows; r++) total[i][r] = _mm512_setzero_ps();
     const int64_t superblock_bytes = s.header_bytes + 4 * s.blocks_per_group * s.block_bytes;
     for (int64_t left = s.num_blocks; left > 0; w += superblock_bytes) {
       const uint8_t* codes = w + s.header_bytes;
       for (int g = 0; g < 4 && left > 0; g++)
         for (int64_t b = 0; b < s.blocks_per_group && left > 0; b++, left--, a += kRowBlockBytes * kRows, codes += s.block_bytes) {
           if (kRows > 1)
-            TAUT_UNROLL for (int i = 0; i < kStreams; i++)
+            TAUT_FOR (int i = 0; i < kStreams; i++)
               for (int64_t line = 0; line < (kFormat == Format::kInt4 ? 128 : 256); line += 64)
                 _mm_prefetch(reinterpret_cast<const char*>(codes + i * stride + kPrefetch + line), _MM_HINT_T0);
           __m512i sum[kPairs][kRows];
-          TAUT_UNROLL for (int i = 0; i < kPairs; i++) {
+          TAUT_FOR (int i = 0; i < kPairs; i++) {
             const uint8_t* zeros = w + 2 * i * stride + 64 + g * 8;
             const __m512i z = kZeros ? pair_zeros(zeros, zeros + stride) : nibble;
-            TAUT_UNROLL for (int r = 0; r < kRows; r++) sum[i][r] = start<kZeros>(a + (8 * kRows + r) * 4, z);
+            TAUT_FOR (int r = 0; r < kRows; r++) sum[i][r] = start<kZeros>(a + (8 * kRows + r) * 4, z);
           }
-          TAUT_UNROLL for (int v = 0; v < (kFormat == Format::kInt4 ? 4 : 8); v++)
-            TAUT_UNROLL for (int i = 0; i < kPairs; i++) {
+          TAUT_FOR (int v = 0; v < (kFormat == Format::kInt4 ? 4 : 8); v++)
+            TAUT_FOR (int i = 0; i < kPairs; i++) {
               const uint8_t* at = codes + 2 * i * stride + v * 32;
               const __m512i x = pair32(at, at + stride);
               if constexpr (kFormat == Format::kInt4) {
                 const __m512i low = _mm512_and_si512(x, nibble), high = _mm512_and_si512(_mm512_srli_epi16(x, 4), nibble);
-                TAUT_UNROLL for (int r = 0; r < kRows; r++) dot(sum[i][r], low, a + (v * kRows + r) * 4);
-                TAUT_UNROLL for (int r = 0; r < kRows; r++) dot(sum[i][r], high, a + ((v + 4) * kRows + r) * 4);
+                TAUT_FOR (int r = 0; r < kRows; r++) dot(sum[i][r], low, a + (v * kRows + r) * 4);
+                TAUT_FOR (int r = 0; r < kRows; r++) dot(sum[i][r], high, a + ((v + 4) * kRows + r) * 4);
               } else {
-                TAUT_UNROLL for (int r = 0; r < kRows; r++) dot(sum[i][r], x, a + (v * kRows + r) * 4);
+                TAUT_FOR (int r = 0; r < kRows; r++) dot(sum[i][r], x, a + (v * kRows + r) * 4);
               }
             }
-          TAUT_UNROLL for (int i = 0; i < kPairs; i++) {
+          TAUT_FOR (int i = 0; i < kPairs; i++) {
             const uint8_t* scales = w + 2 * i * stride + g * 16;
             const __m512 scale = pair_scales(scales, scales + stride);
-            TAUT_UNROLL for (int r = 0; r < kRows; r++) total[i][r] = scaled(sum[i][r], scale, a + (9 * kRows + r) * 4, total[i][r]);
+            TAUT_FOR (int r = 0; r < kRows; r++) total[i][r] = scaled(sum[i][r], scale, a + (9 * kRows + r) * 4, total[i][r]);
           }
         }
     }
-    TAUT_UNROLL for (int i = 0; i < kPairs; i++)
-      TAUT_UNROLL for (int r = 0; r < kRows; r++) {
+    TAUT_FOR (int i = 0; i < kPairs; i++)
+      TAUT_FOR (int r = 0; r < kRows; r++) {
         _mm256_store_ps(sums + (2 * i * kRows + r) * 8, _mm512_castps512_ps256(total[i][r]));
         if (kStreams > 1) _mm256_store_ps(sums + ((2 * i + 1) * kRows + r) * 8, _mm512_extractf32x8_ps(total[i][r], 1));
       }
@@ -133,7 +139,8 @@ struct Int8Avx512Vnni {
       const uint8_t* codes = at.codes;
       _mm256_store_ps(panel.scales + (b * kPanelStrips + half) * 8, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at.scales()))));
       if (kZeros)
-        _mm256_store_si256(reinterpret_cast<__m256i*>(panel.zeros + (b * kPanelStrips + half) * 8), _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at.zeros()))));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(panel.zeros + (b * kPanelStrips + half) * 8),
+                           _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at.zeros()))));
       uint8_t* out = panel.codes + b * 8 * kRow + half * 32;
       for (int v = 0; v < (kFormat == Format::kInt4 ? 4 : 8); v++) {
         const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + v * 32));
@@ -150,19 +157,19 @@ struct Int8Avx512Vnni {
   template <bool kZeros, int kRows>
   static __attribute__((noinline)) void micro(const uint8_t* a, const uint8_t* codes, const float* scales, const int32_t* zeros, int64_t k_blocks, float* c) {
     __m512 total[kRows];
-    TAUT_UNROLL for (int r = 0; r < kRows; r++) total[r] = _mm512_load_ps(c + r * 16);
+    TAUT_FOR (int r = 0; r < kRows; r++) total[r] = _mm512_load_ps(c + r * 16);
     for (int64_t b = 0; b < k_blocks; b++, a += kRowBlockBytes * kRows, codes += 8 * 64, scales += 16, zeros += 16) {
       const __m512i z = kZeros ? _mm512_load_si512(zeros) : _mm512_setzero_si512();
       __m512i sum[kRows];
-      TAUT_UNROLL for (int r = 0; r < kRows; r++) sum[r] = start<kZeros>(a + (8 * kRows + r) * 4, z);
-      TAUT_UNROLL for (int chunk = 0; chunk < 8; chunk++) {
+      TAUT_FOR (int r = 0; r < kRows; r++) sum[r] = start<kZeros>(a + (8 * kRows + r) * 4, z);
+      TAUT_FOR (int chunk = 0; chunk < 8; chunk++) {
         const __m512i code = _mm512_load_si512(codes + chunk * 64);
-        TAUT_UNROLL for (int r = 0; r < kRows; r++) dot(sum[r], code, a + (chunk * kRows + r) * 4);
+        TAUT_FOR (int r = 0; r < kRows; r++) dot(sum[r], code, a + (chunk * kRows + r) * 4);
       }
       const __m512 scale = _mm512_load_ps(scales);
-      TAUT_UNROLL for (int r = 0; r < kRows; r++) total[r] = scaled(sum[r], scale, a + (9 * kRows + r) * 4, total[r]);
+      TAUT_FOR (int r = 0; r < kRows; r++) total[r] = scaled(sum[r], scale, a + (9 * kRows + r) * 4, total[r]);
     }
-    TAUT_UNROLL for (int r = 0; r < kRows; r++) _mm512_store_ps(c + r * 16, total[r]);
+    TAUT_FOR (int r = 0; r < kRows; r++) _mm512_store_ps(c + r * 16, total[r]);
   }
 
   // c[rows][2][8] += A[rows, 32 * k_blocks] @ panel.
@@ -170,7 +177,9 @@ struct Int8Avx512Vnni {
   static void micro_rows(int rows, const uint8_t* a, const PanelT& panel, int64_t k_blocks, float* c) {
     using Micro = void (*)(const uint8_t*, const uint8_t*, const float*, const int32_t*, int64_t, float*);
     static constexpr auto kTable = []<int... r>(std::integer_sequence<int, r...>) {
-      struct { Micro run[sizeof...(r)]; } table{{micro<kZeros, r + 1>...}};
+      struct {
+        Micro run[sizeof...(r)];
+      } table{{micro<kZeros, r + 1>...}};
       return table;
     }(std::make_integer_sequence<int, kTileRows>());
     kTable.run[rows - 1](a, panel.codes, panel.scales, panel.zeros, k_blocks, c);

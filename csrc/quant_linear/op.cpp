@@ -48,8 +48,8 @@ int64_t useful_threads(int64_t M, const WeightSpec& weight) {
   return std::clamp<int64_t>(work / kMinWorkPerThread, 1, torch::stable::get_num_threads());
 }
 
-Tensor quant_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t out_features,
-                    int64_t format, int64_t group_size, bool zeros, int64_t activations) {
+Tensor quant_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t out_features, int64_t format, int64_t group_size,
+                    bool zeros, int64_t activations) {
   constexpr const char* kOp = "quant_linear";
   check(x.dim() >= 1, kOp, ": x must be [..., K], got a scalar");
   check_cpu(kOp, "x", x);
@@ -57,9 +57,10 @@ Tensor quant_linear(const Tensor& x, const Tensor& packed, const std::optional<T
   const int64_t N = out_features, K = x.size(x.dim() - 1);
   const WeightSpec weight = weight_spec(kOp, N, K, format, group_size, zeros);
   const DType dtype = float_dtype(kOp, "x", x);
-  check(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous(), kOp, ": packed must be a contiguous 1-D uint8 tensor from pack_weight");
-  check(packed.numel() == Rows8{weight}.total_bytes(), kOp, ": packed holds ", packed.numel(), " bytes, but [", N, ", ", K,
-        "] in this format takes ", Rows8{weight}.total_bytes(), "; is x's last dimension (", K, ") the weight's in_features?");
+  check(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous(), kOp,
+        ": packed must be a contiguous 1-D uint8 tensor from pack_weight");
+  check(packed.numel() == Rows8{weight}.total_bytes(), kOp, ": packed holds ", packed.numel(), " bytes, but [", N, ", ", K, "] in this format takes ",
+        Rows8{weight}.total_bytes(), "; is x's last dimension (", K, ") the weight's in_features?");
   check(activations == 0 || activations == 1, kOp, ": activations must be 0 (float) or 1 (int8), got ", activations);
   Tensor bias_row;
   if (bias) {
@@ -81,9 +82,16 @@ Tensor quant_linear(const Tensor& x, const Tensor& packed, const std::optional<T
   Tensor out = torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()));
   if (M == 0 || N == 0) return out;
 
-  const Params params{rows.const_data_ptr(), stride, static_cast<const uint8_t*>(packed.const_data_ptr()),
-                      bias ? bias_row.const_data_ptr() : nullptr, out.mutable_data_ptr(), dtype, M, weight,
-                      static_cast<Activations>(activations), useful_threads(M, weight)};
+  const Params params{rows.const_data_ptr(),
+                      stride,
+                      static_cast<const uint8_t*>(packed.const_data_ptr()),
+                      bias ? bias_row.const_data_ptr() : nullptr,
+                      out.mutable_data_ptr(),
+                      dtype,
+                      M,
+                      weight,
+                      static_cast<Activations>(activations),
+                      useful_threads(M, weight)};
   select(kOp, kImpls, params).run(params);
   return out;
 }

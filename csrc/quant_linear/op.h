@@ -18,12 +18,12 @@ constexpr float kSmallestRowMax = 0x1p-100f;
 enum class Activations : int64_t { kFloat = 0, kInt8 = 1 };
 
 struct Params {
-  const void* x;         // [M,K], last dimension contiguous
-  int64_t x_row_stride;  // elements
-  const uint8_t* packed; // Rows8
-  const void* bias;      // [N] in `dtype`, or nullptr
-  void* out;             // [M,N] contiguous, in `dtype`
-  DType dtype;           // of x, bias and out
+  const void* x;          // [M,K], last dimension contiguous
+  int64_t x_row_stride;   // elements
+  const uint8_t* packed;  // Rows8
+  const void* bias;       // [N] in `dtype`, or nullptr
+  void* out;              // [M,N] contiguous, in `dtype`
+  DType dtype;            // of x, bias and out
   int64_t M;
   WeightSpec weight;
   Activations activations;
@@ -36,14 +36,14 @@ void run(const Params&);
 namespace cpu_int8_avx2 {
 void run_small(const Params&);
 void run_tile(const Params&);
-}
+}  // namespace cpu_int8_avx2
 namespace cpu_int8_avx512vnni {
 void run_small(const Params&);
 void run_tile(const Params&);
-}
+}  // namespace cpu_int8_avx512vnni
 namespace cpu_float_avx2 {
 void run_small(const Params&);
 void run_tile(const Params&);
-}
+}  // namespace cpu_float_avx2
 
 }  // namespace taut::quant_linear

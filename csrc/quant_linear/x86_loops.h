@@ -19,15 +19,15 @@
 namespace taut::quant_linear {
 namespace {
 
-constexpr int kPanelStrips = 2;     // 16 output columns
+constexpr int kPanelStrips = 2;  // 16 output columns
 
 struct Strips {  // where the strips of a packed weight lie
   Rows8 layout;
   const uint8_t* data;
   int64_t strip_bytes, header_bytes, block_bytes, blocks_per_group, num_blocks;
   explicit Strips(const Params& p)
-      : layout{p.weight}, data(p.packed), strip_bytes(layout.strip_bytes()), header_bytes(layout.header_bytes()),
-        block_bytes(layout.block_bytes()), blocks_per_group(layout.blocks_per_group()), num_blocks(layout.num_blocks()) {}
+      : layout{p.weight}, data(p.packed), strip_bytes(layout.strip_bytes()), header_bytes(layout.header_bytes()), block_bytes(layout.block_bytes()),
+        blocks_per_group(layout.blocks_per_group()), num_blocks(layout.num_blocks()) {}
 };
 
 // Walks the k-blocks of one strip. WHY not the layout's offset functions: their divisions cost more than the unpacking.
@@ -131,7 +131,8 @@ void tile_loop(const Params& p) {
         const int64_t first = b * kRows;
         const int in_block = static_cast<int>(std::min<int64_t>(kRows, rows - first));
         for (int r = 0; r < in_block; r++)
-          unit[first + r] = Kernel::template prepare_row<kZeros, kFormat>(load_row(p, m0 + first + r, padded_k, row), padded_k, r, in_block, a + first * row_panel_bytes, kPanelK, panel_stride);
+          unit[first + r] = Kernel::template prepare_row<kZeros, kFormat>(load_row(p, m0 + first + r, padded_k, row), padded_k, r, in_block,
+                                                                          a + first * row_panel_bytes, kPanelK, panel_stride);
       }
     });
 
@@ -158,9 +159,11 @@ void tile_loop(const Params& p) {
           const int64_t slice = next_n < panel1 && (next_n + 1) * kPanelStrips <= num_strips ? (next_bytes / blocks + 63) / 64 * 64 : 0;
           for (int64_t b = block0; b < block1; b++) {
             for (int64_t offset = (b - block0) * slice; offset < std::min(next_bytes, (b - block0 + 1) * slice); offset += 64)
-              for (int strip = 0; strip < kPanelStrips; strip++) _mm_prefetch(reinterpret_cast<const char*>(next + strip * s.strip_bytes + offset), _MM_HINT_T1);
+              for (int strip = 0; strip < kPanelStrips; strip++)
+                _mm_prefetch(reinterpret_cast<const char*>(next + strip * s.strip_bytes + offset), _MM_HINT_T1);
             const int in_block = static_cast<int>(std::min<int64_t>(kRows, rows - b * kRows));
-            Kernel::template micro_rows<kZeros, kFormat>(in_block, a + k0 / kPanelK * panel_stride + b * kRows * row_panel_bytes, panel, k_blocks, c + (b - block0) * kRows * kPanelStrips * 8);
+            Kernel::template micro_rows<kZeros, kFormat>(in_block, a + k0 / kPanelK * panel_stride + b * kRows * row_panel_bytes, panel, k_blocks,
+                                                         c + (b - block0) * kRows * kPanelStrips * 8);
           }
         }
         for (int64_t m = block0 * kRows; m < std::min(rows, block1 * kRows); m++)
@@ -174,11 +177,11 @@ void tile_loop(const Params& p) {
 }
 
 // One instantiation per kind of weight.
-#define TAUT_FOR_FORMAT(loop, Kernel, p)                                              \
-  do {                                                                                \
-    if ((p).weight.format == Format::kInt8) loop<Kernel, false, Format::kInt8>(p);    \
-    else if ((p).weight.zeros) loop<Kernel, true, Format::kInt4>(p);                  \
-    else loop<Kernel, false, Format::kInt4>(p);                                       \
+#define TAUT_FOR_FORMAT(loop, Kernel, p)                                           \
+  do {                                                                             \
+    if ((p).weight.format == Format::kInt8) loop<Kernel, false, Format::kInt8>(p); \
+    else if ((p).weight.zeros) loop<Kernel, true, Format::kInt4>(p);               \
+    else loop<Kernel, false, Format::kInt4>(p);                                    \
   } while (0)
 
 }  // namespace

@@ -30,13 +30,17 @@ std::tuple<Tensor, Tensor, Tensor> quantize_weight(const Tensor& w, int64_t form
   Tensor scales = make_empty(w, {spec.N, spec.num_groups()}, ScalarType::Half);
   Tensor zero_points = make_empty(w, {zeros ? spec.N : 0, spec.num_groups()}, ScalarType::Byte);
   std::vector<uint8_t> row_is_finite(spec.N);
-  const Params params{rows.const_data_ptr(), rows.stride(0), float_dtype(kOp, "w", w), spec,
-                      static_cast<uint8_t*>(codes.mutable_data_ptr()), static_cast<uint16_t*>(scales.mutable_data_ptr()),
-                      zeros ? static_cast<uint8_t*>(zero_points.mutable_data_ptr()) : nullptr, row_is_finite.data(),
+  const Params params{rows.const_data_ptr(),
+                      rows.stride(0),
+                      float_dtype(kOp, "w", w),
+                      spec,
+                      static_cast<uint8_t*>(codes.mutable_data_ptr()),
+                      static_cast<uint16_t*>(scales.mutable_data_ptr()),
+                      zeros ? static_cast<uint8_t*>(zero_points.mutable_data_ptr()) : nullptr,
+                      row_is_finite.data(),
                       torch::stable::get_num_threads()};
   if (spec.N > 0) select(kOp, kImpls, params).run(params);
-  for (int64_t n = 0; n < spec.N; n++)
-    check(row_is_finite[n], kOp, ": row ", n, " of w holds a NaN, an infinity, or a number too large for a float16 scale");
+  for (int64_t n = 0; n < spec.N; n++) check(row_is_finite[n], kOp, ": row ", n, " of w holds a NaN, an infinity, or a number too large for a float16 scale");
   return {codes, scales, zero_points};
 }
 
@@ -52,7 +56,5 @@ const bool registered = [] {
 }  // namespace
 }  // namespace taut::quantize_weight
 
-STABLE_TORCH_LIBRARY_FRAGMENT(taut, m) {
-  m.def("quantize_weight(Tensor w, int format, int group_size, bool zeros) -> (Tensor, Tensor, Tensor)");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(taut, m) { m.def("quantize_weight(Tensor w, int format, int group_size, bool zeros) -> (Tensor, Tensor, Tensor)"); }
 STABLE_TORCH_LIBRARY_IMPL(taut, CPU, m) { m.impl("quantize_weight", TORCH_BOX(&taut::quantize_weight::quantize_weight)); }

@@ -15,7 +15,7 @@ struct Params {
   WeightSpec weight;
   uint8_t* codes;
   uint16_t* scales;
-  uint8_t* zeros;        // or nullptr
+  uint8_t* zeros;          // or nullptr
   uint8_t* row_is_finite;  // [N]; 0 where the row held a NaN, an infinity or a number whose scale fp16 cannot hold
   int64_t num_threads;
 };

@@ -29,8 +29,8 @@ Tensor roofline(const Tensor& buffer, int64_t ceiling, int64_t streams, int64_t 
   check(steps >= 0 && steps <= kMaxSteps, kOp, ": steps must be 0..", kMaxSteps, ", got ", steps);
   const int64_t num_threads = torch::stable::get_num_threads();
   std::vector<uint64_t> results(num_threads);
-  const Params params{static_cast<Ceiling>(ceiling), static_cast<const uint64_t*>(buffer.const_data_ptr()), buffer.numel(), streams, steps,
-                      results.data(), num_threads};
+  const Params params{
+      static_cast<Ceiling>(ceiling), static_cast<const uint64_t*>(buffer.const_data_ptr()), buffer.numel(), streams, steps, results.data(), num_threads};
   select(kOp, kImpls, params).run(params);
   const int64_t shape[] = {1};
   Tensor out = torch::stable::new_empty(buffer, torch::headeronly::IntHeaderOnlyArrayRef(shape, 1));

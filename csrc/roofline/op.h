@@ -19,9 +19,9 @@ struct Params {
   Ceiling ceiling;
   const uint64_t* words;  // [num_words]; kRead only
   int64_t num_words;
-  int64_t streams;        // 1, 2, 4 or 8 a thread; kRead only
-  int64_t steps;          // kFmaF32 and kDotInt8 only
-  uint64_t* results;      // [num_threads], one a thread
+  int64_t streams;    // 1, 2, 4 or 8 a thread; kRead only
+  int64_t steps;      // kFmaF32 and kDotInt8 only
+  uint64_t* results;  // [num_threads], one a thread
   int64_t num_threads;
 };
 

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "common/cpu_features.h"
+#include "guarded.h"
 #include "pack_weight/op.h"
 #include "quant_linear/op.h"
 #include "quantize_weight/op.h"
@@ -40,41 +41,22 @@ void run_tasks(int64_t num_tasks, TaskBody body, void* context) {
   for (auto& worker : workers) worker.join();
 }
 
-struct Scratch {
-  void* data = nullptr;
-  ~Scratch() { std::free(data); }
-};
-
 // A new block for each call: a pointer kept past the next call for its slot is a use after free.
 uint8_t* scratch(int slot, size_t bytes) {
-  thread_local Scratch slots[kScratchSlots];
-  std::free(slots[slot].data);
-  if (posix_memalign(&slots[slot].data, 64, bytes) != 0) std::abort();
-  std::memset(slots[slot].data, 0xff, bytes);
-  return static_cast<uint8_t*>(slots[slot].data);
+  thread_local GuardedBlock slots[kScratchSlots];
+  slots[slot] = GuardedBlock(bytes, 64);
+  return slots[slot].data();
 }
 
 namespace {
 
 // ---- Buffers ----
 
-// `bytes` bytes that end where their heap block ends, `misalign` bytes past a multiple of 64, all ones (NaN in any dtype).
-class Buffer {
+// `bytes` bytes, all ones, that start `misalign` bytes past a multiple of their element or vector, end at a guard page.
+class Buffer : public GuardedBlock {
  public:
-  explicit Buffer(size_t bytes, size_t misalign = 0) : misalign_(misalign), bytes_(bytes) {
-    if (posix_memalign(&block_, 64, misalign + bytes + (misalign + bytes == 0)) != 0) std::abort();
-    std::memset(data(), 0xff, bytes);
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(block_); }
-  uint8_t* data() const { return static_cast<uint8_t*>(block_) + misalign_; }
-  size_t bytes() const { return bytes_; }
-  bool same_as(const Buffer& other) const { return bytes_ == other.bytes_ && std::memcmp(data(), other.data(), bytes_) == 0; }
-
- private:
-  void* block_ = nullptr;
-  size_t misalign_, bytes_;
+  explicit Buffer(size_t bytes, size_t misalign = 0) : GuardedBlock(bytes, misalign ? misalign : 4) {}
+  bool same_as(const Buffer& other) const { return bytes() == other.bytes() && std::memcmp(data(), other.data(), bytes()) == 0; }
 };
 
 std::mt19937 random_bits(1);
@@ -92,8 +74,8 @@ void expect(bool condition, const std::string& what) {
 }
 
 std::string describe(const WeightSpec& w) {
-  return "N=" + std::to_string(w.N) + " K=" + std::to_string(w.K) + (w.format == Format::kInt4 ? " int4" : " int8") + " group " +
-         std::to_string(w.group_size) + (w.zeros ? " with zeros" : "");
+  return "N=" + std::to_string(w.N) + " K=" + std::to_string(w.K) + (w.format == Format::kInt4 ? " int4" : " int8") + " group " + std::to_string(w.group_size) +
+         (w.zeros ? " with zeros" : "");
 }
 
 // ---- A weight: canonical, packed, and as numbers ----
@@ -282,8 +264,8 @@ void test_quantize(const WeightSpec& spec, DType dtype) {
       std::memset(found.scales.data(), 0xff, found.scales.bytes());
       std::memset(found.zeros.data(), 0xff, found.zeros.bytes());
       Buffer finite(spec.N);
-      impl.run({w.data(), stride, dtype, spec, found.codes.data(), reinterpret_cast<uint16_t*>(found.scales.data()),
-                spec.zeros ? found.zeros.data() : nullptr, finite.data(), threads});
+      impl.run({w.data(), stride, dtype, spec, found.codes.data(), reinterpret_cast<uint16_t*>(found.scales.data()), spec.zeros ? found.zeros.data() : nullptr,
+                finite.data(), threads});
       num_workers = 1;
       for (int64_t n = 0; n < spec.N; n++) expect(finite.data()[n] == 1, what + ": a finite row was refused");
       if (&impl == impls && threads == 1) {
