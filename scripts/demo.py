@@ -220,6 +220,7 @@ def show(name: str, machine: dict, rows: list[dict], found: list[Measurement], c
         f"KL and top token: against fp32, ± standard error, on {rows[-1]['compared_tokens']} tokens (bf16: {rows[1]['compared_tokens']}) "
         + f"in windows of {WINDOW} of: {TEXT_NAME}.",
     ]
+    notes.append("A head tied to the embeddings shares their numbers in fp32 and bf16; swapped, it has low bits beside float embeddings.")
     if name.endswith(".gguf"):
         notes.append("fp32 is the numbers of that GGUF file as floats; what its own format lost before is not in this table.")
     console.print("\n".join(notes), style="dim", highlight=False, markup=False)
