@@ -1,8 +1,9 @@
-"""QuantLinear as a module: what torch does to any nn.Linear has to work on it too."""
+"""QuantLinear: the module around the op. States, copies, casts, devices, gradients, compile and export, refusals."""
 
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 
 import pytest
@@ -10,179 +11,217 @@ import torch
 from torch import nn
 
 import taut
+from taut import QuantLinear, WeightFormat
 from taut.ops import quant_linear as op
 
-FORMATS = [taut.WeightFormat("int4", 32), taut.WeightFormat("int4", 128, True), taut.WeightFormat("int8", 0), taut.WeightFormat("int8", 64)]
+N, K = 40, 75
+FORMATS = [
+    WeightFormat("int4", 32),
+    WeightFormat("int4", 64, True),
+    WeightFormat("int4", 0),
+    WeightFormat("int8", 0),
+    WeightFormat("int8", 32),
+]
 
 
 def make(
-    format: taut.WeightFormat, n: int = 24, k: int = 75, bias: bool = True, activations: str = "int8", seed: int = 0
-) -> taut.QuantLinear:
-    torch.manual_seed(seed)
-    return taut.QuantLinear.from_float(nn.Linear(k, n, bias), format, activations)
+    format: WeightFormat = FORMATS[0], activations: str = "int8", bias: bool = True, dtype: torch.dtype = torch.float32
+) -> QuantLinear:
+    torch.manual_seed(0)
+    return QuantLinear.from_float(nn.Linear(K, N, bias=bias).to(dtype), format, activations)
 
 
-def same_state(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a)
+def inputs(dtype: torch.dtype = torch.float32, *shape: int) -> torch.Tensor:
+    return torch.randn(*(shape or (5,)), K, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def assert_same_module(a: QuantLinear, b: QuantLinear) -> None:
+    assert (a.format, a.activations, a.in_features, a.out_features) == (b.format, b.activations, b.in_features, b.out_features)
+    assert torch.equal(a.packed, b.packed)
+    assert torch.equal(a(inputs()), b(inputs()))
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-@pytest.mark.parametrize("activations", ["int8", "float"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_forward_is_the_reference(format, activations, dtype):
-    module = make(format, activations=activations).to(dtype)
-    x = torch.randn(2, 3, 75).to(dtype)
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_forward_is_the_op(format, activations):
+    module = make(format, activations)
+    x = inputs(torch.float32, 2, 3)
     out = module(x)
-    expected = op.reference(x.reshape(6, 75), module.dequantize(), module.bias, activations).reshape(2, 3, 24)
-    assert out.dtype == dtype and out.shape == (2, 3, 24)
-    error = (out.double() - expected).abs().max() / expected.abs().max()
-    assert error < {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    assert out.shape == (2, 3, N)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, op.quant_linear(x, module.packed, module.bias, N, format, activations))
+    exact = op.reference(x.reshape(-1, K), module.dequantize().double(), module.bias.detach(), activations)
+    torch.testing.assert_close(out.reshape(-1, N).double(), exact, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_state_dict_is_canonical_and_loads_strictly(format):
-    module, other = make(format), make(format, seed=1)
+def test_state_dict_is_canonical_and_loads_bit_exactly(format):
+    module = make(format)
     state = module.state_dict()
-    assert list(state) == ["bias", "qweight", "scales", "zeros"] if format.zeros else ["bias", "qweight", "scales"]
-    assert state["qweight"].shape == format.codes_shape(24, 75) and state["scales"].dtype == torch.float16
-    assert not same_state(other.state_dict(), state)
-    other.load_state_dict(state, strict=True)
-    assert same_state(other.state_dict(), state)
-    x = torch.randn(5, 75)
-    assert torch.equal(other(x), module(x))
+    assert set(state) == {"qweight", "scales", "bias"} | ({"zeros"} if format.zeros else set())
+    assert "weight" not in state
+    assert (state["qweight"].dtype, tuple(state["qweight"].shape)) == (format.codes_dtype, format.codes_shape(N, K))
+    assert (state["scales"].dtype, tuple(state["scales"].shape)) == (torch.float16, (N, format.num_groups(K)))
+    other = QuantLinear(K, N, format=format)
+    assert not other.load_state_dict(state, strict=True).missing_keys
+    assert_same_module(module, other)
+    again = other.state_dict()
+    assert all(torch.equal(again[key], value) for key, value in state.items())
 
 
-def test_a_module_built_on_the_meta_device_is_filled_by_load_state_dict():
+def test_meta_module_is_filled_by_assign():
     module = make(FORMATS[1])
     with torch.device("meta"):
-        empty = taut.QuantLinear(75, 24, format=FORMATS[1])
-    assert all(p.device.type == "meta" for p in empty.parameters())
-    with pytest.raises(ValueError, match="holds no weight yet"):
-        empty(torch.randn(1, 75))
-    empty.load_state_dict(module.state_dict(), strict=True, assign=True)
-    x = torch.randn(3, 75)
-    assert torch.equal(empty(x), module(x)) and same_state(empty.state_dict(), module.state_dict())
+        empty = QuantLinear(K, N, format=FORMATS[1])
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
+    with pytest.raises(ValueError, match="meta device and holds no weight"):
+        empty(inputs())
+    empty.load_state_dict(module.state_dict(), assign=True)
+    assert_same_module(module, empty)
+    assert empty.weight.device.type == "cpu"
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda s: s.pop("scales"), "scales"),
-        (lambda s: s.update(scales=s["scales"][:12]), "scales must be"),
-        (lambda s: s.update(qweight=s["qweight"][:12]), "qweight must be"),
-        (lambda s: s.update(qweight=s["qweight"].to(torch.int8)), "torch.uint8"),
-        (lambda s: s.update(scales=s["scales"].float()), "torch.float16"),
-        (lambda s: s["scales"].fill_(torch.nan), "finite"),
-        (lambda s: s["zeros"].fill_(16), "zeros must be 0..15"),
-        (lambda s: s.update(weight=torch.randn(24, 75)), "weight"),
-    ],
-    ids=["no scales", "few scales", "few rows", "codes dtype", "scales dtype", "NaN scale", "zero of 16", "a float weight"],
-)
-def test_a_bad_state_dict_is_refused_and_changes_nothing(change, message):
-    module = make(FORMATS[1])
-    before = module.state_dict()
-    state = copy.deepcopy(before)
-    change(state)
-    with pytest.raises(RuntimeError, match=message):
-        module.load_state_dict(state, strict=True)
-    assert torch.equal(module.state_dict()["qweight"], before["qweight"])
+def test_load_reports_what_is_missing_or_wrong():
+    state = make(FORMATS[1]).state_dict()
+    fresh = lambda: QuantLinear(K, N, format=FORMATS[1])  # noqa: E731
+    for key in ("qweight", "scales", "zeros"):
+        with pytest.raises(RuntimeError, match=rf'Missing key.*"{key}"'):
+            fresh().load_state_dict({name: value for name, value in state.items() if name != key})
+        found = fresh().load_state_dict({name: value for name, value in state.items() if name != key}, strict=False)
+        assert found.missing_keys == [key]
+    for key, value, message in (
+        ("qweight", state["qweight"][:-8], r"qweight must be \[40, 38\], got \[32, 38\]"),
+        ("qweight", state["qweight"].to(torch.int16), "codes of a int4"),
+        ("scales", state["scales"][:, :1], r"scales must be torch.float16 \[40, 2\]"),
+        ("scales", state["scales"].float(), "scales must be torch.float16"),
+        ("scales", torch.full_like(state["scales"], torch.nan), "scales must be finite"),
+        ("zeros", torch.full_like(state["zeros"], 16), r"zeros must be 0\.\.15"),
+    ):
+        module = fresh()
+        with pytest.raises(RuntimeError, match=message):
+            module.load_state_dict({**state, key: value})
+        module.load_state_dict(state)  # and is not spoilt by the failed attempt
+        assert_same_module(module, make(FORMATS[1]))
 
 
-def test_an_int8_code_of_minus_128_is_refused():
-    module = make(FORMATS[2])
-    state = module.state_dict()
-    state["qweight"][3, 4] = -128
-    with pytest.raises(RuntimeError, match="-127..127"):
-        module.load_state_dict(state)
+def test_deepcopy_and_pickle():
+    module = make()
+    assert_same_module(module, copy.deepcopy(module))
+    assert_same_module(module, pickle.loads(pickle.dumps(module)))
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    assert_same_module(module, torch.load(file, weights_only=False))
+    twin = copy.deepcopy(module)
+    twin.bias.data.zero_()
+    assert module.bias.abs().sum() > 0
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_deepcopy_and_pickle(format):
-    module, x = make(format), torch.randn(2, 75)
-    for clone in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert torch.equal(clone(x), module(x)) and same_state(clone.state_dict(), module.state_dict())
-        assert clone.packed.data_ptr() != module.packed.data_ptr()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("finalized", [True, False])
-def test_a_cast_changes_the_bias_and_nothing_that_is_stored(dtype, finalized):
+def test_casting_leaves_what_is_stored(dtype, finalized):
     module = make(FORMATS[1])
-    before = module.state_dict()
+    state = module.state_dict()
     if not finalized:
-        empty = taut.QuantLinear(75, 24, format=FORMATS[1])
-        for name in ("qweight", "scales", "zeros"):
-            setattr(empty, name, nn.Parameter(before[name], requires_grad=False))
-        module = empty
+        with torch.device("meta"):
+            module = QuantLinear(K, N, format=FORMATS[1])
+        for key, value in state.items():
+            setattr(module, key, nn.Parameter(value, requires_grad=key == "bias"))
     module.to(dtype)
+    assert module.bias.dtype == module.weight.dtype == dtype
+    out = module(inputs(dtype))
+    assert out.dtype == dtype
     after = module.state_dict()
-    assert after["bias"].dtype == dtype and module.weight.dtype == dtype
-    assert all(
-        torch.equal(after[name], before[name]) and after[name].dtype == before[name].dtype for name in ("qweight", "scales", "zeros")
-    )
-    assert module.half().bias.dtype == torch.float16 and module.float().weight.dtype == torch.float32
+    assert after["scales"].dtype == torch.float16
+    assert all(torch.equal(after[key], state[key]) for key in ("qweight", "scales", "zeros"))
 
 
-def test_train_and_eval_and_requires_grad():
-    module = make(FORMATS[0])
-    assert module.train().training and not module.eval().training
-    assert [name for name, p in module.named_parameters() if p.requires_grad] == ["bias"]
-    assert isinstance(module, nn.Linear) and "int4 group 32" in repr(module)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_from_float_takes_every_dtype(dtype):
+    module = make(dtype=dtype)
+    assert module.weight.dtype == dtype
+    assert module(inputs(dtype)).dtype == dtype
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_backward_is_that_of_the_dequantized_layer(format, dtype):
-    module = make(format, n=1030, k=40).to(dtype)  # more rows than the backward dequantizes at a time
-    x, grad = torch.randn(3, 2, 40, dtype=dtype, requires_grad=True), torch.randn(3, 2, 1030, dtype=dtype)
-    module(x).backward(grad)
-    expected = grad.double() @ module.dequantize().double()
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    assert ((x.grad.double() - expected).abs().max() / expected.abs().max()) < tolerance
-    assert ((module.bias.grad.double() - grad.double().sum((0, 1))).abs().max()) < (1e-5 if dtype == torch.float32 else 0.1)
-    assert module.packed.grad is None
-
-
-def test_weight_is_the_dequantized_matrix_and_cannot_be_written():
-    module = make(FORMATS[0])
+def test_weight_is_lazy_and_read_only():
+    module = make(FORMATS[3])
     weight = module.weight
-    assert weight.shape == (24, 75) and weight.dtype == torch.float32 and weight.device.type == "cpu"
-    assert torch.equal(weight + 0, module.dequantize()) and torch.equal(weight.data, module.dequantize())
-    assert type(weight.float().sum()) is torch.Tensor and torch.equal(copy.deepcopy(weight), module.dequantize())
-    x = torch.randn(2, 75)
-    assert torch.equal(nn.functional.linear(x, weight), nn.functional.linear(x, module.dequantize()))
-    for write in (lambda: weight.add_(1), lambda: weight.copy_(torch.zeros(24, 75)), lambda: setattr(weight, "data", torch.zeros(24, 75))):
+    assert (weight.dtype, tuple(weight.shape), weight.device.type) == (torch.float32, (N, K), "cpu")
+    assert not isinstance(weight, nn.Parameter)
+    assert torch.equal(weight + 0, module.dequantize())
+    assert torch.equal(torch.mm(inputs(), weight.t()), inputs() @ module.dequantize().t())
+    assert torch.equal(torch.from_numpy(weight.numpy()), module.dequantize())
+    assert type(copy.deepcopy(weight)) is torch.Tensor
+    before = module.packed.clone()
+    for write in (
+        lambda w: w.mul_(2),
+        lambda w: w.copy_(torch.zeros(N, K)),
+        lambda w: torch.add(w, 1, out=w),
+        lambda w: setattr(w, "data", torch.zeros(N, K)),
+        lambda w: nn.init.zeros_(w),
+    ):
         with pytest.raises(ValueError, match="read-only"):
-            write()
+            write(module.weight)
+    assert torch.equal(module.packed, before)
+    assert "weight" not in dict(module.named_parameters())
 
 
-def test_opcheck():
-    for format in FORMATS:
-        module = make(format, n=16, k=33)
-        for bias in (None, module.bias.detach().requires_grad_()):
-            x = torch.randn(2, 33, requires_grad=True)
-            torch.library.opcheck(torch.ops.taut.quant_linear.default, (x, module.packed, bias, *module._call))
+def test_gradient_reaches_input_and_bias_but_not_the_weight():
+    module = make(FORMATS[1], "float")
+    x = inputs().requires_grad_()
+    target = torch.randn(5, N, generator=torch.Generator().manual_seed(2))
+    (module(x) * target).sum().backward()
+    torch.testing.assert_close(x.grad, target @ module.dequantize())
+    torch.testing.assert_close(module.bias.grad, target.sum(0))
+    assert [name for name, p in module.named_parameters() if p.requires_grad] == ["bias"]
 
 
-@pytest.mark.parametrize("shape", [(0, 75), (2, 0, 75), (75,)])
-def test_empty_and_one_dimensional_x(shape):
-    assert make(FORMATS[0])(torch.randn(shape)).shape == (*shape[:-1], 24)
+def test_compile_and_export_have_no_graph_break():
+    module = make(FORMATS[1])
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(inputs()), module(inputs()))
+    program = torch.export.export(module, (inputs(),), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert "taut.quant_linear.default" in called
+    assert torch.equal(program.module()(inputs(torch.float32, 9)), module(inputs(torch.float32, 9)))
+
+
+def test_weight_bytes_and_repr():
+    module = make(FORMATS[0])
+    assert module.weight_bytes == FORMATS[0].layout_bytes(N, K) == module.packed.numel()
+    assert "in_features=75, out_features=40, bias=True, weight=int4 group 32, activations=int8" in repr(module)
+    with torch.device("meta"):
+        assert QuantLinear(K, N, format=FORMATS[0]).weight_bytes == FORMATS[0].canonical_bytes(N, K)
+
+
+def test_empty_batch_and_no_bias():
+    assert make(bias=False)(torch.empty(0, K)).shape == (0, N)
+    assert "bias" not in make(bias=False).state_dict()
 
 
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (torch.randn(2, 74), r"\[..., 75\]"),
-        (torch.tensor(1.0), r"\[..., 75\]"),
-        (torch.randn(2, 75).double(), "float64"),
-        (torch.zeros(2, 75, dtype=torch.int64), "int64"),
-        (torch.empty(2, 75, device="meta"), "on the CPU"),
+        (torch.zeros(3, K + 1), rf"takes x \[\.\.\., {K}\], got \[3, {K + 1}\]"),
+        (torch.zeros(()), "takes x"),
+        (torch.zeros(3, K, dtype=torch.float64), "float32, bfloat16 or float16, got torch.float64"),
+        (torch.zeros(3, K, dtype=torch.int64), "got torch.int64"),
+        (torch.zeros(3, K, device="meta"), "x is on meta"),
     ],
 )
-def test_bad_input_is_refused(x, message):
+def test_forward_refuses(x, message):
     with pytest.raises(ValueError, match=message):
-        make(FORMATS[0])(x)
+        make()(x)
 
 
-def test_moved_to_the_meta_device_it_still_gives_shapes():
-    assert make(FORMATS[0]).to("meta")(torch.empty(2, 75, device="meta")).shape == (2, 24)
+def test_from_float_refuses():
+    linear = nn.Linear(K, N)
+    with pytest.raises(ValueError, match="unknown activations 'int3'"):
+        QuantLinear.from_float(linear, FORMATS[0], "int3")
+    with pytest.raises(ValueError, match="got torch.float64"):
+        QuantLinear.from_float(nn.Linear(K, N).double(), FORMATS[0])
+    linear.weight.data[3, 4] = torch.nan
+    with pytest.raises(ValueError, match="row 3 of w holds a NaN"):
+        QuantLinear.from_float(linear, FORMATS[0])
+    with pytest.raises(ValueError, match="unknown weight format 'int3'"):
+        taut.WeightFormat("int3")
