@@ -45,7 +45,9 @@ def check_call(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int
 
 
 @torch.library.register_fake("taut::quant_linear")
-def _fake(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, format: int, group_size: int, zeros: bool, activations: int) -> Tensor:
+def _fake(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, format: int, group_size: int, zeros: bool, activations: int
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
