@@ -276,6 +276,16 @@ def test_a_tied_head_is_kept_and_named(checkpoint):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_the_report_counts_every_byte_once(saved, checkpoint):
+    swapped = reload(checkpoint)
+    taut.swap(swapped, group_size=64, zeros=True)
+    for model in (load(checkpoint, group_size=64, zeros=True), reload(saved), swapped):
+        report = model.taut_report
+        matrices = {id(p): p.numel() * p.element_size() for p in model.parameters() if p.dim() > 1}
+        assert sum(entry.bytes for entry in report.kept) == sum(matrices.values())
+        assert report.bytes_after == sum(m.packed.numel() for m in model.modules() if isinstance(m, QuantLinear))
+
+
 def test_a_tied_head_by_rule_gets_low_bits_of_its_own(checkpoint, tmp_path):
     model = reload(checkpoint)
     taut.swap(model, "int4", rules={"lm_head": {"weights": "int8"}})

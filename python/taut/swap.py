@@ -152,8 +152,19 @@ class SwapReport:
         return "\n".join(lines)
 
 
-def parameter_bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
+def held_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes of each module's own weights, by name. One that several modules share counts once, so that the sum is the model's."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}  # transformers: what shares a weight, or will when it is loaded
+    counted: set[int] = set()
+    sizes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            sizes[name] = module.weight_bytes
+            continue
+        own = {key: p for key, p in module.named_parameters(recurse=False) if f"{name}.{key}" not in tied and id(p) not in counted}
+        counted.update(map(id, own.values()))
+        sizes[name] = sum(p.numel() * p.element_size() for p in own.values())
+    return sizes
 
 
 @dataclass
@@ -235,7 +246,7 @@ def plan(model: nn.Module, book: RuleBook, dtype: torch.dtype | None = None) -> 
     for pattern in [*book.skip, *(pattern for pattern, _ in book.rules)]:
         if not any(matches(name, pattern) for name in names):
             raise ValueError(f"pattern {pattern!r} matches no module of this model")
-    facts = _Facts.of(model, dtype)
+    facts, sizes = _Facts.of(model, dtype), held_bytes(model)
     chosen, kept = [], []
     for name, module in model.named_modules():
         if not any(p.dim() >= 2 for p in module.parameters(recurse=False)) and not isinstance(module, QuantLinear):
@@ -251,8 +262,7 @@ def plan(model: nn.Module, book: RuleBook, dtype: torch.dtype | None = None) -> 
         if reason is None:
             chosen.append((name, module, rule))
         else:
-            held = module.weight_bytes if isinstance(module, QuantLinear) else parameter_bytes(module)
-            kept.append(Kept(name, type(module).__name__, reason, held))
+            kept.append(Kept(name, type(module).__name__, reason, sizes[name]))
     if not chosen:
         raise ValueError(nothing_to_swap(kept))
     return chosen, kept

@@ -19,7 +19,7 @@ import sys
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..formats import WeightFormat
 from ..nn import QuantLinear
-from ..swap import Kept, Rule, RuleBook, Swapped, SwapReport, check_values, make_rule, matches, plan
+from ..swap import Kept, Rule, RuleBook, Swapped, SwapReport, check_values, held_bytes, make_rule, plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -144,7 +143,7 @@ class TautQuantizer(HfQuantizer):
     """transformers' loading and saving of models with low-bit linear layers."""
 
     requires_calibration = False
-    serialized_names = {"weight": ["qweight", "scales", "zeros"]}
+    serialized_names: ClassVar[dict[str, list[str]]] = {"weight": ["qweight", "scales", "zeros"]}
     is_qat_trainable = False
 
     def __init__(self, quantization_config: Config, **kwargs: Any) -> None:
@@ -267,7 +266,8 @@ class TautQuantizer(HfQuantizer):
     def _finalize(self, model: nn.Module) -> None:
         for name, rule in self.chosen.items():
             module = model.get_submodule(name)
-            lost = [key for key in _TENSORS if isinstance(p := getattr(module, key), Tensor) and not getattr(p, "_is_hf_initialized", False)]
+            expected = {key: value for key in _TENSORS if isinstance(value := getattr(module, key), Tensor)}
+            lost = [key for key, value in expected.items() if not getattr(value, "_is_hf_initialized", False)]
             if lost:
                 raise ValueError(f"the checkpoint lacks {', '.join(f'{name}.{key}' for key in lost)}")
             try:
@@ -276,10 +276,10 @@ class TautQuantizer(HfQuantizer):
                 raise ValueError(f"{name}: {error}") from None
             size = module.in_features * module.out_features * module._like.element_size()
             self.report.swapped.append(Swapped(name, rule, module.out_features, module.in_features, size, module.weight_bytes))
+        sizes = held_bytes(model)
         for name, module in model.named_modules():
             if name not in self.chosen and any(p.dim() >= 2 for p in module.parameters(recurse=False)):
-                held = sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
-                self.report.kept.append(Kept(name, type(module).__name__, "float in the checkpoint", held))
+                self.report.kept.append(Kept(name, type(module).__name__, "float in the checkpoint", sizes[name]))
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """Called first by ``save_pretrained``: what is saved has to be what config.json says."""
@@ -354,7 +354,7 @@ def _check_files(model: nn.Module, chosen: Mapping[str, Rule], files: Iterable[s
             raise ValueError(f"{path}: a taut checkpoint is in safetensors files")
         try:
             with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  (not a dict)
+                for key in file.keys():
                     stem, _, last = key.rpartition(".")
                     if last in (*_TENSORS, "weight") and stem in aliases:
                         view = file.get_slice(key)
@@ -478,7 +478,8 @@ def save(model: PreTrainedModel, directory: str | os.PathLike, tokenizer: Any = 
         shutil.rmtree(new, ignore_errors=True)  # after the exchange this is the old directory
 
 
-_WEIGHTS = re.compile(r"(model|adapter_model)(\.\w+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.\w+)?\.json)?|model\.safetensors\.index\.json")
+# What save_pretrained writes weights to: one file or shards, with a variant or without, and the index of the shards.
+_WEIGHTS = re.compile(r"(model|adapter_model)(\.\w+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.\w+)?\.json)?")
 
 
 def _carry_over(old: Path, new: Path) -> None:

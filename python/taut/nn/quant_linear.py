@@ -175,7 +175,7 @@ class QuantLinear(nn.Linear):
         if packed is None:
             self.finalize()
             packed = self.packed
-        if not (x.is_cpu and packed.is_cpu or x.is_meta and packed.is_meta):
+        if not ((x.is_cpu and packed.is_cpu) or (x.is_meta and packed.is_meta)):
             raise ValueError(f"QuantLinear computes on the CPU; x is on {x.device}, the weight on {packed.device}")
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)

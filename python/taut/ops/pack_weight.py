@@ -29,8 +29,6 @@ def check_canonical(codes: Tensor, scales: Tensor, zeros: Tensor | None, in_feat
         raise ValueError(f"zeros must be 0..15, got {int(zeros.max())}")
     if not bool(torch.isfinite(scales).all()):
         raise ValueError("scales must be finite")
-    if format.name == "int8" and codes.numel() and int(codes.min()) < -127:
-        raise ValueError("int8 codes must be -127..127, got -128")
 
 
 def pack_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, format: WeightFormat) -> Tensor:
@@ -81,7 +79,9 @@ def _fake_pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, in_features:
 
 
 @torch.library.register_fake("taut::unpack_weight")
-def _fake_unpack(packed: Tensor, out_features: int, in_features: int, format: int, group_size: int, zeros: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_unpack(
+    packed: Tensor, out_features: int, in_features: int, format: int, group_size: int, zeros: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     f = WeightFormat("int4" if format == 4 else "int8", group_size, zeros)
     groups = f.num_groups(in_features)
     return (
