@@ -25,6 +25,7 @@ OUT = ROOT / "build" / "sanitize"
 FLAGS = ("-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-fno-math-errno", "-pthread")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 OPS = ("quant_linear", "quantize_weight", "pack_weight")
+TABLES = ("quant_linear", "quantize_weight")  # ops that choose among impls
 
 
 def isa_flags() -> dict[str, list[str]]:
@@ -48,15 +49,40 @@ def kernel_sources() -> list[Path]:
     return files if platform.machine() in ("x86_64", "AMD64") else [path for path in files if isa_of(path) is None]
 
 
+def impl_rows(op: str) -> list[tuple[str, str]]:
+    """(name, run function) of each row of the op's table in op.cpp, of those that this architecture can compile."""
+    rows = re.findall(r'\{"(cpu_\w+(?:\.\w+)?)", \w+, \w+, (\w+::\w+)\}', (ROOT / "csrc" / op / "op.cpp").read_text())
+    if not rows:
+        raise ValueError(f"csrc/{op}/op.cpp: no row of the form {{name, supported, preferred, namespace::run}} was found")
+    here = {isa_of(path) for path in kernel_sources()} | {"scalar"}
+    return [(name, run) for name, run in rows if name.split(".")[0].removeprefix("cpu_") in here]
+
+
+def write_impls() -> None:
+    """impls.inc: the tables of op.cpp as kernels.cpp needs them, so that a new impl is tested without being named there."""
+    lines = []
+    for op in TABLES:
+        for name, run in impl_rows(op):
+            isa = name.split(".")[0].removeprefix("cpu_")
+            can_run = "true" if isa == "scalar" else f"cpu_features().{isa}"
+            takes = [mode for mode in ("float", "int8") if f".{mode}" in name] or ["any"]
+            lines.append(f'TAUT_IMPL_{op}("{name}", {op}::{run}, {takes[0]}, {can_run})')
+    text = "".join(f"{line}\n" for line in lines)
+    target = OUT / "impls.inc"
+    if not target.exists() or target.read_text() != text:
+        target.write_text(text)
+
+
 def fingerprint(command: list[str], source: Path) -> str:
     digest = hashlib.sha256(" ".join(command).encode())
-    for path in [source, *sorted((ROOT / "csrc").rglob("*.h"))]:
+    own = [*HERE.glob("*.h"), OUT / "impls.inc"] if source.parent == HERE else []
+    for path in [source, *sorted((ROOT / "csrc").rglob("*.h")), *own]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
 def compile_one(cxx: str, source: Path) -> Path:
-    command = [cxx, *FLAGS, *SANITIZERS, *isa_flags().get(isa_of(source) or "", []), f"-I{ROOT / 'csrc'}", "-c"]
+    command = [cxx, *FLAGS, *SANITIZERS, *isa_flags().get(isa_of(source) or "", []), f"-I{ROOT / 'csrc'}", f"-I{OUT}", "-c"]
     target = OUT / f"{source.parent.name}-{source.stem}-{fingerprint(command, source)[:16]}.o"
     if not target.exists():
         for old in OUT.glob(f"{source.parent.name}-{source.stem}-*.o"):
@@ -76,6 +102,7 @@ def main() -> int:
         print("sanitize: no C++ compiler was found; set CXX to one", file=sys.stderr)
         return 1
     OUT.mkdir(parents=True, exist_ok=True)
+    write_impls()
     sources = [*kernel_sources(), ROOT / "csrc/common/cpu_features.cpp", HERE / "kernels.cpp"]
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:

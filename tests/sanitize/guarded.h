@@ -17,15 +17,15 @@ namespace taut {
 class GuardedBlock {
  public:
   GuardedBlock() = default;
-  // `bytes` bytes, all ones (NaN in any dtype), that start `misalign` bytes past a multiple of `alignment` (a power of two)
-  // and end as close to the guard page as that allows.
-  GuardedBlock(size_t bytes, size_t alignment, size_t misalign = 0) : bytes_(bytes) {
+  // `bytes` bytes, all ones (NaN in any dtype), that start at a multiple of `alignment` (a power of two), no more aligned
+  // than they must be, and end as close to the guard page as that allows.
+  explicit GuardedBlock(size_t bytes, size_t alignment = 1) : bytes_(bytes) {
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    const size_t usable = (bytes + alignment + misalign + page - 1) / page * page;
+    const size_t usable = (bytes + alignment + page - 1) / page * page;
     mapped_ = usable + page;
     base_ = static_cast<uint8_t*>(mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     if (base_ == MAP_FAILED || mprotect(base_ + usable, page, PROT_NONE) != 0) std::abort();
-    const size_t start = (usable - bytes - misalign) / alignment * alignment + misalign;
+    const size_t start = (usable - bytes) / alignment * alignment;
     data_ = base_ + start;
     std::memset(data_, 0xff, bytes);
     ASAN_POISON_MEMORY_REGION(base_, start);

@@ -1,5 +1,5 @@
 // Every kernel this processor can run, on small ragged shapes, under AddressSanitizer and UndefinedBehaviorSanitizer.
-// Each buffer is a heap block of exactly its size, so that one byte past it is an error; what a kernel must write, and the
+// Each buffer ends at a guard page (guarded.h), so that one byte past it is an error; what a kernel must write, and the
 // scratch memory it gets, start as NaN; results are checked against a plain loop. Threads: none, and three.
 #include <sys/types.h>
 
@@ -52,10 +52,9 @@ namespace {
 
 // ---- Buffers ----
 
-// `bytes` bytes, all ones, that start `misalign` bytes past a multiple of their element or vector, end at a guard page.
 class Buffer : public GuardedBlock {
  public:
-  explicit Buffer(size_t bytes, size_t misalign = 0) : GuardedBlock(bytes, misalign ? misalign : 4) {}
+  using GuardedBlock::GuardedBlock;
   bool same_as(const Buffer& other) const { return bytes() == other.bytes() && std::memcmp(data(), other.data(), bytes()) == 0; }
 };
 
@@ -85,7 +84,7 @@ struct Weight {
   Buffer codes, scales, zeros, packed;
 
   explicit Weight(const WeightSpec& w)
-      : spec(w), codes(w.N * w.code_row_bytes()), scales(w.N * w.num_groups() * 2), zeros(w.zeros ? w.N * w.num_groups() : 0),
+      : spec(w), codes(w.N * w.code_row_bytes()), scales(w.N * w.num_groups() * 2, 2), zeros(w.zeros ? w.N * w.num_groups() : 0),
         packed(Rows8{w}.total_bytes(), 16) {  // a mapped checkpoint promises 16-byte alignment, no more
     for (size_t i = 0; i < codes.bytes(); i++) codes.data()[i] = static_cast<uint8_t>(random_bits());
     if (w.format == Format::kInt4 && w.K % 2)
@@ -123,7 +122,7 @@ void test_pack(const WeightSpec& spec) {
   expect(back.codes.same_as(weight.codes) && back.scales.same_as(weight.scales) && back.zeros.same_as(weight.zeros), "pack, unpack: " + describe(spec));
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     const int64_t first = spec.N / 3, last = spec.N - spec.N / 4;
-    Buffer out((last - first) * spec.K * dtype_bytes(dtype));
+    Buffer out((last - first) * spec.K * dtype_bytes(dtype), dtype_bytes(dtype));
     pack_weight::cpu_scalar::dequantize(spec, weight.packed.data(), first, last, out.data(), dtype, 3);
     for (int64_t n = first; n < last; n++)
       for (int64_t k = 0; k < spec.K; k++) {
@@ -156,12 +155,29 @@ std::vector<double> quantized(const std::vector<float>& x) {
   return out;
 }
 
-using Run = void (*)(const quant_linear::Params&);
+// The rows of every op.cpp's table, by build.py: TAUT_IMPL_<op>(name, run, activations it takes, whether this processor can).
 struct LinearImpl {
   const char* name;
-  Run run;
-  quant_linear::Activations activations;
+  void (*run)(const quant_linear::Params&);
+  enum { kTakes_any, kTakes_float, kTakes_int8 } takes;
   bool can_run;
+};
+struct QuantizeImpl {
+  const char* name;
+  void (*run)(const quantize_weight::Params&);
+  bool can_run;
+};
+#define TAUT_IMPL_quant_linear(name, run, takes, can_run) {name, run, LinearImpl::kTakes_##takes, can_run},
+#define TAUT_IMPL_quantize_weight(...)
+const LinearImpl kLinearImpls[] = {
+#include "impls.inc"
+};
+#undef TAUT_IMPL_quant_linear
+#undef TAUT_IMPL_quantize_weight
+#define TAUT_IMPL_quant_linear(...)
+#define TAUT_IMPL_quantize_weight(name, run, takes, can_run) {name, run, can_run},
+const QuantizeImpl kQuantizeImpls[] = {
+#include "impls.inc"
 };
 
 void test_linear(int64_t M, const WeightSpec& spec, DType dtype, bool with_bias) {
@@ -181,20 +197,6 @@ void test_linear(int64_t M, const WeightSpec& spec, DType dtype, bool with_bias)
   Buffer x_before(x.bytes());
   std::memcpy(x_before.data(), x.data(), x.bytes());
 
-  const CpuFeatures& cpu = cpu_features();
-  const LinearImpl impls[] = {
-      {"cpu_scalar float", quant_linear::cpu_scalar::run, Activations::kFloat, true},
-      {"cpu_scalar int8", quant_linear::cpu_scalar::run, Activations::kInt8, true},
-#if defined(__x86_64__)
-      {"cpu_avx2.float_small", quant_linear::cpu_float_avx2::run_small, Activations::kFloat, cpu.avx2},
-      {"cpu_avx2.float_tile", quant_linear::cpu_float_avx2::run_tile, Activations::kFloat, cpu.avx2},
-      {"cpu_avx2.int8_small", quant_linear::cpu_int8_avx2::run_small, Activations::kInt8, cpu.avx2},
-      {"cpu_avx2.int8_tile", quant_linear::cpu_int8_avx2::run_tile, Activations::kInt8, cpu.avx2},
-      {"cpu_avx512vnni.int8_small", quant_linear::cpu_int8_avx512vnni::run_small, Activations::kInt8, cpu.avx512vnni},
-      {"cpu_avx512vnni.int8_tile", quant_linear::cpu_int8_avx512vnni::run_tile, Activations::kInt8, cpu.avx512vnni},
-#endif
-  };
-  (void)cpu;
   std::vector<double> w(N * K);
   for (int64_t n = 0; n < N; n++)
     for (int64_t k = 0; k < K; k++) w[n * K + k] = weight.value(n, k);
@@ -213,11 +215,11 @@ void test_linear(int64_t M, const WeightSpec& spec, DType dtype, bool with_bias)
         allowed[m * N + n] = 8 * 0x1p-24 * std::sqrt(static_cast<double>(K) + 16) * (size + x_size) + rounding * std::fabs(sum) + 0x1p-24;
       }
     }
-    for (const LinearImpl& impl : impls) {
-      if (!impl.can_run || impl.activations != activations) continue;
+    for (const LinearImpl& impl : kLinearImpls) {
+      if (!impl.can_run || impl.takes == (activations == Activations::kInt8 ? LinearImpl::kTakes_float : LinearImpl::kTakes_int8)) continue;
       const std::string what = std::string(impl.name) + ": M=" + std::to_string(M) + " " + describe(spec) + " dtype " +
                                std::to_string(static_cast<int>(dtype)) + (with_bias ? " bias" : "");
-      Buffer serial(M * N * element, element), threaded(M * N * element);
+      Buffer serial(M * N * element, element), threaded(M * N * element, element);
       for (Buffer* out : {&serial, &threaded}) {
         num_workers = out == &serial ? 1 : 3;
         impl.run({x.data(), stride, weight.packed.data(), with_bias ? bias.data() : nullptr, out->data(), dtype, M, spec, activations, num_workers});
@@ -242,19 +244,9 @@ void test_quantize(const WeightSpec& spec, DType dtype) {
   Buffer w(spec.N ? ((spec.N - 1) * stride + spec.K) * element : 0, element);
   for (int64_t n = 0; n < spec.N; n++)
     for (int64_t k = 0; k < spec.K; k++) store_float(w.data(), n * stride + k, dtype, n == 1 ? 0.0f : random_float());
-  using RunQuantize = void (*)(const quantize_weight::Params&);
-  struct {
-    const char* name;
-    RunQuantize run;
-    bool can_run;
-  } const impls[] = {
-      {"cpu_scalar", quantize_weight::cpu_scalar::run, true},
-#if defined(__x86_64__)
-      {"cpu_avx2", quantize_weight::cpu_avx2::run, cpu_features().avx2},
-#endif
-  };
   Weight first(spec);
-  for (const auto& impl : impls)
+  const char* first_name = nullptr;
+  for (const auto& impl : kQuantizeImpls)
     for (const int threads : {1, 3}) {
       if (!impl.can_run) continue;
       const std::string what = std::string("quantize_weight ") + impl.name + ": " + describe(spec);
@@ -268,12 +260,14 @@ void test_quantize(const WeightSpec& spec, DType dtype) {
                 finite.data(), threads});
       num_workers = 1;
       for (int64_t n = 0; n < spec.N; n++) expect(finite.data()[n] == 1, what + ": a finite row was refused");
-      if (&impl == impls && threads == 1) {
+      if (first_name == nullptr) {
+        first_name = impl.name;
         std::memcpy(first.codes.data(), found.codes.data(), first.codes.bytes());
         std::memcpy(first.scales.data(), found.scales.data(), first.scales.bytes());
         std::memcpy(first.zeros.data(), found.zeros.data(), first.zeros.bytes());
       }
-      expect(found.codes.same_as(first.codes) && found.scales.same_as(first.scales) && found.zeros.same_as(first.zeros), what + ": not the bits of cpu_scalar");
+      expect(found.codes.same_as(first.codes) && found.scales.same_as(first.scales) && found.zeros.same_as(first.zeros),
+             what + ": not the bits of " + first_name);
       for (int64_t n = 0; n < spec.N; n++)
         for (int64_t k = 0; k < spec.K; k++)  // normal values: a step is at most 8 / 7.5, and clipping costs at most 30%
           expect(std::fabs(found.value(n, k) - load_float(w.data(), n * stride + k, dtype)) < (spec.format == Format::kInt8 ? 0.03 : 2.0), what + ": far off");
@@ -309,8 +303,10 @@ int run_all() {
     }
   test_linear(530, {Format::kInt4, 9, 40, 32, true}, DType::kFloat32, true);  // more rows than a chunk of the tiles
   test_linear(530, {Format::kInt8, 9, 40, 0, false}, DType::kBFloat16, true);
-  std::printf("sanitize: %lld checks passed (avx2 %s, avx512vnni %s)\n", static_cast<long long>(checks), cpu_features().avx2 ? "ran" : "not here",
-              cpu_features().avx512vnni ? "ran" : "not here");
+  std::string ran, missed;
+  for (const LinearImpl& impl : kLinearImpls) (impl.can_run ? ran : missed) += std::string(" ") + impl.name;
+  std::printf("sanitize: %lld checks passed; quant_linear ran:%s%s%s\n", static_cast<long long>(checks), ran.c_str(),
+              missed.empty() ? "" : "; not on this processor:", missed.c_str());
   return 0;
 }
 
