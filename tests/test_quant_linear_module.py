@@ -225,3 +225,52 @@ def test_from_float_refuses():
         QuantLinear.from_float(linear, FORMATS[0])
     with pytest.raises(ValueError, match="unknown weight format 'int3'"):
         taut.WeightFormat("int3")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_more_rows_than_are_dequantized_at_a_time(dtype):
+    torch.manual_seed(0)
+    module = QuantLinear.from_float(nn.Linear(40, 1030), FORMATS[1]).to(dtype)
+    x, grad = torch.randn(3, 2, 40, dtype=dtype, requires_grad=True), torch.randn(3, 2, 1030, dtype=dtype)
+    module(x).backward(grad)
+    expected = grad.double() @ module.dequantize().double()
+    assert (x.grad.double() - expected).abs().max() < (1e-5 if dtype == torch.float32 else 2e-2) * expected.abs().max()
+
+
+def test_the_same_with_and_without_gradients():
+    module, x = make(FORMATS[1]), inputs()
+    expected = module(x)
+    assert expected.requires_grad
+    with torch.no_grad():
+        found = module(x)
+    assert not found.requires_grad
+    assert torch.equal(found, expected)
+    with torch.inference_mode():
+        assert torch.equal(module(inputs()), expected)
+
+
+def test_opcheck():
+    for format in FORMATS:
+        module = make(format)
+        for bias in (None, module.bias.detach().requires_grad_()):
+            torch.library.opcheck(torch.ops.taut.quant_linear.default, (inputs().requires_grad_(), module.packed, bias, *module._call))
+
+
+def test_a_weight_read_inside_a_compiled_graph_is_the_dequantized_one():
+    module = make(bias=False)
+    compiled = torch.compile(lambda x: x.to(module.weight.dtype) @ module.weight.T, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(inputs()), inputs() @ module.dequantize().T)
+
+
+def test_one_dimensional_x():
+    module = make()
+    assert torch.equal(module(inputs()[0]), module(inputs()[:1])[0])
+
+
+def test_an_int8_code_of_minus_128_means_what_the_format_says():
+    module = make(FORMATS[3], "float")
+    state = module.state_dict()
+    state["qweight"][3, 4] = -128
+    module.load_state_dict(state)
+    assert module.state_dict()["qweight"][3, 4] == -128
+    assert module.dequantize()[3, 4] == -128 * state["scales"][3, 0].float()
