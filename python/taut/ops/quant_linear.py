@@ -52,7 +52,7 @@ def _fake(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, packed, bias, *ctx.weight = inputs
+    x, packed, _, *ctx.weight = inputs
     ctx.save_for_backward(packed)
     ctx.in_features = x.shape[-1]
 
@@ -80,7 +80,7 @@ torch.library.register_autograd("taut::quant_linear", _backward, setup_context=_
 def quantize_activations(x: Tensor) -> Tensor:
     """What int8 activations round ``x [M, K]`` to, as ``float64``: the definition in op.h, in plain torch."""
     x = x.float()
-    m, k = x.shape
+    k = x.shape[1]
     blocks = torch.nn.functional.pad(x, (0, -k % 32)).unflatten(1, (-1, 32))
     row_max = x.abs().amax(1)[:, None, None]
     steps = torch.where(row_max >= 2.0**-100, torch.tensor(32767.0) / row_max, 0.0)  # WHY a tensor: 32767.0 / t is a reciprocal times 32767
