@@ -1,13 +1,12 @@
 // COMPUTES  out[M,N] = x[M,K] @ dequant(w)[N,K]^T + bias;  x, out fp32, bf16 or fp16; x enters as it is; products and
 //           sums in fp32
-// LAYOUT    w: Rows8 (common/formats.h).
-//           A: per block of R rows, per 32 k: fp32 [32][R], then their sums [R] (for zero points)
+// LAYOUT    w: Rows8 (common/formats.h).   A: per block of R rows, per 32 k: fp32 [32][R]
 //           B: panel fp32 [k][2 strips][8 outputs], dequantized exactly as torch would: float(q - z) * scale
 // WORK      A 32-bit lane of a packed vector holds codes of one output: a shift left and an arithmetic shift right leave one
 //           code, signed, in 8 outputs' lanes; convert, then one fma a row with a broadcast x.
-//           small (x86_loops.h): R <= 4 rows, w converted in registers; a block's sum is scaled once per 32 k; a zero point
-//           enters as (8 - z) * sum(x).   tile: an fp32 panel in L1, 6 rows x 16 outputs of plain fma.
-// BOUND     M=1: issue width, 5 instructions per 8 weights, about 25 GB/s of int4 on two 3 GHz cores.
+//           small (x86_loops.h): R <= 4 rows, w converted in registers; zero point and scale go in per weight, as in the
+//           tile: scaled after the sum, an outlier in x would not cancel where q = z, and large x would overflow.   tile: an fp32 panel in L1, 6 rows x 16 outputs of plain fma.
+// BOUND     M=1: issue width, 6 instructions per 8 weights (7 with zeros), about 20 GB/s of int4 on two 3 GHz cores.
 //           Large M: fp32 fma, 2 per cycle and core (204 GFLOP/s on two 3.1 GHz Zen 3 cores).
 // LIMITS    AVX2, FMA, F16C; float activations
 #include <utility>
@@ -21,6 +20,11 @@ namespace {
 #define TAUT_FOR(...) _Pragma("GCC unroll 8") for (__VA_ARGS__)
 
 TAUT_INLINE __m256 load_scales(const uint8_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+
+TAUT_INLINE __m256 eight_minus(const uint8_t* zeros) {  // what a signed code (q - 8) lacks to be q - z
+  const __m256i z = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros)));
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_set1_epi32(8), z));
+}
 
 // Offset codes (0..15 or 0..255) to two's complement in place, for a whole vector.
 template <Format kFormat>
@@ -45,7 +49,7 @@ TAUT_INLINE void for_each_code(F f, std::integer_sequence<int, j...>) {
 }
 
 struct FloatAvx2 {
-  static constexpr int kRowBlockBytes = 33 * 4;
+  static constexpr int kRowBlockBytes = 32 * 4;
   static constexpr int kTileRows = 6;  // 6 x 2 sums + 2 weights + 1 broadcast
   static constexpr int64_t kChunkRows = 252;
   template <Format kFormat>
@@ -66,9 +70,7 @@ struct FloatAvx2 {
   static float prepare_row(const float* x, int64_t padded_k, int r, int rows, uint8_t* a, int64_t panel_k, int64_t panel_stride) {
     for (int64_t k = 0; k < padded_k; k += 32) {
       float* block = reinterpret_cast<float*>(a + k / panel_k * panel_stride + k % panel_k / 32 * kRowBlockBytes * rows);
-      float sum = 0;
-      for (int i = 0; i < 32; i++) block[i * rows + r] = x[k + i], sum += x[k + i];
-      block[32 * rows + r] = sum;
+      for (int i = 0; i < 32; i++) block[i * rows + r] = x[k + i];
     }
     return 1.0f;
   }
@@ -84,23 +86,23 @@ struct FloatAvx2 {
       for (int g = 0; g < 4 && left > 0; g++)
         for (int64_t b = 0; b < s.blocks_per_group && left > 0; b++, left--, a += kRowBlockBytes * kRows, codes += s.block_bytes) {
           const float* x = reinterpret_cast<const float*>(a);
-          __m256 sum[kStreams][kRows];
-          TAUT_FOR (int i = 0; i < kStreams; i++)
-            TAUT_FOR (int r = 0; r < kRows; r++) {
-              if (kZeros) {  // 8 - z, times the block's sum of x
-                const __m256i z = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(w + i * stride + 64 + g * 8)));
-                sum[i][r] = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_set1_epi32(8), z)), _mm256_broadcast_ss(x + 32 * kRows + r));
-              } else {
-                sum[i][r] = _mm256_setzero_ps();
-              }
-            }
+          __m256 sum[kStreams][kRows], scale[kStreams], offset[kStreams];
+          TAUT_FOR (int i = 0; i < kStreams; i++) {
+            scale[i] = load_scales(w + i * stride + g * 16);
+            if (kZeros) offset[i] = eight_minus(w + i * stride + 64 + g * 8);
+            TAUT_FOR (int r = 0; r < kRows; r++) sum[i][r] = _mm256_setzero_ps();
+          }
           TAUT_FOR (int v = 0; v < kVectors<kFormat>; v++) {
             __m256i packed[kStreams];
             TAUT_FOR (int i = 0; i < kStreams; i++) packed[i] = to_signed<kFormat>(codes + i * stride + v * 32);
             for_each_code(
                 [&]<int j>() __attribute__((always_inline)) {
                   __m256 weight[kStreams];
-                  TAUT_FOR (int i = 0; i < kStreams; i++) weight[i] = code<kFormat, j>(packed[i]);
+                  TAUT_FOR (int i = 0; i < kStreams; i++) {
+                    weight[i] = code<kFormat, j>(packed[i]);
+                    if (kZeros) weight[i] = _mm256_add_ps(weight[i], offset[i]);
+                    weight[i] = _mm256_mul_ps(weight[i], scale[i]);
+                  }
                   TAUT_FOR (int r = 0; r < kRows; r++) {
                     const __m256 xk = _mm256_broadcast_ss(x + k_of<kFormat>(v, j) * kRows + r);
                     TAUT_FOR (int i = 0; i < kStreams; i++) sum[i][r] = _mm256_fmadd_ps(weight[i], xk, sum[i][r]);
@@ -108,10 +110,8 @@ struct FloatAvx2 {
                 },
                 Codes<kFormat>());
           }
-          TAUT_FOR (int i = 0; i < kStreams; i++) {
-            const __m256 scale = load_scales(w + i * stride + g * 16);
-            TAUT_FOR (int r = 0; r < kRows; r++) total[i][r] = _mm256_fmadd_ps(sum[i][r], scale, total[i][r]);
-          }
+          TAUT_FOR (int i = 0; i < kStreams; i++)
+            TAUT_FOR (int r = 0; r < kRows; r++) total[i][r] = _mm256_add_ps(total[i][r], sum[i][r]);
         }
     }
     TAUT_FOR (int i = 0; i < kStreams; i++)
@@ -124,10 +124,7 @@ struct FloatAvx2 {
     for (int64_t b = 0; b < k_blocks; b++, at.next()) {
       const uint8_t* codes = at.codes;
       const __m256 scale = load_scales(at.scales());
-      __m256 offset = _mm256_setzero_ps();
-      if (kZeros)
-        offset =
-            _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_set1_epi32(8), _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at.zeros())))));
+      const __m256 offset = kZeros ? eight_minus(at.zeros()) : _mm256_setzero_ps();
       float* out = reinterpret_cast<float*>(panel.codes) + b * 32 * kPanelStrips * 8 + half * 8;
       for (int v = 0; v < kVectors<kFormat>; v++) {
         const __m256i packed = to_signed<kFormat>(codes + v * 32);

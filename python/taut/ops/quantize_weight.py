@@ -23,10 +23,10 @@ def check_weight(w: Tensor) -> None:
 def quantize_weight(w: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor, Tensor | None]:
     """Quantizes ``w [N, K]`` (float32, bfloat16, float16) to ``(codes, scales, zeros or None)``, canonical form.
 
-    int8: the largest magnitude maps to 127, 126, ... or 112, whichever has the least squared error. int4 without
-    zeros: the largest magnitude maps to code -8, as llama.cpp's Q4_0, then eight scales around that one are tried and
-    the least squared error wins; with zeros: min and max map to 0 and 15, likewise searched. The result is the same,
-    bit for bit, on every machine.
+    int8: the largest magnitude maps to 127, 126, ... or 112, whichever has the least squared error. int4 without zeros:
+    the largest magnitude maps to code -8, as llama.cpp's Q4_0, then eight scales around that one are tried and the least
+    squared error wins; with zeros: min and max map to 0 and 15, likewise searched. The result is the same, bit for bit,
+    on every machine.
     Raises ``ValueError`` for a wrong shape, dtype or device, or if ``w`` holds a NaN, an infinity or a number whose
     scale float16 cannot hold.
     """
