@@ -24,6 +24,7 @@ struct Impl {
   const char* (*supported)(const Params&);
   const char* (*preferred)(const Params&);
   void (*run)(const Params&);
+  int64_t (*workspace_bytes)(const Params&) = nullptr;  // scratch that the op allocates for `run`; CUDA only
 };
 
 template <class Params>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/cpu_features.h"
+#include "common/device.h"
 #include "common/dtypes.h"
 #include "common/formats.h"
 #include "common/parallel.h"
@@ -14,8 +15,11 @@ namespace taut::quant_linear {
 //         scale = m * row_max / (127 * 32767), q = round(x / scale) clamped to +-127.
 //         A row whose max|x| is under 2^-100 counts as zeros. A row that holds a NaN or an infinity gives a row of NaN.
 //         The integer part m is what kernels multiply in; row_max / (127 * 32767) is applied once at the end.
+// kInt8Row: as kInt8, but one scale for the whole row: every m is 32767.
+// kFp8Row: x is rounded to float8 E4M3 inside, one scale per row: q = e4m3(x * (448 / row_max)), nearest even, saturating;
+//         scale = row_max / 448. NaN, infinities and tiny rows as above.
 constexpr float kSmallestRowMax = 0x1p-100f;
-enum class Activations : int64_t { kFloat = 0, kInt8 = 1 };
+enum class Activations : int64_t { kFloat = 0, kInt8 = 1, kInt8Row = 2, kFp8Row = 3 };
 
 struct Params {
   const void* x;          // [M,K], last dimension contiguous
@@ -45,5 +49,72 @@ namespace cpu_float_avx2 {
 void run_small(const Params&);
 void run_tile(const Params&);
 }  // namespace cpu_float_avx2
+
+// ---- CUDA -------------------------------------------------------------------------------------------------------------
+
+// x quantized by quantize_rows (cuda_sm75_quantize_rows.cu), for the 8-bit activations:
+//   codes     [M, K8] bytes, K8 = K padded to 64 with zeros; element k at x8_slot(k) (common/formats.h)
+//   row_unit  fp32 [M]: kInt8 and kInt8Row: row_max / (127 * 32767); kFp8Row: row_max / 448; NaN for a row to become NaN
+//   multiple  kInt8 only: fp32 [M, K8/32], the integers m of the definition above; kInt8Row: 32767 throughout, not stored
+struct QuantizedRows {
+  const uint8_t* codes;
+  const float* row_unit;
+  const float* multiple;
+};
+constexpr int64_t padded_k8(int64_t K) { return (K + 63) / 64 * 64; }
+
+struct CudaParams {
+  const void* x;          // [M,K], last dimension contiguous
+  int64_t x_row_stride;   // elements
+  const uint8_t* packed;  // MmaTiles
+  const void* bias;       // [N] in `dtype`, or nullptr
+  void* out;              // [M,N] contiguous, in `dtype`
+  DType dtype;            // of x, bias and out
+  int64_t M;
+  WeightSpec weight;
+  Activations activations;
+  QuantizedRows x8;       // 8-bit activations: what op_cuda.cpp had made of x; else nulls
+  const Device* device;
+  bool batch_invariant;   // a row's result must not depend on M
+  void* stream;           // cudaStream_t
+  void* workspace;        // 256-byte aligned, as many bytes as the row's workspace_bytes asked for, uninitialised
+};
+
+// M rows of p.x to codes, row_unit and multiple, by p.activations.
+namespace cuda_sm75_quantize_rows {
+void run(const CudaParams& p, uint8_t* codes, float* row_unit, float* multiple);
+}
+// Any dtype, format and activations, fp32 arithmetic: the correct slower path.
+namespace cuda_sm75_simt {
+void run(const CudaParams&);
+}
+// 16-bit x, tensor cores, w dequantized in registers.
+namespace cuda_sm75_mma {
+const char* supported(const CudaParams&);
+int64_t workspace_bytes(const CudaParams&);
+void run(const CudaParams&);
+}
+namespace cuda_sm80_mma {
+const char* supported(const CudaParams&);
+int64_t workspace_bytes(const CudaParams&);
+void run(const CudaParams&);
+}
+// 8-bit x and 8-bit w on tensor cores.
+namespace cuda_sm80_int8 {
+const char* supported(const CudaParams&);
+int64_t workspace_bytes(const CudaParams&);
+void run(const CudaParams&);
+}
+namespace cuda_sm89_fp8 {
+const char* supported(const CudaParams&);
+int64_t workspace_bytes(const CudaParams&);
+void run(const CudaParams&);
+}
+// 16-bit x, large M: TMA and wgmma, w dequantized in registers.
+namespace cuda_sm90a_wgmma {
+const char* supported(const CudaParams&);
+int64_t workspace_bytes(const CudaParams&);
+void run(const CudaParams&);
+}
 
 }  // namespace taut::quant_linear

@@ -1,0 +1,39 @@
+// Kernel launches from host code: one function, on a GPU and in the emulator. An error throws std::runtime_error.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "common/cuda.cuh"
+
+namespace taut {
+
+#if defined(TAUT_EMULATE)
+
+template <class... P, class... A>
+void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, int smem_bytes, void* /*stream*/, A&&... args) {
+  emulator::launch(name, kernel, grid, block, smem_bytes, std::forward<A>(args)...);
+}
+
+#else
+
+inline void check_cuda(cudaError_t status, const char* name) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // clear it: it is reported here, and must not surface in somebody else's call
+  throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(status));
+}
+
+template <class... P, class... A>
+void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, int smem_bytes, void* stream, A&&... args) {
+  // Above 48 KB a kernel must ask, once per device; asking again costs about a microsecond and does no harm.
+  if (smem_bytes > 48 * 1024)
+    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes), name);
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = smem_bytes, config.stream = static_cast<cudaStream_t>(stream);
+  check_cuda(cudaLaunchKernelEx(&config, kernel, P(std::forward<A>(args))...), name);
+}
+
+#endif
+
+}  // namespace taut
