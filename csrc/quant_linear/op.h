@@ -21,6 +21,16 @@ namespace taut::quant_linear {
 constexpr float kSmallestRowMax = 0x1p-100f;
 enum class Activations : int64_t { kFloat = 0, kInt8 = 1, kInt8Row = 2, kFp8Row = 3 };
 
+// What is wrong with these activations for weights of this format, or nullptr.
+constexpr const char* refused_activations(Format format, int64_t activations) {
+  switch (format) {
+    case Format::kInt4: return activations == 0 || activations == 1 ? nullptr : "int4 weights take activations 0 (float) or 1 (int8)";
+    case Format::kInt8: return 0 <= activations && activations <= 2 ? nullptr : "int8 weights take activations 0 (float), 1 (int8) or 2 (int8_row)";
+    case Format::kFp8E4M3: return activations == 0 || activations == 3 ? nullptr : "fp8_e4m3 weights take activations 0 (float) or 3 (fp8_row)";
+  }
+  return "unknown format";
+}
+
 struct Params {
   const void* x;          // [M,K], last dimension contiguous
   int64_t x_row_stride;   // elements
@@ -73,11 +83,11 @@ struct CudaParams {
   int64_t M;
   WeightSpec weight;
   Activations activations;
-  QuantizedRows x8;       // 8-bit activations: what op_cuda.cpp had made of x; else nulls
+  QuantizedRows x8;  // 8-bit activations: what op_cuda.cpp had made of x; else nulls
   const Device* device;
-  bool batch_invariant;   // a row's result must not depend on M
-  void* stream;           // cudaStream_t
-  void* workspace;        // 256-byte aligned, as many bytes as the row's workspace_bytes asked for, uninitialised
+  bool batch_invariant;  // a row's result must not depend on M
+  void* stream;          // cudaStream_t
+  void* workspace;       // 256-byte aligned, as many bytes as the row's workspace_bytes asked for, uninitialised
 };
 
 // M rows of p.x to codes, row_unit and multiple, by p.activations.
@@ -93,28 +103,28 @@ namespace cuda_sm75_mma {
 const char* supported(const CudaParams&);
 int64_t workspace_bytes(const CudaParams&);
 void run(const CudaParams&);
-}
+}  // namespace cuda_sm75_mma
 namespace cuda_sm80_mma {
 const char* supported(const CudaParams&);
 int64_t workspace_bytes(const CudaParams&);
 void run(const CudaParams&);
-}
+}  // namespace cuda_sm80_mma
 // 8-bit x and 8-bit w on tensor cores.
 namespace cuda_sm80_int8 {
 const char* supported(const CudaParams&);
 int64_t workspace_bytes(const CudaParams&);
 void run(const CudaParams&);
-}
+}  // namespace cuda_sm80_int8
 namespace cuda_sm89_fp8 {
 const char* supported(const CudaParams&);
 int64_t workspace_bytes(const CudaParams&);
 void run(const CudaParams&);
-}
+}  // namespace cuda_sm89_fp8
 // 16-bit x, large M: TMA and wgmma, w dequantized in registers.
 namespace cuda_sm90a_wgmma {
 const char* supported(const CudaParams&);
 int64_t workspace_bytes(const CudaParams&);
 void run(const CudaParams&);
-}
+}  // namespace cuda_sm90a_wgmma
 
 }  // namespace taut::quant_linear
