@@ -1,6 +1,7 @@
 // pack_weight, unpack_weight, dequantize_weight: between the canonical form, the Rows8 layout and plain numbers.
 #pragma once
 
+#include "common/device.h"
 #include "common/dtypes.h"
 #include "common/formats.h"
 #include "common/parallel.h"
@@ -22,5 +23,23 @@ void unpack(const Params&);  // packed -> codes, scales, zeros
 // Rows [row_begin, row_end) of w as numbers, to out[row_end - row_begin, K].
 void dequantize(const WeightSpec&, const uint8_t* packed, int64_t row_begin, int64_t row_end, void* out, DType, int64_t num_threads);
 }  // namespace cpu_scalar
+
+// ---- CUDA: the MmaTiles layout ----------------------------------------------------------------------------------------
+
+struct CudaParams {
+  WeightSpec weight;
+  uint8_t* codes;    // as above; device memory all of them
+  uint16_t* scales;
+  uint8_t* zeros;
+  uint8_t* packed;   // MmaTiles
+  const Device* device;
+  void* stream;      // cudaStream_t
+};
+
+namespace cuda_sm75 {
+void pack(const CudaParams&);
+void unpack(const CudaParams&);
+void dequantize(const CudaParams&, int64_t row_begin, int64_t row_end, void* out, DType);
+}  // namespace cuda_sm75
 
 }  // namespace taut::pack_weight
