@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(32 * kWarps * kRows) quantize_rows(const T* __
                                                                      float* __restrict__ multiple /* [M, K8/32], kInt8 */) {
   __shared__ uint32_t s_max[kRows][kWarps];
   constexpr int kThreads = 32 * kWarps;
-  const int row = threadIdx.x / kThreads, thread = threadIdx.x % kThreads, K8 = static_cast<int>(padded_k8(K)), units = K8 / kUnit;
+  const int row = threadIdx.x / kThreads, thread = threadIdx.x % kThreads, K8 = (K + 63) / 64 * 64, units = K8 / kUnit;
   for (int64_t m0 = int64_t{blockIdx.x} * kRows; m0 < M; m0 += int64_t{gridDim.x} * kRows) {  // the same for the whole block: it meets at barriers
     const int64_t m = m0 + row;
     const bool exists = m < M;
