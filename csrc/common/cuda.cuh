@@ -16,7 +16,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define TAUT_DEVICE __device__ __forceinline__
-#define TAUT_DYNAMIC_SMEM(name)                                       \
+#define TAUT_DYNAMIC_SMEM(name)                                        \
   extern __shared__ __align__(1024) unsigned char taut_dynamic_smem[]; \
   unsigned char* name = taut_dynamic_smem
 // WHY: one .cu is compiled for every SM of the build; a kernel's body is there only where its instructions exist.
