@@ -1,6 +1,8 @@
 // Conversions between stored numbers and fp32 in kernels: the same bits on every SM, in the emulator and on the CPU.
 #pragma once
 
+#include <type_traits>
+
 #include "common/cuda.cuh"
 #include "common/dtypes.h"
 
@@ -16,6 +18,18 @@ TAUT_DEVICE T from_float(float value) {
   if constexpr (sizeof(T) == 4) return value;
   else if constexpr (std::is_same_v<T, __half>) return __float2half_rn(value);
   else return __float2bfloat16_rn(value);
+}
+
+// Element i of an array whose type is known only when the kernel runs: for what is touched once per output, not per product.
+TAUT_DEVICE float load_number(const void* base, int64_t i, DType dtype) {
+  if (dtype == DType::kFloat32) return static_cast<const float*>(base)[i];
+  if (dtype == DType::kBFloat16) return to_float(static_cast<const __nv_bfloat16*>(base)[i]);
+  return to_float(static_cast<const __half*>(base)[i]);
+}
+TAUT_DEVICE void store_number(void* base, int64_t i, DType dtype, float value) {
+  if (dtype == DType::kFloat32) static_cast<float*>(base)[i] = value;
+  else if (dtype == DType::kBFloat16) static_cast<__nv_bfloat16*>(base)[i] = from_float<__nv_bfloat16>(value);
+  else static_cast<__half*>(base)[i] = from_float<__half>(value);
 }
 
 // f(T{}) with the C++ type of a DType.

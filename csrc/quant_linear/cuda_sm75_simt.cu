@@ -34,17 +34,6 @@ struct Args {
   Activations activations;
 };
 
-TAUT_DEVICE float load_number(const void* base, int64_t i, DType dtype) {
-  if (dtype == DType::kFloat32) return static_cast<const float*>(base)[i];
-  if (dtype == DType::kBFloat16) return to_float(static_cast<const __nv_bfloat16*>(base)[i]);
-  return to_float(static_cast<const __half*>(base)[i]);
-}
-TAUT_DEVICE void store_number(void* base, int64_t i, DType dtype, float value) {
-  if (dtype == DType::kFloat32) static_cast<float*>(base)[i] = value;
-  else if (dtype == DType::kBFloat16) static_cast<__nv_bfloat16*>(base)[i] = from_float<__nv_bfloat16>(value);
-  else static_cast<__half*>(base)[i] = from_float<__half>(value);
-}
-
 // x[m][k] as the sums want it: for 8-bit activations without the row's unit, which comes in at the end.
 TAUT_DEVICE float load_x(const Args& p, int64_t m, int k) {
   if (m >= p.M || k >= p.K) return 0;
