@@ -25,9 +25,10 @@
 namespace taut::quant_linear {
 namespace {
 
-template <int kStrips_ /* of 16 n a warp */, int kTokens_ /* m a warp */, int kWarpsN_, int kWarpsM_, int kWarpsK_, int kStages_>
+template <int kStrips_ /* of 16 n a warp */, int kTokens_ /* m a warp */, int kWarpsN_, int kWarpsM_, int kWarpsK_, int kStages_, int kBlocksPerSm_>
 struct Mma8Shape {
   static constexpr int kStrips = kStrips_, kTokens = kTokens_, kWarpsN = kWarpsN_, kWarpsM = kWarpsM_, kWarpsK = kWarpsK_, kStages = kStages_;
+  static constexpr int kBlocksPerSm = kBlocksPerSm_;  // for which registers are limited
   static constexpr int kBlockN = kWarpsN * kStrips * 16, kBlockM = kWarpsM * kTokens, kThreads = 32 * kWarpsN * kWarpsM * kWarpsK;
 };
 
@@ -157,64 +158,71 @@ struct Mma8 {
   using Sum = std::conditional_t<kPromote == Promote::kNever, typename Mma::Sum, float>;
   static constexpr int kStrips = Shape::kStrips, kColumns = Shape::kTokens / 8, kThreads = Shape::kThreads;
 
+  static constexpr int kStripChunks = kStrips * 64;                                    // 16-byte chunks of a warp's strips of a k-tile
+  static constexpr int kRowChunks = Stage::kRowBytes / 16, kPassRows = kThreads / kRowChunks;  // of x; rows that all threads load at once
+  static constexpr int kScaleChunks = Shape::kWarpsN * Shape::kWarpsK * Stage::kScaleRows * 8;
+  static constexpr int kRowMultiples = 2 * Shape::kWarpsK;
+  static_assert(kStripChunks % kThreads == 0 && Shape::kBlockM % kPassRows == 0 && kPassRows % 8 == 0);
+
   const Mma8Args& p;
   unsigned char* const smem;
   const int64_t m0, n0;
   const int thread = threadIdx.x, lane = thread % 32, g = lane / 4, t = lane % 4;
   const int warp_k = thread / 32 % Shape::kWarpsK, warp_m = thread / 32 / Shape::kWarpsK % Shape::kWarpsM;
   const int warp_n = thread / 32 / Shape::kWarpsK / Shape::kWarpsM;
+  const int tile_n = static_cast<int>(n0 / 64), first_strip = static_cast<int>(n0 % 64) / 16;  // of the warps with warp_n = 0
+  const int rows = static_cast<int>(min(p.M - m0, int64_t{Shape::kBlockM}));                   // of x that exist
+  // Where this thread's chunks of w and x begin, for k = 0.
+  const uint8_t* const g_w = p.codes + int64_t{tile_n} * p.tiles_k * 4096 + first_strip * 1024 + thread * 16;
+  const uint8_t* const g_x = p.x.codes + (m0 + thread / kRowChunks) * p.tiles_k * 64 + thread % kRowChunks * 16;
   Sum sums[kStrips][kColumns][4] = {};
 
   TAUT_DEVICE Mma8(const Mma8Args& args, unsigned char* memory, Mma8Block block)
       : p(args), smem(memory), m0(int64_t{block.m} * Shape::kBlockM), n0(int64_t{block.n} * Shape::kBlockN) {}
 
-  TAUT_DEVICE int tile_n(int warp) const { return static_cast<int>((n0 + warp * kStrips * 16) / 64); }
-  TAUT_DEVICE int first_strip(int warp) const { return static_cast<int>((n0 + warp * kStrips * 16) % 64) / 16; }
-
-  // What lies outside of w or x is filled with zeros.
+  // What lies outside of w or x is filled with zeros. WHY addresses that are one base and uniform steps: one of its own for every chunk,
+  // kept over the loop, would take 40 registers.
   TAUT_DEVICE void load_stage(int step) const {
     unsigned char* const stage = smem + step % Shape::kStages * Stage::kBytes;
-    const int tile_k0 = step * Shape::kWarpsK;
+    const int tile_k0 = step * Shape::kWarpsK, last_k = p.tiles_k - 1;
 
-    constexpr int kStripChunks = kStrips * 64, kWChunks = Shape::kWarpsN * Shape::kWarpsK * kStripChunks;
-    static_assert(kWChunks % kThreads == 0 && Stage::kXBegin == kWChunks * 16);
 #pragma unroll
-    for (int i = 0; i < kWChunks / kThreads; i++) {
-      const int chunk = i * kThreads + thread, tile = chunk / kStripChunks, tile_k = tile_k0 + tile % Shape::kWarpsK, warp = tile / Shape::kWarpsK;
-      const bool exists = tile_k < p.tiles_k && tile_n(warp) < p.tiles_n;
-      const int64_t source = (int64_t{tile_n(warp)} * p.tiles_k + tile_k) * 4096 + first_strip(warp) * 1024 + chunk % kStripChunks * 16;
-      ptx::cp_async_16(stage + chunk * 16, p.codes + (exists ? source : 0), exists ? 16 : 0);
-    }
+    for (int warp = 0; warp < Shape::kWarpsN; warp++)
+#pragma unroll
+      for (int k = 0; k < Shape::kWarpsK; k++) {
+        const bool exists = tile_k0 + k <= last_k && tile_n + warp < p.tiles_n;
+        const uint8_t* const source = g_w + (exists ? int64_t{warp} * p.tiles_k + tile_k0 + k : 0) * 4096;
+#pragma unroll
+        for (int pass = 0; pass < kStripChunks / kThreads; pass++)
+          ptx::cp_async_16(stage + ((warp * Shape::kWarpsK + k) * kStripChunks + pass * kThreads + thread) * 16, source + pass * kThreads * 16, exists ? 16 : 0);
+      }
 
-    constexpr int kRowChunks = Stage::kRowBytes / 16, kXChunks = Shape::kBlockM * kRowChunks;
-    static_assert(kXChunks % kThreads == 0);
+    unsigned char* const s_x = stage + Stage::kXBegin + Stage::x_offset(thread / kRowChunks, thread % kRowChunks);
+    const int x_rows = tile_k0 + thread % kRowChunks / 4 <= last_k ? rows - thread / kRowChunks : 0;
 #pragma unroll
-    for (int i = 0; i < kXChunks / kThreads; i++) {
-      const int chunk = (i * kThreads + thread) % kRowChunks, token = (i * kThreads + thread) / kRowChunks;
-      const bool exists = m0 + token < p.M && tile_k0 + chunk / 4 < p.tiles_k;
-      const int64_t source = (m0 + token) * p.tiles_k * 64 + int64_t{tile_k0} * 64 + chunk * 16;
-      ptx::cp_async_16(stage + Stage::kXBegin + Stage::x_offset(token, chunk), p.x.codes + (exists ? source : 0), exists ? 16 : 0);
+    for (int pass = 0; pass < Shape::kBlockM / kPassRows; pass++) {
+      const bool exists = pass * kPassRows < x_rows;
+      const int64_t source = int64_t{tile_k0} * 64 + int64_t{pass * kPassRows} * p.tiles_k * 64;
+      ptx::cp_async_16(s_x + pass * kPassRows * Stage::kRowBytes, exists ? g_x + source : p.x.codes, exists ? 16 : 0);
     }
 
     if constexpr (Stage::kScaleRows > 0) {
-      constexpr int kChunks = Shape::kWarpsN * Shape::kWarpsK * Stage::kScaleRows * 8;
 #pragma unroll
-      for (int i = 0; i < (kChunks + kThreads - 1) / kThreads; i++) {
-        const int chunk = i * kThreads + thread, row = chunk / 8 % Stage::kScaleRows, tile = chunk / (8 * Stage::kScaleRows);
-        const int tile_k = tile_k0 + tile % Shape::kWarpsK, warp = tile / Shape::kWarpsK;
-        const bool exists = tile_k < p.tiles_k && tile_n(warp) < p.tiles_n;
-        const int64_t source = (int64_t{tile_n(warp)} * p.groups + ((2 * tile_k + row) >> p.group_shift)) * 128 + chunk % 8 * 16;
-        if (chunk < kChunks) ptx::cp_async_16(stage + Stage::kScalesBegin + chunk * 16, p.scales + (exists ? source : 0), exists ? 16 : 0);
+      for (int chunk0 = 0; chunk0 < kScaleChunks; chunk0 += kThreads) {
+        const int chunk = chunk0 + thread, row = chunk / 8 % Stage::kScaleRows, tile = chunk / 8 / Stage::kScaleRows;
+        const int k = tile_k0 + tile % Shape::kWarpsK, n = tile_n + tile / Shape::kWarpsK;
+        const bool exists = k <= last_k && n < p.tiles_n;
+        const int64_t source = (int64_t{n} * p.groups + ((2 * k + row) >> p.group_shift)) * 128 + chunk % 8 * 16;
+        if (chunk < kScaleChunks) ptx::cp_async_16(stage + Stage::kScalesBegin + chunk * 16, p.scales + (exists ? source : 0), exists ? 16 : 0);
       }
     }
 
     if constexpr (Stage::kMayHaveMultiples) {
       if (p.x.multiple) {
-        constexpr int kPerRow = 2 * Shape::kWarpsK, kCount = Shape::kBlockM * kPerRow;
 #pragma unroll
-        for (int i = 0; i < (kCount + kThreads - 1) / kThreads; i++) {
-          const int k32 = (i * kThreads + thread) % kPerRow, token = (i * kThreads + thread) / kPerRow;
-          const bool exists = m0 + token < p.M && 2 * tile_k0 + k32 < 2 * p.tiles_k;
+        for (int i0 = 0; i0 < Shape::kBlockM * kRowMultiples; i0 += kThreads) {
+          const int k32 = (i0 + thread) % kRowMultiples, token = (i0 + thread) / kRowMultiples;
+          const bool exists = token < rows && tile_k0 + k32 / 2 <= last_k;
           const int64_t source = (m0 + token) * (2 * p.tiles_k) + 2 * tile_k0 + k32;
           if (token < Shape::kBlockM)
             ptx::cp_async_4(stage + Stage::kMultiplesBegin + (k32 * Shape::kBlockM + token) * 4, p.x.multiple + (exists ? source : 0), exists ? 4 : 0);
@@ -226,13 +234,13 @@ struct Mma8 {
   // The scales of a lane's rows, g + 16 * strip and g + 8 + 16 * strip, for row `row` of the k-tile's scales.
   TAUT_DEVICE void load_scales(float (&scales)[kStrips][2], const unsigned char* stage, int row) const {
     const unsigned char* source = stage + Stage::kScalesBegin + ((warp_n * Shape::kWarpsK + warp_k) * Stage::kScaleRows + row) * 128 + g * 16;
-    static_assert(kStrips == 2 || kStrips == 4);
+    static_assert(kStrips == 4 || (kStrips == 2 && Shape::kWarpsN == 1));
     uint32_t words[kStrips];
     if constexpr (kStrips == 4) {
       const uint4 v = *reinterpret_cast<const uint4*>(source);
       words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
     } else {
-      const uint2 v = *reinterpret_cast<const uint2*>(source + first_strip(warp_n) * 4);
+      const uint2 v = *reinterpret_cast<const uint2*>(source + first_strip * 4);
       words[0] = v.x, words[1] = v.y;
     }
 #pragma unroll
@@ -379,20 +387,21 @@ __global__ void __launch_bounds__(kReduceThreads) mma8_reduce(const Mma8Args p) 
 // Blocks by their tokens. For few, memory is the bound: warps along k keep many bytes in flight, and 32 n a block make enough blocks
 // for the whole device without a split. For many, the tensor cores are: 64 x 64 a warp reads shared memory half as fast as it multiplies.
 // 8, 16 and 32 tokens add in the same order (k-tiles in turn to 4 warps): among them M decides nothing but speed.
-using Mma8Shape8 = Mma8Shape<2, 8, 1, 1, 4, 4>;
-using Mma8Shape16 = Mma8Shape<2, 16, 1, 1, 4, 4>;
-using Mma8Shape32 = Mma8Shape<4, 32, 1, 1, 4, 3>;
-using Mma8Shape64 = Mma8Shape<4, 32, 1, 2, 2, 4>;
-using Mma8Shape128 = Mma8Shape<4, 64, 2, 2, 1, 4>;
+using Mma8Shape8 = Mma8Shape<2, 8, 1, 1, 4, 4, 4>;
+using Mma8Shape16 = Mma8Shape<2, 16, 1, 1, 4, 4, 4>;
+using Mma8Shape32 = Mma8Shape<4, 32, 1, 1, 4, 3, 2>;
+using Mma8Shape64 = Mma8Shape<4, 32, 1, 2, 2, 4, 3>;
+template <Promote kPromote>
+using Mma8Shape128 = std::conditional_t<kPromote == Promote::kNever, Mma8Shape<4, 64, 2, 2, 1, 4, 2>, Mma8Shape<4, 32, 2, 4, 1, 4, 2>>;
 
-template <class F>
+template <Promote kPromote, class F>
 decltype(auto) with_mma8_shape(int tokens, F&& f) {
   switch (tokens) {
     case 8: return f(Mma8Shape8{});
     case 16: return f(Mma8Shape16{});
     case 32: return f(Mma8Shape32{});
     case 64: return f(Mma8Shape64{});
-    default: return f(Mma8Shape128{});
+    default: return f(Mma8Shape128<kPromote>{});
   }
 }
 
@@ -400,35 +409,39 @@ struct Mma8Plan {
   int tokens, blocks_m, blocks_n, steps, splits;
 };
 
-// exact: sums are integers, and their order does not matter.
-Mma8Plan mma8_plan(const CudaParams& p, bool exact) {
+template <Promote kPromote>
+Mma8Plan mma8_plan(const CudaParams& p) {
+  const bool fixed_order = p.batch_invariant && kPromote != Promote::kNever;  // the order of integers does not matter
   const auto blocks = [](int64_t count, int64_t of) { return static_cast<int>((count + of - 1) / of); };
   const int64_t N = p.weight.N;
   Mma8Plan plan{};
   if (p.M <= 8) plan.tokens = 8;
   else if (p.M <= 16) plan.tokens = 16;
-  else if (p.M <= 32 || (p.batch_invariant && !exact)) plan.tokens = 32;
+  else if (p.M <= 32 || fixed_order) plan.tokens = 32;
   else if (int64_t{blocks(p.M, 128)} * blocks(N, 128) < p.device->sm_count) plan.tokens = 64;
   else plan.tokens = 128;
-  with_mma8_shape(plan.tokens, [&]<class Shape>(Shape) {
+  with_mma8_shape<kPromote>(plan.tokens, [&]<class Shape>(Shape) {
     plan.blocks_m = blocks(p.M, Shape::kBlockM), plan.blocks_n = blocks(N, Shape::kBlockN);
     plan.steps = blocks(MmaTiles{p.weight}.num_tiles_k(), Shape::kWarpsK);
     // K is split where there are fewer blocks than SMs, as long as every part fills the pipeline.
     constexpr int64_t kMaxSplits = 16;
     const int64_t wanted = p.device->sm_count / (int64_t{plan.blocks_m} * plan.blocks_n), most = std::min<int64_t>(plan.steps / Shape::kStages, kMaxSplits);
-    plan.splits = p.batch_invariant && !exact ? 1 : static_cast<int>(std::max<int64_t>(1, std::min(wanted, most)));
+    plan.splits = fixed_order ? 1 : static_cast<int>(std::max<int64_t>(1, std::min(wanted, most)));
   });
   return plan;
 }
 
-int64_t mma8_workspace_bytes(const CudaParams& p, const Mma8Plan& plan) {
+template <Promote kPromote>
+int64_t mma8_workspace_bytes(const CudaParams& p) {
+  const Mma8Plan plan = mma8_plan<kPromote>(p);
   return plan.splits > 1 ? plan.splits * p.M * MmaTiles{p.weight}.num_tiles_n() * 64 * 4 : 0;
 }
 
 // kernel(Shape{}): the kernel for a shape, as a function pointer and its shared bytes.
 template <class Sum, Promote kPromote, class KernelOf>
-void mma8_run(const char* name, const CudaParams& p, const Mma8Plan& plan, const KernelOf& kernel_of) {
+void mma8_run(const char* name, const CudaParams& p, const KernelOf& kernel_of) {
   if (p.M == 0 || p.weight.N == 0) return;
+  const Mma8Plan plan = mma8_plan<kPromote>(p);
   const MmaTiles layout{p.weight};
   const int64_t group = p.weight.group_size;
   const Mma8Args args{p.packed,
@@ -450,7 +463,7 @@ void mma8_run(const char* name, const CudaParams& p, const Mma8Plan& plan, const
                       p.activations == Activations::kInt8Row ? 32767.0f : 1.0f,
                       p.dtype};
   const dim3 grid(static_cast<unsigned>(int64_t{plan.blocks_m} * plan.blocks_n), plan.splits);
-  with_mma8_shape(plan.tokens, [&]<class Shape>(Shape shape) {
+  with_mma8_shape<kPromote>(plan.tokens, [&]<class Shape>(Shape shape) {
     const auto [kernel, shared_bytes] = kernel_of(shape);
     launch(name, kernel, grid, dim3(Shape::kThreads), shared_bytes, p.stream, args);
   });

@@ -11,7 +11,7 @@ namespace taut::quant_linear::cuda_sm80_int8 {
 namespace {
 
 template <class Shape, Promote kPromote>
-__global__ void __launch_bounds__(Shape::kThreads) int8_kernel(const Mma8Args p) {
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm) int8_kernel(const Mma8Args p) {
 #if TAUT_ARCH_AT_LEAST(80)
   mma8_block<Int8Mma, Shape, kPromote>(p);
 #endif
@@ -23,11 +23,9 @@ Promote promote_of(const CudaParams& p) {
   return p.weight.group_size == 0 && p.weight.K <= 1 << 17 ? Promote::kNever : Promote::kEvery64;
 }
 
-Mma8Plan plan_of(const CudaParams& p) { return mma8_plan(p, promote_of(p) == Promote::kNever); }
-
 template <class Sum, Promote kPromote>
 void run_with(const CudaParams& p) {
-  mma8_run<Sum, kPromote>("quant_linear int8", p, plan_of(p), []<class Shape>(Shape) {
+  mma8_run<Sum, kPromote>("quant_linear int8", p, []<class Shape>(Shape) {
     return std::pair{&int8_kernel<Shape, kPromote>, Mma8Stage<Int8Mma, Shape, kPromote>::kSharedBytes};
   });
 }
@@ -41,13 +39,19 @@ const char* supported(const CudaParams& p) {
   return int8 ? nullptr : "it computes with int8 activations";
 }
 
-int64_t workspace_bytes(const CudaParams& p) { return mma8_workspace_bytes(p, plan_of(p)); }
+int64_t workspace_bytes(const CudaParams& p) {
+  switch (promote_of(p)) {
+    case Promote::kNever: return mma8_workspace_bytes<Promote::kNever>(p);
+    case Promote::kEvery64: return mma8_workspace_bytes<Promote::kEvery64>(p);
+    default: return mma8_workspace_bytes<Promote::kEvery32>(p);
+  }
+}
 
 void run(const CudaParams& p) {
   switch (promote_of(p)) {
     case Promote::kNever: return run_with<int, Promote::kNever>(p);
     case Promote::kEvery64: return run_with<float, Promote::kEvery64>(p);
-    case Promote::kEvery32: return run_with<float, Promote::kEvery32>(p);
+    default: return run_with<float, Promote::kEvery32>(p);
   }
 }
 

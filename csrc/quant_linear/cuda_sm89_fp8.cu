@@ -11,7 +11,7 @@ namespace taut::quant_linear::cuda_sm89_fp8 {
 namespace {
 
 template <class Shape, Promote kPromote>
-__global__ void __launch_bounds__(Shape::kThreads) fp8_kernel(const Mma8Args p) {
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm) fp8_kernel(const Mma8Args p) {
 #if TAUT_ARCH_AT_LEAST(89)
   mma8_block<Fp8Mma, Shape, kPromote>(p);
 #endif
@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(Shape::kThreads) fp8_kernel(const Mma8Args p) 
 
 template <Promote kPromote>
 void run_with(const CudaParams& p) {
-  mma8_run<float, kPromote>("quant_linear fp8", p, mma8_plan(p, false), []<class Shape>(Shape) {
+  mma8_run<float, kPromote>("quant_linear fp8", p, []<class Shape>(Shape) {
     return std::pair{&fp8_kernel<Shape, kPromote>, Mma8Stage<Fp8Mma, Shape, kPromote>::kSharedBytes};
   });
 }
@@ -32,7 +32,7 @@ const char* supported(const CudaParams& p) {
   return p.activations == Activations::kFp8Row ? nullptr : "it computes with fp8_row activations";
 }
 
-int64_t workspace_bytes(const CudaParams& p) { return mma8_workspace_bytes(p, mma8_plan(p, false)); }
+int64_t workspace_bytes(const CudaParams& p) { return p.weight.group_size == 32 ? mma8_workspace_bytes<Promote::kEvery32>(p) : mma8_workspace_bytes<Promote::kEvery64>(p); }
 
 void run(const CudaParams& p) {
   if (p.weight.group_size == 32) run_with<Promote::kEvery32>(p);
