@@ -18,7 +18,7 @@ namespace taut::pack_weight::cuda_sm75 {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int64_t kBlocksPerSm = 8;
+constexpr int64_t kMaxBlocks = 2048;  // more than any GPU runs at a time; warps stride over the rest
 
 // What a kernel needs of a WeightSpec and its MmaTiles, counted once on the host.
 // WHY 32-bit counts of tiles and groups: a 64-bit division is a function call, and 2^32 fragments are more than a terabyte.
@@ -257,34 +257,34 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(Shape shape, const
   }
 }
 
-// As many blocks as there is work, but no more than the device holds a few times over: warps stride over the rest.
-dim3 grid_for(const CudaParams& p, int64_t rows) {
-  const int64_t fragments = (rows + MmaTiles::kTileN - 1) / MmaTiles::kTileN * MmaTiles{p.weight}.num_tiles_k() * (p.weight.format == Format::kInt4 ? 4 : 8);
-  return dim3(static_cast<unsigned>(std::clamp<int64_t>((fragments + kWarps - 1) / kWarps, 1, p.device->sm_count * kBlocksPerSm)));
+dim3 grid_for(const WeightSpec& w, int64_t rows) {
+  const int64_t tiles = (rows + MmaTiles::kTileN - 1) / MmaTiles::kTileN * MmaTiles{w}.num_tiles_k();
+  const int64_t fragments = tiles * (w.format == Format::kInt4 ? kFragmentsPerTile<true> : kFragmentsPerTile<false>);
+  return dim3(static_cast<unsigned>(std::clamp<int64_t>((fragments + kWarps - 1) / kWarps, 1, kMaxBlocks)));
 }
 
 }  // namespace
 
-void pack(const CudaParams& p) {
+void pack(const Params& p, void* stream) {
   if (p.weight.N == 0) return;
   const auto kernel = p.weight.format == Format::kInt4 ? pack_kernel<true> : pack_kernel<false>;
-  launch("pack_weight", kernel, grid_for(p, p.weight.N), dim3(kThreads), 0, p.stream, Shape(p.weight), p.codes, p.scales, p.zeros, p.packed);
+  launch("pack_weight", kernel, grid_for(p.weight, p.weight.N), dim3(kThreads), 0, stream, Shape(p.weight), p.codes, p.scales, p.zeros, p.packed);
 }
 
-void unpack(const CudaParams& p) {
+void unpack(const Params& p, void* stream) {
   if (p.weight.N == 0) return;
   const auto kernel = p.weight.format == Format::kInt4 ? unpack_kernel<true> : unpack_kernel<false>;
-  launch("unpack_weight", kernel, grid_for(p, p.weight.N), dim3(kThreads), 0, p.stream, Shape(p.weight), p.packed, p.codes, p.scales, p.zeros);
+  launch("unpack_weight", kernel, grid_for(p.weight, p.weight.N), dim3(kThreads), 0, stream, Shape(p.weight), p.packed, p.codes, p.scales, p.zeros);
 }
 
-void dequantize(const CudaParams& p, int64_t row_begin, int64_t row_end, void* out, DType dtype) {
+void dequantize(const WeightSpec& w, const uint8_t* packed, int64_t row_begin, int64_t row_end, void* out, DType dtype, void* stream) {
   if (row_begin == row_end) return;
   with_dtype(dtype, [&]<class T>(T) {
-    const auto kernel = p.weight.format == Format::kInt4   ? dequantize_kernel<Format::kInt4, T>
-                        : p.weight.format == Format::kInt8 ? dequantize_kernel<Format::kInt8, T>
-                                                           : dequantize_kernel<Format::kFp8E4M3, T>;
-    launch("dequantize_weight", kernel, grid_for(p, row_end - row_begin), dim3(kThreads), 0, p.stream, Shape(p.weight), p.packed, row_begin, row_end,
-           static_cast<T*>(out));
+    const auto kernel = w.format == Format::kInt4   ? dequantize_kernel<Format::kInt4, T>
+                        : w.format == Format::kInt8 ? dequantize_kernel<Format::kInt8, T>
+                                                    : dequantize_kernel<Format::kFp8E4M3, T>;
+    // A first row inside a tile may touch one tile more than the count of rows says: the stride covers it.
+    launch("dequantize_weight", kernel, grid_for(w, row_end - row_begin), dim3(kThreads), 0, stream, Shape(w), packed, row_begin, row_end, static_cast<T*>(out));
   });
 }
 

@@ -1,7 +1,6 @@
 // pack_weight, unpack_weight, dequantize_weight: between the canonical form, the Rows8 layout and plain numbers.
 #pragma once
 
-#include "common/device.h"
 #include "common/dtypes.h"
 #include "common/formats.h"
 #include "common/parallel.h"
@@ -24,22 +23,11 @@ void unpack(const Params&);  // packed -> codes, scales, zeros
 void dequantize(const WeightSpec&, const uint8_t* packed, int64_t row_begin, int64_t row_end, void* out, DType, int64_t num_threads);
 }  // namespace cpu_scalar
 
-// ---- CUDA: the MmaTiles layout ----------------------------------------------------------------------------------------
-
-struct CudaParams {
-  WeightSpec weight;
-  uint8_t* codes;    // as above; device memory all of them
-  uint16_t* scales;
-  uint8_t* zeros;
-  uint8_t* packed;   // MmaTiles
-  const Device* device;
-  void* stream;      // cudaStream_t
-};
-
+// The same between the canonical form and MmaTiles, on a CUDA device.
 namespace cuda_sm75 {
-void pack(const CudaParams&);
-void unpack(const CudaParams&);
-void dequantize(const CudaParams&, int64_t row_begin, int64_t row_end, void* out, DType);
+void pack(const Params&, void* stream);
+void unpack(const Params&, void* stream);
+void dequantize(const WeightSpec&, const uint8_t* packed, int64_t row_begin, int64_t row_end, void* out, DType, void* stream);
 }  // namespace cuda_sm75
 
 }  // namespace taut::pack_weight
