@@ -9,7 +9,9 @@
 
 #include "common/cuda.cuh"
 
-#if !defined(TAUT_EMULATE)
+#if defined(TAUT_EMULATE)
+#include "hopper.h"
+#else
 #include <cuda.h>  // CUtensorMap; libcuda is not linked
 #endif
 
