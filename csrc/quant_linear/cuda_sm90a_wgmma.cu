@@ -18,6 +18,8 @@
 //           of K, so it wants at least about as many tiles as SMs: small M is the mma kernel's. Which tile a row falls into depends on
 //           M, so batch-invariant calls are refused. TRIED on paper only: two blocks of a cluster sharing x by multicast (would
 //           halve its 32 KB a k-step); tiles of 256 n x 128 m (24 KB a k-step, but twice the dequantization).
+#include <cstring>
+
 #include "common/dequant.cuh"
 #include "common/launch.h"
 #include "common/ptx.cuh"
@@ -108,14 +110,18 @@ TAUT_DEVICE void store_piece(const Problem& p, const unsigned char* from, int64_
   }
 }
 
-TAUT_DEVICE uint32_t pack(half, float lo, float hi) {
-  const __half2 pair = __floats2half2_rn(lo, hi);
-  return *reinterpret_cast<const uint32_t*>(&pair);
+TAUT_DEVICE uint32_t bits_of(const __half2& pair) {
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
 }
-TAUT_DEVICE uint32_t pack(__nv_bfloat16, float lo, float hi) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(lo, hi);
-  return *reinterpret_cast<const uint32_t*>(&pair);
+TAUT_DEVICE uint32_t bits_of(const __nv_bfloat162& pair) {
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
 }
+TAUT_DEVICE uint32_t pack(half, float lo, float hi) { return bits_of(__floats2half2_rn(lo, hi)); }
+TAUT_DEVICE uint32_t pack(__nv_bfloat16, float lo, float hi) { return bits_of(__floats2bfloat162_rn(lo, hi)); }
 TAUT_DEVICE float to_float(half v) { return __half2float(v); }
 TAUT_DEVICE float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 
