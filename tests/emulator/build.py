@@ -107,7 +107,7 @@ def machine_flags() -> tuple[str, ...]:
 
 
 def include_flags() -> list[str]:
-    return [f"-I{CSRC}", f"-I{HERE}", "-isystem", str(cuda_include())]
+    return [f"-ffile-prefix-map={ROOT}/=", f"-I{CSRC}", f"-I{HERE}", "-isystem", str(cuda_include())]
 
 
 def torch_flags() -> list[str]:

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <source_location>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -31,12 +32,9 @@
 
 namespace emulator {
 
-struct Site {
-  const char* file;
-  int line;
-};
+using Site = std::source_location;
 // As the last parameter: where the kernel called from.
-#define EMULATOR_SITE emulator::Site site = emulator::Site{__builtin_FILE(), __builtin_LINE()}
+#define EMULATOR_SITE std::source_location site = std::source_location::current()
 
 extern uint3 thread_index, block_index;
 extern dim3 block_size, grid_size;
@@ -98,7 +96,7 @@ __attribute__((always_inline)) inline T shuffle(uint32_t mask, T value, int argu
 }
 
 // Called around every atomic: fibers never preempt each other, so a plain read-modify-write is atomic.
-void atomic_access(const void* p, size_t bytes);
+void atomic_access(const void* p, size_t bytes, Site site);
 
 }  // namespace emulator
 
@@ -146,8 +144,8 @@ EMULATOR_INLINE int __all_sync(uint32_t mask, int predicate, EMULATOR_SITE) { re
 // WHY noinline and not instrumented: to the race checks an atomic is one access of a kind of its own.
 #define EMULATOR_ATOMIC(name, expression)                                                \
   template <class T, class U>                                                            \
-  __attribute__((noinline, no_sanitize("thread"))) T name(T* p, U operand) {             \
-    emulator::atomic_access(p, sizeof(T));                                               \
+  __attribute__((noinline, no_sanitize("thread"))) T name(T* p, U operand, EMULATOR_SITE) { \
+    emulator::atomic_access(p, sizeof(T), site);                                               \
     const T old = *p, value = static_cast<T>(operand);                                   \
     *p = (expression);                                                                   \
     return old;                                                                          \
@@ -162,15 +160,15 @@ EMULATOR_ATOMIC(atomicOr, static_cast<T>(old | value))
 EMULATOR_ATOMIC(atomicXor, static_cast<T>(old ^ value))
 #undef EMULATOR_ATOMIC
 template <class T, class U>
-__attribute__((noinline, no_sanitize("thread"))) T atomicInc(T* p, U limit) {
-  emulator::atomic_access(p, sizeof(T));
+__attribute__((noinline, no_sanitize("thread"))) T atomicInc(T* p, U limit, EMULATOR_SITE) {
+  emulator::atomic_access(p, sizeof(T), site);
   const T old = *p;
   *p = old >= static_cast<T>(limit) ? T{0} : static_cast<T>(old + 1);
   return old;
 }
 template <class T>
-__attribute__((noinline, no_sanitize("thread"))) T atomicCAS(T* p, T expected, T value) {
-  emulator::atomic_access(p, sizeof(T));
+__attribute__((noinline, no_sanitize("thread"))) T atomicCAS(T* p, T expected, T value, EMULATOR_SITE) {
+  emulator::atomic_access(p, sizeof(T), site);
   const T old = *p;
   if (old == expected) *p = value;
   return old;

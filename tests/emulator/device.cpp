@@ -38,7 +38,7 @@ namespace emulator {
 int device_smem_bytes() { return the_device.smem_bytes; }
 
 void require_sm(int sm, const char* instruction, Site site) {
-  if (the_device.sm < sm) fail("%s at %s:%d needs sm_%d; this device is sm_%d", instruction, site.file, site.line, sm, the_device.sm);
+  if (the_device.sm < sm) fail("%s at %s:%u needs sm_%d; this device is sm_%d", instruction, site.file_name(), site.line(), sm, the_device.sm);
 }
 
 }  // namespace emulator

@@ -49,12 +49,17 @@ struct Fiber {
   Site site;
 };
 
-struct Warp {
+// Lanes of a warp that wait for each other. Several may be under way at once, by different masks; a lane waits in one.
+struct Rendezvous {
   void* arguments[32];
   uint32_t arrived, mask;
   Combine combine;
   const char* what;
   Site site;
+};
+struct Warp {
+  int open;
+  Rendezvous slots[32];
 };
 
 struct Barrier {
@@ -133,7 +138,8 @@ const void* access_pc;  // where the access under check is made; set by the hook
 
 namespace {
 
-std::string site_text(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
+bool same_site(Site a, Site b) { return a.line() == b.line() && (a.file_name() == b.file_name() || strcmp(a.file_name(), b.file_name()) == 0); }
+std::string site_text(Site site) { return std::string(site.file_name()) + ":" + std::to_string(site.line()); }
 
 // "file:line" of a code address, by addr2line where there is one.
 std::string source_line(const void* pc) {
@@ -227,7 +233,7 @@ bool register_unit(Unit unit) {
   int shown = 0;
   for (int t = 0; t < run.threads && shown < 8; t++) {
     const Fiber& f = fibers[t];
-    if (previous && f.state == previous->state && f.doing == previous->doing && f.site.line == previous->site.line) continue;
+    if (previous && f.state == previous->state && f.doing == previous->doing && f.site.line() == previous->site.line()) continue;
     text += " [from thread " + std::to_string(t) + ": " + (f.state == State::kDone ? "returned" : std::string(f.doing) + " at " + site_text(f.site)) + "]";
     previous = &f, shown++;
   }
@@ -356,7 +362,7 @@ void start_block(uint32_t linear) {
   for (const Unit& unit : units())
     if (unit.reset) unit.reset();
   for (Barrier& b : barriers) b.arrived = 0, b.arrivals.clear(), b.waiters.clear();
-  for (int w = 0; w < run.threads / 32; w++) warps[w].arrived = 0;
+  for (int w = 0; w < run.threads / 32; w++) warps[w].open = 0;
   ready_head = ready_tail = 0;
   alive = run.threads;
   for (int t = 0; t < run.threads; t++) {
@@ -444,7 +450,7 @@ void barrier(int id, int threads, bool wait_here, Site site) {
   if (!b.arrived) b.expected = threads, b.site = site;
   else if (b.expected != threads)
     fail("barrier %d has %d threads at %s, but %d at %s", id, threads, site_text(site).c_str(), b.expected, site_text(b.site).c_str());
-  else if (threads == 0 && (b.site.line != site.line || strcmp(b.site.file, site.file) != 0))
+  else if (threads == 0 && !same_site(b.site, site))
     fail("barrier divergence: __syncthreads at %s while other threads wait at %s", site_text(site).c_str(), site_text(b.site).c_str());
   b.arrived++;
   b.arrivals.push_back(me);
@@ -466,16 +472,22 @@ void collective(Combine combine, void* argument, uint32_t mask, bool orders_memo
   note(what, site);
   if (!(mask >> lane & 1)) fail("%s at %s: the calling lane is not in its mask %08x", what, site_text(site).c_str(), mask);
   Warp& warp = warps[me / 32];
-  if (!warp.arrived) warp.mask = mask, warp.combine = combine, warp.what = what, warp.site = site;
-  else if (warp.mask != mask || warp.combine != combine || warp.site.line != site.line || (warp.site.file != site.file && strcmp(warp.site.file, site.file) != 0))
-    fail("warp divergence: %s at %s, mask %08x, while other lanes are at %s at %s, mask %08x", what, site_text(site).c_str(), mask, warp.what,
-         site_text(warp.site).c_str(), warp.mask);
-  warp.arguments[lane] = argument;
-  warp.arrived |= 1u << lane;
-  if (warp.arrived != mask) return wait();
-  warp.arrived = 0;
+  int slot = 0;
+  while (slot < warp.open && warp.slots[slot].mask != mask) slot++;
+  Rendezvous& here = warp.slots[slot];
+  if (slot == warp.open) {
+    warp.open++;
+    here.arrived = 0, here.mask = mask, here.combine = combine, here.what = what, here.site = site;
+  } else if (here.combine != combine || !same_site(here.site, site)) {
+    fail("warp divergence: %s at %s while other lanes of mask %08x are at %s at %s", what, site_text(site).c_str(), mask, here.what,
+         site_text(here.site).c_str());
+  }
+  here.arguments[lane] = argument;
+  here.arrived |= 1u << lane;
+  if (here.arrived != mask) return wait();
   statistics.collectives++;
-  if (combine) combine(warp.arguments, mask);
+  if (combine) combine(here.arguments, mask);
+  if (slot != --warp.open) here = warp.slots[warp.open];
   if (orders_memory && checked) {
     static std::vector<int> lanes;
     lanes.clear();

@@ -45,13 +45,13 @@ const bool registered = register_unit({[] {
 void cp_async(void* dst, const void* src, int bytes, int src_bytes, Site site) {
   require_sm(80, "cp.async", site);
   const auto to = reinterpret_cast<uintptr_t>(dst), from = reinterpret_cast<uintptr_t>(src);
-  if (to % bytes || from % bytes) fail("cp.async at %s:%d: a misaligned address, %s to %s", site.file, site.line, describe(from).c_str(), describe(to).c_str());
-  if (!in_shared(to, bytes)) fail("cp.async at %s:%d: the destination, %s, is not in shared memory", site.file, site.line, describe(to).c_str());
-  if (src_bytes < 0 || src_bytes > bytes) fail("cp.async at %s:%d: src_bytes is %d", site.file, site.line, src_bytes);
-  if (near_shared(from)) fail("cp.async at %s:%d: the source is %s", site.file, site.line, describe(from).c_str());
+  if (to % bytes || from % bytes) fail("cp.async at %s:%u: a misaligned address, %s to %s", site.file_name(), site.line(), describe(from).c_str(), describe(to).c_str());
+  if (!in_shared(to, bytes)) fail("cp.async at %s:%u: the destination, %s, is not in shared memory", site.file_name(), site.line(), describe(to).c_str());
+  if (src_bytes < 0 || src_bytes > bytes) fail("cp.async at %s:%u: src_bytes is %d", site.file_name(), site.line(), src_bytes);
+  if (near_shared(from)) fail("cp.async at %s:%u: the source is %s", site.file_name(), site.line(), describe(from).c_str());
   if (checked) {
     char what[256];
-    snprintf(what, sizeof what, "cp.async at %s:%d", site.file, site.line);
+    snprintf(what, sizeof what, "cp.async at %s:%u", site.file_name(), site.line());
     if (src_bytes) access_global(src, src_bytes, Access::kRead, what);
     access_shared(dst, bytes, Access::kWrite, what);
     set_in_flight(dst, bytes, run.current);
@@ -96,12 +96,15 @@ struct LoadArgument {
 void combine_ldmatrix(void** arguments, uint32_t) {
   const auto of = [&](int lane) { return static_cast<LoadArgument*>(arguments[lane]); };
   const int caller = run.current, first = caller - caller % 32;
+  for (int lane = 0; lane < 8 * of(0)->matrices; lane++) {
+    const auto row = reinterpret_cast<uintptr_t>(of(lane)->row);
+    if (row % 16) fail("ldmatrix: the row address of lane %d is misaligned: %s", lane, describe(row).c_str());
+  }
   for (int m = 0; m < of(0)->matrices; m++) {
     uint16_t rows[8][8];
     for (int i = 0; i < 8; i++) {
       const void* row = of(8 * m + i)->row;
       run.current = first + 8 * m + i;
-      if (reinterpret_cast<uintptr_t>(row) % 16) fail("ldmatrix: the row address of lane %d is misaligned: %s", 8 * m + i, describe(reinterpret_cast<uintptr_t>(row)).c_str());
       access_shared(row, 16, Access::kRead, "ldmatrix");
       memcpy(rows[i], row, 16);
     }

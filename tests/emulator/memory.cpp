@@ -18,7 +18,6 @@
 
 #include <algorithm>
 #include <map>
-#include <memory>
 #include <unordered_map>
 
 #include "runtime.h"
@@ -194,41 +193,40 @@ const Buffer* buffer_of(uintptr_t a, size_t bytes) {
   return nullptr;
 }
 
-// What one block knows to be over in another one.
-struct Knowledge {
-  uint32_t epoch = 0;
-  Clock steps;
-  void join(const Knowledge& other) {
-    if (other.epoch < epoch || other.steps.empty()) return;
-    if (other.epoch > epoch || steps.empty()) {
-      *this = other;
-      return;
-    }
-    for (size_t u = 0; u < steps.size(); u++) steps[u] = std::max(steps[u], other.steps[u]);
-  }
-};
-using BlockKnowledge = std::map<uint32_t, Knowledge>;  // by block
+// By block: the steps of its threads whose writes others may see, or are known to have seen.
+using BlockKnowledge = std::map<uint32_t, Clock>;
 
-BlockKnowledge acquired;                                // of the running block
-std::vector<std::shared_ptr<BlockKnowledge>> fenced;     // by thread: what its atomics release
-std::unordered_map<uintptr_t, BlockKnowledge> released;  // by address
+BlockKnowledge acquired;                                 // what the running block knows of others
+std::unordered_map<uintptr_t, BlockKnowledge> released;  // by the address of the atomic that said so
 
-void forget_launch() { acquired.clear(), released.clear(); }
+// Of the running block: the steps that a __threadfence has made visible, as each thread knows them [threads][threads]; and as
+// all know them since the last barrier. Barriers pass this on: whoever does the atomic need not be who did the fence.
+std::vector<uint32_t> fenced;
+Clock fenced_for_all;
+bool any_fence, fence_since_barrier;
+Clock epoch_steps;  // everybody's steps when the epoch began
+
+void join(Clock& into, const Clock& from) {
+  into.resize(std::max(into.size(), from.size()), 0u);
+  for (size_t u = 0; u < from.size(); u++) into[u] = std::max(into[u], from[u]);
+}
+
+uint32_t* fenced_of(int thread) { return fenced.data() + static_cast<size_t>(thread) * run.threads; }
 
 void synchronise(uintptr_t a) {
   BlockKnowledge& at = released[a];
-  for (const auto& [block, knowledge] : at)
-    if (block != run.block) acquired[block].join(knowledge);
-  if (const auto& mine = fenced[run.current])
-    for (const auto& [block, knowledge] : *mine) at[block].join(knowledge);
+  for (const auto& [block, steps] : at)
+    if (block != run.block) join(acquired[block], steps);
+  if (!any_fence) return;
+  for (const auto& [block, steps] : acquired) join(at[block], steps);
+  join(at[run.block], Clock(fenced_of(run.current), fenced_of(run.current) + run.threads));
+  join(at[run.block], fenced_for_all);
 }
 
 bool is_ordered(uint32_t block, uint32_t then_epoch, int thread, uint32_t step) {
   if (block == run.block) return then_epoch < epoch || thread == run.current || clock_of(run.current)[thread] >= step;
   const auto found = acquired.find(block);
-  if (found == acquired.end()) return false;
-  const Knowledge& known = found->second;
-  return then_epoch < known.epoch || (then_epoch == known.epoch && known.steps[thread] >= step);
+  return found != acquired.end() && static_cast<size_t>(thread) < found->second.size() && found->second[thread] >= step;
 }
 
 [[noreturn]] void fail_global_race(uintptr_t a, const char* what, const char* earlier, uint32_t block, int thread) {
@@ -281,6 +279,11 @@ void order_threads(const std::vector<int>& arrivals, const std::vector<int>& wai
   all.assign(run.threads, 0u);
   for (const int t : arrivals) join(all.data(), clock_of(t));
   for (const int t : waiters) join(clock_of(t), all.data());
+  if (any_fence) {
+    all.assign(run.threads, 0u);
+    for (const int t : arrivals) join(all.data(), fenced_of(t));
+    for (const int t : waiters) join(fenced_of(t), all.data());
+  }
   for (const int t : arrivals) step_of(t)++;
 }
 
@@ -288,22 +291,27 @@ void order_block() {
   if (!checked) return;
   epoch++;
   reader_rows = 0;
-  for (int t = 0; t < run.threads; t++) step_of(t)++;
+  for (int t = 0; t < run.threads; t++) epoch_steps[t] = step_of(t)++;
+  if (!fence_since_barrier) return;
+  for (int t = 0; t < run.threads; t++) join(fenced_for_all.data(), fenced_of(t));
+  fence_since_barrier = false;
 }
 
 void fence_global() {
   if (!checked) return;
-  auto knowledge = std::make_shared<BlockKnowledge>(acquired);
-  Knowledge& mine = (*knowledge)[run.block];
-  mine.epoch = epoch;
-  mine.steps.assign(clock_of(run.current), clock_of(run.current) + run.threads);
-  fenced[run.current] = std::move(knowledge);
+  if (!any_fence) {
+    fenced.assign(static_cast<size_t>(run.threads) * run.threads, 0u);
+    fenced_for_all.assign(run.threads, 0u);
+  }
+  any_fence = fence_since_barrier = true;
+  join(fenced_of(run.current), clock_of(run.current));
+  join(fenced_of(run.current), epoch_steps.data());
   step_of(run.current)++;
 }
 
 void start_launch_checks() {
   if (!checked) return;
-  forget_launch();
+  released.clear();
   clocks.resize(static_cast<size_t>(run.threads) * run.threads);
   dynamic_cells.resize(run.dynamic_bytes + 4);  // +4: the word of the last bytes
   static_cells.resize(run.static_end - run.static_begin + 4);
@@ -315,8 +323,9 @@ void start_block_checks() {
   for (int t = 0; t < run.threads; t++) step_of(t) = 1;
   epoch = 1;
   reader_rows = 0;
+  epoch_steps.assign(run.threads, 0u);
   acquired.clear();
-  fenced.assign(run.threads, nullptr);
+  any_fence = fence_since_barrier = false;
 }
 
 // ---- what may be touched ----------------------------------------------------------------------------------------------
@@ -423,24 +432,21 @@ void write_shared_async(const void* p, size_t bytes, int thread, const Clock& cl
   });
 }
 
-void atomic_access(const void* p, size_t bytes) {
+void atomic_access(const void* p, size_t bytes, Site site) {
   const auto a = reinterpret_cast<uintptr_t>(p);
-  if (!run.in_kernel) return;
-  access_pc = __builtin_return_address(0);
-  if (a % bytes) fail("misaligned atomic at %s", describe(a).c_str());
-  if (near_shared(a)) {
-    access_shared(p, bytes, Access::kAtomic, "atomic");
-  } else {
-    access_global(p, bytes, Access::kAtomic, "atomic");
-    if (checked) synchronise(a);
-  }
-  access_pc = nullptr;
+  if (a % bytes) fail("a misaligned atomic of %s at %s:%u", describe(a).c_str(), site.file_name(), site.line());
+  if (!checked) return;
+  char what[256];
+  snprintf(what, sizeof what, "atomic at %s:%u", site.file_name(), site.line());
+  if (near_shared(a)) return access_shared(p, bytes, Access::kAtomic, what);
+  access_global(p, bytes, Access::kAtomic, what);
+  synchronise(a);
 }
 
 uint4 load_global_16(const void* p, Site site) {
   const auto a = reinterpret_cast<uintptr_t>(p);
-  if (a % 16) fail("misaligned 16-byte load of %s at %s:%d", describe(a).c_str(), site.file, site.line);
-  if (near_shared(a)) fail("a global load of %s at %s:%d", describe(a).c_str(), site.file, site.line);
+  if (a % 16) fail("misaligned 16-byte load of %s at %s:%u", describe(a).c_str(), site.file_name(), site.line());
+  if (near_shared(a)) fail("a global load of %s at %s:%u", describe(a).c_str(), site.file_name(), site.line());
   if (checked) access_global(p, 16, Access::kRead, "16-byte load");
   uint4 value;
   memcpy(&value, p, 16);
@@ -461,7 +467,7 @@ inline void hook(const void* p, size_t bytes, bool write, bool aligned, bool is_
   if (aligned && a % bytes) fail("misaligned %zu-byte %s at %s", bytes, write ? "store" : "load", describe(a).c_str());
   if (near_shared(a)) {
     access_shared(p, bytes, write ? Access::kWrite : Access::kRead, write ? "store" : "load");
-  } else if (in_library(a)) {
+  } else if (in_library(a) && !buffer_of(a, bytes)) {
     if (write) fail("store to a variable of the library");
   } else if (a < run.arguments_begin || a >= run.arguments_end) {
     // A volatile access is how a flag is passed between blocks: never torn, ordered by fences.
@@ -492,6 +498,8 @@ EMULATOR_HOOKS(8)
 EMULATOR_HOOKS(16)
 void __tsan_read_range(void* p, unsigned long bytes) { emulator::hook(p, bytes, false, false, false, __builtin_return_address(0)); }
 void __tsan_write_range(void* p, unsigned long bytes) { emulator::hook(p, bytes, true, false, false, __builtin_return_address(0)); }
+// Guards of static variables in host functions, which are compiled along with the kernels.
+unsigned char __tsan_atomic8_load(const volatile unsigned char* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}

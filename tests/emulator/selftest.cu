@@ -1,6 +1,7 @@
 // The emulator's own test: small kernels, each with one fault that the checked mode must catch, and fine ones that must pass.
 // What each must end in is said in tests/test_emulator.py. A fine kernel makes out[i] = 2 * in[i] for i in 0..255.
-#include <cstdio>
+#include <cstdlib>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -13,6 +14,7 @@ namespace {
 using namespace taut;
 
 constexpr int kElements = 256;
+constexpr size_t kBytes = kElements * sizeof(float);
 
 struct Arguments {
   float* out;         // [256]
@@ -187,6 +189,8 @@ TAUT_CASE(cp_async_never_waited_for, (1), (32), 512) {
 TAUT_CASE(cp_async_misaligned, (1), (32), 512) {
   TAUT_DYNAMIC_SMEM(smem);
   ptx::cp_async_16(smem + 4 * threadIdx.x, a.in + 4 * threadIdx.x);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
 }
 
 TAUT_CASE(cp_async_out_of_shared, (1), (32), 256) {
@@ -444,15 +448,18 @@ TAUT_TEST_EXPORT const char* taut_selftest_name(int index) { return index < stat
 TAUT_TEST_EXPORT const char* taut_selftest_run(int index) {
   static std::string message;
   message.clear();
-  alignas(256) static float in[kElements], out[kElements], workspace[kElements];
-  alignas(256) static unsigned counter[2];
+  // Of the heap, as torch's tensors are, and far from each other.
+  const auto allocate = [](size_t bytes) { return std::unique_ptr<void, void (*)(void*)>(aligned_alloc(256, 4096 + bytes), free); };
+  const auto in_memory = allocate(kBytes), out_memory = allocate(kBytes), workspace_memory = allocate(kBytes), counter_memory = allocate(256);
+  auto *in = static_cast<float*>(in_memory.get()), *out = static_cast<float*>(out_memory.get()), *workspace = static_cast<float*>(workspace_memory.get());
+  auto* counter = static_cast<unsigned*>(counter_memory.get());
   for (int i = 0; i < kElements; i++) in[i] = static_cast<float>(i), out[i] = workspace[i] = -1.0f;
   const Case& test = cases()[index];
-  emulator::expose("in", in, sizeof in, false);
-  emulator::expose("out", out, sizeof out, true);
-  emulator::expose("workspace", workspace, sizeof workspace, true);
-  emulator::expose("counter", counter, sizeof counter, true);
-  cudaMemsetAsync(counter, 0, sizeof counter, nullptr);
+  emulator::expose("in", in, kBytes, false);
+  emulator::expose("out", out, kBytes, true);
+  emulator::expose("workspace", workspace, kBytes, true);
+  emulator::expose("counter", counter, 8, true);
+  cudaMemsetAsync(counter, 0, 8, nullptr);
   try {
     launch(test.name, test.kernel, test.grid, test.block, test.smem_bytes, nullptr, Arguments{out, in, workspace, counter, 0});
     for (int i = 0; i < kElements && message.empty(); i++)
