@@ -12,18 +12,20 @@ if(TAUT_CUDA STREQUAL OFF)
   return()
 endif()
 
-# ---- nvcc: CUDACXX, the path, the usual folder, or pip's nvidia-cuda-nvcc in the Python that builds
+# ---- nvcc: CUDACXX, pip's in the Python that builds, the path, the usual folder
 set(nvcc "${CMAKE_CUDA_COMPILER}")
-set(why "no nvcc was found (README.md, Install, says how to get one from pip)")
+set(why "no nvcc was found; README.md, Install, says how to get one from pip")
 if(NOT nvcc)
   execute_process(COMMAND ${Python_EXECUTABLE} -c
     "import importlib.util as u; s = u.find_spec('nvidia'); print(*(f'{p}/cu13/bin/nvcc' for p in (s.submodule_search_locations if s else ())), sep=';', end='')"
-    OUTPUT_VARIABLE from_pip)
+    OUTPUT_VARIABLE candidates)
   find_program(TAUT_NVCC_ON_PATH nvcc NO_CACHE)
-  foreach(candidate IN LISTS TAUT_NVCC_ON_PATH from_pip ITEMS /usr/local/cuda/bin/nvcc)
-    if(DEFINED ENV{CUDACXX})
-      set(candidate $ENV{CUDACXX})
-    endif()
+  list(APPEND candidates ${TAUT_NVCC_ON_PATH} /usr/local/cuda/bin/nvcc)
+  if(DEFINED ENV{CUDACXX})
+    set(candidates $ENV{CUDACXX})
+    set(why "CUDACXX=$ENV{CUDACXX} is no nvcc")
+  endif()
+  foreach(candidate IN LISTS candidates)
     execute_process(COMMAND ${candidate} --version OUTPUT_VARIABLE version ERROR_QUIET RESULT_VARIABLE failed)
     if(failed OR NOT version MATCHES "release ([0-9.]+)")
       continue()
@@ -69,7 +71,7 @@ set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 set(CMAKE_CUDA_ARCHITECTURES OFF)  # each file gets its own, below
 enable_language(CUDA)
 if(TAUT_CUDA_ARCHS STREQUAL native)
-  if(NOT CMAKE_CUDA_ARCHITECTURES_NATIVE)
+  if(NOT CMAKE_CUDA_ARCHITECTURES_NATIVE MATCHES "^[0-9]")
     message(FATAL_ERROR "TAUT_CUDA_ARCHS=native, but this machine has no CUDA GPU")
   endif()
   # Hopper's own instructions (wgmma) are in its "a" variant only.
@@ -98,8 +100,10 @@ target_sources(taut_cuda PRIVATE ${sources})
 target_include_directories(taut_cuda SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 target_compile_definitions(taut_cuda PRIVATE USE_CUDA TAUT_CUDA_ARCHS_STRING="${TAUT_CUDA_ARCHS_STRING}")
 target_link_libraries(taut_cuda PRIVATE taut_torch taut_cpu stub_torch_cuda)
-target_link_directories(taut_cuda PRIVATE ${nvcc_lib})
 target_link_options(taut_cuda PRIVATE -Wl,--exclude-libs,ALL)  # our cudart stays our own
+if(nvcc_lib)
+  target_link_options(taut_cuda PRIVATE -L${nvcc_lib})  # WHY no target_link_directories: CMake drops what it found in LIBRARY_PATH
+endif()
 set_target_properties(taut_cuda PROPERTIES INSTALL_RPATH "$ORIGIN" LINKER_LANGUAGE CUDA)
 
 # A file is compiled for the SM in its name and later ones (cuda_sm80_mma.cu: not for 75), an "a" file for that SM alone. If
