@@ -31,7 +31,7 @@ class Rule:
     needs: tuple[str, ...]  # regular expressions; each must be found in the kernel's SASS, at the beginning of an instruction
 
 
-ANY = range(0, 1000)
+ANY = range(1000)
 WIDE_LOAD = r"LDG\.E\.(?:\w+\.)*128"  # 16 bytes a lane, through registers
 WIDE_COPY = r"LDGSTS\.E\.(?:\w+\.)*128"  # 16 bytes a lane, cp.async
 EXPECTED = (
@@ -108,6 +108,13 @@ def demangle(names: list[str]) -> list[str]:
     return subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True).stdout.splitlines()
 
 
+def file_of(mangled: str) -> str:
+    """The stem of the file a kernel is in: nvcc names anonymous namespaces by it, as _GLOBAL__N__<hash>_<length>_<name>_cu..."""
+    if found := re.search(r"_GLOBAL__N__[0-9a-f]+_(\d+)_", mangled):
+        return mangled[found.end() : found.end() + int(found.group(1))].removesuffix("_cu")
+    return "?"
+
+
 def read_kernels(library: Path) -> list[Kernel]:
     """Every kernel in every cubin of a library or object file."""
     tool = find_tool("cuobjdump")
@@ -123,9 +130,7 @@ def read_kernels(library: Path) -> list[Kernel]:
             mangled = found.group(1)
         elif found := re.match(r"  REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
             registers, stack, smem, local = map(int, found.groups())
-            # nvcc names an anonymous namespace after the file it is in.
-            file = re.search(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+)_cu_[0-9a-f]{8}", mangled)
-            kernels[arch, mangled] = Kernel(file.group(1) if file else "?", mangled, "", arch, registers, smem, stack + local)
+            kernels[arch, mangled] = Kernel(file_of(mangled), mangled, "", arch, registers, smem, stack + local)
     instruction = re.compile(r"\t?\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)")
     opcodes: Counter[str] = Counter()
     for line in lines_of([tool, "-sass", str(library)]):
@@ -154,7 +159,9 @@ def faults_of(kernel: Kernel) -> list[str]:
         if kernel.file.startswith(f"cuda_sm{kernel.arch}"):
             faults.append("no body for the very SM that its file is named after")
         return faults
-    rule = next((r for r in EXPECTED if re.fullmatch(r.file, kernel.file) and re.fullmatch(r.kernel, kernel.name) and kernel.sm in r.sms), None)
+    rule = next(
+        (r for r in EXPECTED if re.fullmatch(r.file, kernel.file) and re.fullmatch(r.kernel, kernel.name) and kernel.sm in r.sms), None
+    )
     if rule is None:
         return [*faults, "no rule in EXPECTED of scripts/check_cubins.py says what it must be made of"]
     return faults + [f"no {need}" for need in rule.needs if not any(re.match(need, opcode) for opcode in kernel.opcodes)]
