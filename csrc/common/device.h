@@ -7,9 +7,9 @@ namespace taut {
 
 struct Device {
   int index;
-  int sm;           // compute capability: 75, 80, 86, 89, 90, 100, 120
-  int sm_count;     // streaming multiprocessors
-  int smem_bytes;   // shared memory a block may ask for (opt-in limit)
+  int sm;          // compute capability: 75, 80, 86, 89, 90, 100, 120
+  int sm_count;    // streaming multiprocessors
+  int smem_bytes;  // shared memory a block may ask for (opt-in limit)
   int64_t l2_bytes;
 };
 

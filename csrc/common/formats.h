@@ -96,9 +96,7 @@ struct Rows8 {
 
 // Where element k of x stands within its 32 when x is 8 bits wide on CUDA, so that the order of w's bytes in MmaTiles is
 // the order of mma.m16n8k32's registers: slot 16j + 4t + i holds k = 16j + {2t, 2t+8, 2t+1, 2t+9}[i].
-TAUT_HOST_DEVICE constexpr int64_t x8_slot(int64_t k) {
-  return k / 16 * 16 + k % 8 / 2 * 4 + k % 2 * 2 + k % 16 / 8;
-}
+TAUT_HOST_DEVICE constexpr int64_t x8_slot(int64_t k) { return k / 16 * 16 + k % 8 / 2 * 4 + k % 2 * 2 + k % 16 / 8; }
 
 struct MmaTiles {
   WeightSpec spec;

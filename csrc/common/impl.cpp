@@ -23,24 +23,29 @@ Forced& forced() {
 }
 
 void check_known(const std::string& op, const std::string& impl) {
-  std::string known_ops;
+  std::string known_ops, known;
   for (const auto& info : ops()) {
-    known_ops += std::string(" ") + info.name;
+    if (known_ops.find(std::string(" ") + info.name + " ") == std::string::npos) known_ops += std::string(" ") + info.name + " ";
     if (info.name != op) continue;
-    std::string known;
     for (const auto& name : info.impls) {
       if (force_matches(impl, name)) return;
       known += " " + name;
     }
-    throw std::invalid_argument("op " + op + " has no impl '" + impl + "'; it has:" + known);
   }
-  throw std::invalid_argument("no op '" + op + "'; known ops:" + known_ops);
+  if (known.empty()) throw std::invalid_argument("no op '" + op + "'; known ops:" + known_ops);
+  throw std::invalid_argument("op " + op + " has no impl '" + impl + "'; it has:" + known);
 }
 
 }  // namespace
 
 const std::vector<OpInfo>& ops() { return mutable_ops(); }
 void register_op(OpInfo info) { mutable_ops().push_back(std::move(info)); }
+
+namespace {
+std::atomic<bool> batch_invariant_on{false};
+}
+bool batch_invariant() { return batch_invariant_on.load(std::memory_order_relaxed); }
+void set_batch_invariant(bool on) { batch_invariant_on.store(on, std::memory_order_relaxed); }
 
 std::string forced_impl(std::string_view op) {
   Forced& state = forced();

@@ -39,18 +39,32 @@ struct Verdict {
   bool chosen = false;
 };
 
-// An op as the outside world (module.cpp) sees it. `explain` takes the sizes by name, as integers.
+// An op on one kind of device, as the outside world (module.cpp) sees it. `explain` takes the sizes by name, as integers.
 struct OpInfo {
   const char* name;
+  const char* device;  // "cpu", "cuda"; tests add the emulated ones
   std::vector<std::string> impls;
   std::vector<Verdict> (*explain)(const std::map<std::string, int64_t>&);
 };
 TAUT_EXPORT const std::vector<OpInfo>& ops();
-void register_op(OpInfo info);  // called by static initialisers of the op.cpp files
+TAUT_EXPORT void register_op(OpInfo info);  // called by static initialisers of the op files, of every library
+
+template <class Params, size_t kRows>
+bool register_table(const char* op, const char* device, const Impl<Params> (&table)[kRows], decltype(OpInfo::explain) explain) {
+  OpInfo info{op, device, {}, explain};
+  for (const auto& row : table) info.impls.push_back(row.name);
+  register_op(std::move(info));
+  return true;
+}
 
 // The forced impl of an op, or an empty string. Set by TAUT_FORCE_IMPL=<op>:<impl>[,<op>:<impl>] or force_impl.
 TAUT_EXPORT std::string forced_impl(std::string_view op);
 TAUT_EXPORT void force_impl(const std::string& op, const std::string& impl);  // empty impl: back to the table
+
+// Whether a row's result must be the same whatever the other rows of the call are. CPU kernels always do it; on CUDA it
+// rules out the kernels and the splits of K that depend on M.
+TAUT_EXPORT bool batch_invariant();
+TAUT_EXPORT void set_batch_invariant(bool on);
 
 inline bool force_matches(std::string_view forced, std::string_view name) {
   return name == forced || (name.starts_with(forced) && name.size() > forced.size() && name[forced.size()] == '.');

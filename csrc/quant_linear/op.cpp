@@ -109,12 +109,7 @@ std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
   return explain_table("quant_linear", kImpls, params);
 }
 
-const bool registered = [] {
-  OpInfo info{"quant_linear", {}, explain};
-  for (const auto& row : kImpls) info.impls.push_back(row.name);
-  register_op(std::move(info));
-  return true;
-}();
+const bool registered = register_table("quant_linear", "cpu", kImpls, explain);
 
 }  // namespace
 }  // namespace taut::quant_linear

@@ -73,11 +73,11 @@ struct CudaParams {
   int64_t M;
   WeightSpec weight;
   Activations activations;
-  QuantizedRows x8;       // 8-bit activations: what op_cuda.cpp had made of x; else nulls
+  QuantizedRows x8;  // 8-bit activations: what op_cuda.cpp had made of x; else nulls
   const Device* device;
-  bool batch_invariant;   // a row's result must not depend on M
-  void* stream;           // cudaStream_t
-  void* workspace;        // 256-byte aligned, as many bytes as the row's workspace_bytes asked for, uninitialised
+  bool batch_invariant;  // a row's result must not depend on M
+  void* stream;          // cudaStream_t
+  void* workspace;       // 256-byte aligned, as many bytes as the row's workspace_bytes asked for, uninitialised
 };
 
 // M rows of p.x to codes, row_unit and multiple, by p.activations.
@@ -93,28 +93,28 @@ namespace cuda_sm75_mma {
 const char* supported(const CudaParams&);
 int64_t workspace_bytes(const CudaParams&);
 void run(const CudaParams&);
-}
+}  // namespace cuda_sm75_mma
 namespace cuda_sm80_mma {
 const char* supported(const CudaParams&);
 int64_t workspace_bytes(const CudaParams&);
 void run(const CudaParams&);
-}
+}  // namespace cuda_sm80_mma
 // 8-bit x and 8-bit w on tensor cores.
 namespace cuda_sm80_int8 {
 const char* supported(const CudaParams&);
 int64_t workspace_bytes(const CudaParams&);
 void run(const CudaParams&);
-}
+}  // namespace cuda_sm80_int8
 namespace cuda_sm89_fp8 {
 const char* supported(const CudaParams&);
 int64_t workspace_bytes(const CudaParams&);
 void run(const CudaParams&);
-}
+}  // namespace cuda_sm89_fp8
 // 16-bit x, large M: TMA and wgmma, w dequantized in registers.
 namespace cuda_sm90a_wgmma {
 const char* supported(const CudaParams&);
 int64_t workspace_bytes(const CudaParams&);
 void run(const CudaParams&);
-}
+}  // namespace cuda_sm90a_wgmma
 
 }  // namespace taut::quant_linear

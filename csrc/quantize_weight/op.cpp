@@ -46,12 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_weight(const Tensor& w, int64_t form
 
 std::vector<Verdict> explain(const std::map<std::string, int64_t>&) { return explain_table("quantize_weight", kImpls, Params{}); }
 
-const bool registered = [] {
-  OpInfo info{"quantize_weight", {}, explain};
-  for (const auto& row : kImpls) info.impls.push_back(row.name);
-  register_op(std::move(info));
-  return true;
-}();
+const bool registered = register_table("quantize_weight", "cpu", kImpls, explain);
 
 }  // namespace
 }  // namespace taut::quantize_weight

@@ -40,12 +40,7 @@ Tensor roofline(const Tensor& buffer, int64_t ceiling, int64_t streams, int64_t 
 
 std::vector<Verdict> explain(const std::map<std::string, int64_t>&) { return explain_table("roofline", kImpls, Params{}); }
 
-const bool registered = [] {
-  OpInfo info{"roofline", {}, explain};
-  for (const auto& row : kImpls) info.impls.push_back(row.name);
-  register_op(std::move(info));
-  return true;
-}();
+const bool registered = register_table("roofline", "cpu", kImpls, explain);
 
 }  // namespace
 }  // namespace taut::roofline

@@ -1,0 +1,96 @@
+// What op_cuda.cpp files share: tensors on a CUDA device, their stream, and where the ops are registered. With TAUT_EMULATE
+// the same files make a library for tests, whose "device" is the emulator and whose tensors lie in the host's memory.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <sstream>
+
+#include "common/device.h"
+#include "common/torch_bridge.h"
+
+#if defined(TAUT_EMULATE)
+#include "cuda_emulator.h"
+#define TAUT_CUDA_DEVICE "emulated " TAUT_EMULATED_MODE
+#else
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#define TAUT_CUDA_DEVICE "cuda"
+#endif
+
+namespace taut {
+
+inline void check_cuda_tensor(const char* op, const char* what, const Tensor& t) {
+#if defined(TAUT_EMULATE)
+  check(t.is_cpu(), op, ": ", what, " must be on the emulated device, which is the CPU");
+#else
+  check(t.is_cuda(), op, ": ", what, " must be on a CUDA device");
+#endif
+}
+
+inline void check_same_device(const char* op, const char* what, const Tensor& t, const char* other_name, const Tensor& other) {
+  check_cuda_tensor(op, what, t);
+  check(t.get_device_index() == other.get_device_index(), op, ": ", what, " is on device ", t.get_device_index(), ", but ", other_name, " is on device ",
+        other.get_device_index());
+}
+
+// The device of a call, made current for as long as this lives, and the stream torch would use there.
+class CudaCall {
+ public:
+  explicit CudaCall(const Tensor& t)
+#if !defined(TAUT_EMULATE)
+      : guard_(t.get_device_index()), index_(t.get_device_index())
+#endif
+  {
+  }
+#if defined(TAUT_EMULATE)
+  ~CudaCall() { emulator::hide_all(); }
+  CudaCall(const CudaCall&) = delete;
+#endif
+
+  const Device& device() const { return taut::device(index_); }
+
+  void* stream() const {
+    void* stream = nullptr;
+#if !defined(TAUT_EMULATE)
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+#endif
+    return stream;
+  }
+
+  // Tells the emulator which memory kernels of this call may touch; on a GPU nothing. What is writable counts as
+  // uninitialised.
+  void expose(const char* name, const void* data, int64_t bytes, bool writable) const {
+#if defined(TAUT_EMULATE)
+    emulator::expose(name, data, static_cast<size_t>(bytes), writable);
+#else
+    (void)name, (void)data, (void)bytes, (void)writable;
+#endif
+  }
+  // All bytes from a tensor's first to its last element, whatever its strides.
+  void expose(const char* name, const Tensor& t, bool writable = false) const {
+    if (t.numel() == 0) return;
+    int64_t last = 0;
+    for (int64_t d = 0; d < t.dim(); d++) last += (t.size(d) - 1) * t.stride(d);
+    expose(name, t.const_data_ptr(), (last + 1) * static_cast<int64_t>(t.element_size()), writable);
+  }
+
+ private:
+#if !defined(TAUT_EMULATE)
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  int32_t index_ = 0;
+};
+
+}  // namespace taut
+
+// Where an op_cuda.cpp registers its ops: for the CUDA key of `taut`, whose schemas the CPU library defines; emulated, in a
+// library of its own for the CPU key, which must define them too.
+#if defined(TAUT_EMULATE)
+#define TAUT_CUDA_SCHEMAS(m) STABLE_TORCH_LIBRARY_FRAGMENT(TAUT_EMULATED_LIBRARY, m)
+#define TAUT_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(TAUT_EMULATED_LIBRARY, CPU, m)
+#else
+#define TAUT_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(taut, CUDA, m)
+#endif
