@@ -11,8 +11,10 @@
 
 // The last parameter of a wrapper: where the kernel called it, for the emulator's messages. Nothing on a GPU.
 #if defined(TAUT_EMULATE)
-#define TAUT_SITE , emulator::Site site = emulator::Site{__builtin_FILE(), __builtin_LINE()}
-#define TAUT_SITE_ONLY emulator::Site site = emulator::Site{__builtin_FILE(), __builtin_LINE()}
+#define TAUT_SITE \
+  , emulator::Site site = emulator::Site { __builtin_FILE(), __builtin_LINE() }
+#define TAUT_SITE_ONLY \
+  emulator::Site site = emulator::Site { __builtin_FILE(), __builtin_LINE() }
 #else
 #define TAUT_SITE
 #define TAUT_SITE_ONLY

@@ -23,4 +23,11 @@ void unpack(const Params&);  // packed -> codes, scales, zeros
 void dequantize(const WeightSpec&, const uint8_t* packed, int64_t row_begin, int64_t row_end, void* out, DType, int64_t num_threads);
 }  // namespace cpu_scalar
 
+// The same between the canonical form and MmaTiles, on a CUDA device.
+namespace cuda_sm75 {
+void pack(const Params&, void* stream);
+void unpack(const Params&, void* stream);
+void dequantize(const WeightSpec&, const uint8_t* packed, int64_t row_begin, int64_t row_end, void* out, DType, void* stream);
+}  // namespace cuda_sm75
+
 }  // namespace taut::pack_weight

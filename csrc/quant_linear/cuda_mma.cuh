@@ -5,9 +5,9 @@
 // LAYOUT    w: MmaTiles (common/formats.h). w is the A operand (its rows are the 16 rows of a fragment), x the B operand: M
 //           has steps of 8, which is what decides at M = 1..16. x in shared memory: panels of 64 k, 128 B a row, 16-byte
 //           chunk c of row r at c ^ (r % 8), so that ldmatrix and cp.async meet no bank conflict.
-// WORK      A unit is a tile of kTileM tokens x 64 * kWarpsN outputs, 64 * kWarpsK k deep. The units of the whole call stand in
+// WORK      A unit is a tile of kTileM tokens x kTileN outputs, 64 * kWarpsK k deep. The units of the whole call stand in
 //           one row, k innermost, then m; every block takes an equal stretch of it (stream-K), through kStages buffers
-//           filled by cp.async (sm_75: two, filled through registers). A warp has 64 n x kWarpM tokens of it: 4 strips of
+//           filled by cp.async (sm_75: two, filled through registers). A warp has kWarpN x kWarpM of it: 4 or 2 strips of
 //           16 n, dequantized 16 k at a time in registers. Warps that share outputs (kWarpsK > 1) add up through shared
 //           memory, in order. A tile that lies in one block's stretch is stored from there; the parts of a tile cut by a
 //           seam go to the workspace in fp32, and `combine` adds them in the order of k. No atomics: same bits every time.
@@ -33,12 +33,15 @@ namespace {
 template <int kSm>
 constexpr bool kCompiledFor = TAUT_EMULATED || (kSm >= 80 ? TAUT_ARCH >= kSm : TAUT_ARCH >= kSm && TAUT_ARCH < 80);
 
-template <int kWarpM_, int kWarpsN_, int kWarpsM_, int kWarpsK_, int kStages_, int kBlocksPerSm_>
+template <int kWarpM_, int kWarpStrips_, int kWarpsN_, int kWarpsM_, int kWarpsK_, int kStages_, int kBlocksPerSm_>
 struct MmaTile {
-  static constexpr int kWarpM = kWarpM_;  // tokens of a warp
+  static constexpr int kWarpM = kWarpM_;                                       // tokens of a warp
+  static constexpr int kWarpStrips = kWarpStrips_, kWarpN = 16 * kWarpStrips;  // rows of w of a warp
   static constexpr int kWarpsN = kWarpsN_, kWarpsM = kWarpsM_, kWarpsK = kWarpsK_;
-  static constexpr int kThreads = 32 * kWarpsN * kWarpsM * kWarpsK;
-  static constexpr int kTileM = kWarpM * kWarpsM;
+  static constexpr int kPositions = kWarpsN * kWarpsM;  // warps with outputs of their own
+  static constexpr int kThreads = 32 * kPositions * kWarpsK;
+  static constexpr int kTileM = kWarpM * kWarpsM, kTileN = kWarpN * kWarpsN, kTilesN64 = kTileN / 64;
+  static_assert(kTileN % 64 == 0 && 64 % kWarpN == 0);
   static constexpr int kStages = kStages_, kBlocksPerSm = kBlocksPerSm_;
 };
 
@@ -46,7 +49,7 @@ struct MmaArgs {
   const void* x;
   const void* bias;
   void* out;
-  float* partials;  // one slot per block and end of its stretch: kTileM x 64 * kWarpsN floats in fragment order
+  float* partials;  // one slot per block and end of its stretch: kTileM x kTileN floats in fragment order
   const uint8_t* codes;
   const uint8_t* scales;
   const uint8_t* zeros;  // or nullptr
@@ -56,7 +59,7 @@ struct MmaArgs {
   int group_tiles_log2;            // groups of at least 64: tile of k >> this is the group
   int tiles_m, steps;              // of the call: tiles along m, units per tile
   int64_t units;
-  bool x_aligned, out_aligned;     // 16-byte chunks can be copied whole
+  bool x_aligned, out_aligned;  // 16-byte chunks can be copied whole
 };
 
 // Where a block's stretch begins, and which block a unit is in.
@@ -69,7 +72,7 @@ struct StageLayout {
   static constexpr int kTileBytes = kFormat == Format::kInt4 ? 2048 : 4096;
   static constexpr int kGroupRows = kGroup32 ? 2 : 1;  // rows of 64 scales that a tile of 64 k meets
   static constexpr int kXChunks = Tile::kTileM * Tile::kWarpsK * 8;
-  static constexpr int kTiles = Tile::kWarpsN * Tile::kWarpsK;
+  static constexpr int kTiles = Tile::kTilesN64 * Tile::kWarpsK;  // of 64 n x 64 k
   static constexpr int kCodeChunks = kTiles * (kTileBytes / 16);
   static constexpr int kScaleChunks = kTiles * kGroupRows * 8;
   static constexpr int kZeroChunks = kTiles * kGroupRows * 4;
@@ -78,14 +81,14 @@ struct StageLayout {
   static_assert(kCodes % 128 == 0 && kBytes % 64 == 0);
 };
 
-// Shared memory after the stages: sums of the warps that share outputs, and a warp's 8 tokens x 64 n on their way out.
+// Shared memory after the stages: sums of the warps that share outputs, and a warp's 8 tokens x kWarpN on their way out.
 template <class Tile>
 struct EpilogueLayout {
-  static constexpr int kAccFloats = 4 * (Tile::kWarpM / 8) * 4;  // of a lane
-  static constexpr int kSumBytes = (Tile::kWarpsK - 1) * Tile::kWarpsN * Tile::kWarpsM * kAccFloats * 32 * 4;
-  static constexpr int kRowElems = 64 + 8;  // padded: rows of 144 B start 4 banks apart
+  static constexpr int kSlotFloats = Tile::kWarpN * Tile::kWarpM;
+  static constexpr int kSumBytes = (Tile::kWarpsK - 1) * Tile::kPositions * kSlotFloats * 4;
+  static constexpr int kRowElems = Tile::kWarpN + 8;  // padded: rows start 4 banks apart
   static constexpr int kStoreBytes = 8 * kRowElems * 2;
-  static constexpr int kBytes = kSumBytes + Tile::kWarpsN * Tile::kWarpsM * kStoreBytes;
+  static constexpr int kBytes = kSumBytes + Tile::kPositions * kStoreBytes;
 };
 
 template <Format kFormat, bool kGroup32, class Tile>
@@ -111,43 +114,44 @@ TAUT_DEVICE float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 // sum[s][j][i]: strip s, tokens 8j..8j+7; i as in the D fragment of mma.m16n8k16: row g + 8 * (i / 2), token 2t + i % 2.
 template <class Tile>
 struct Accumulators {
-  float sum[4][Tile::kWarpM / 8][4];
+  static constexpr int kStrips = Tile::kWarpStrips, kTokens8 = Tile::kWarpM / 8;
+  float sum[kStrips][kTokens8][4];
 
   TAUT_DEVICE void clear() {
 #pragma unroll
-    for (int s = 0; s < 4; s++)
+    for (int s = 0; s < kStrips; s++)
 #pragma unroll
-      for (int j = 0; j < Tile::kWarpM / 8; j++)
+      for (int j = 0; j < kTokens8; j++)
 #pragma unroll
         for (int i = 0; i < 4; i++) sum[s][j][i] = 0;
   }
   // `slot` of lane-contiguous float4: what one warp writes, the same warp position reads.
   TAUT_DEVICE void store(float* slot, int lane) const {
 #pragma unroll
-    for (int s = 0; s < 4; s++)
+    for (int s = 0; s < kStrips; s++)
 #pragma unroll
-      for (int j = 0; j < Tile::kWarpM / 8; j++)
-        reinterpret_cast<float4*>(slot)[(s * (Tile::kWarpM / 8) + j) * 32 + lane] = make_float4(sum[s][j][0], sum[s][j][1], sum[s][j][2], sum[s][j][3]);
+      for (int j = 0; j < kTokens8; j++)
+        reinterpret_cast<float4*>(slot)[(s * kTokens8 + j) * 32 + lane] = make_float4(sum[s][j][0], sum[s][j][1], sum[s][j][2], sum[s][j][3]);
   }
   TAUT_DEVICE void add(const float* slot, int lane) {
 #pragma unroll
-    for (int s = 0; s < 4; s++)
+    for (int s = 0; s < kStrips; s++)
 #pragma unroll
-      for (int j = 0; j < Tile::kWarpM / 8; j++) {
-        const float4 v = reinterpret_cast<const float4*>(slot)[(s * (Tile::kWarpM / 8) + j) * 32 + lane];
+      for (int j = 0; j < kTokens8; j++) {
+        const float4 v = reinterpret_cast<const float4*>(slot)[(s * kTokens8 + j) * 32 + lane];
         sum[s][j][0] += v.x, sum[s][j][1] += v.y, sum[s][j][2] += v.z, sum[s][j][3] += v.w;
       }
   }
 };
 
-// Adds the bias, rounds, turns 8 tokens x 64 n at a time through shared memory, and stores 16 bytes a lane.
+// Adds the bias, rounds, turns 8 tokens x kWarpN at a time through shared memory, and stores 16 bytes a lane.
 template <class T, class Tile>
 TAUT_DEVICE void store_out(const MmaArgs& args, const Accumulators<Tile>& acc, int m0, int n0, T* s_rows, int lane) {
-  constexpr int kRow = EpilogueLayout<Tile>::kRowElems;
+  constexpr int kRow = EpilogueLayout<Tile>::kRowElems, kChunks = Tile::kWarpN / 8;
   const int g = lane / 4, t = lane % 4;
-  float bias[8];
+  float bias[2 * Tile::kWarpStrips];
 #pragma unroll
-  for (int i = 0; i < 8; i++) {
+  for (int i = 0; i < 2 * Tile::kWarpStrips; i++) {
     const int n = n0 + i * 8 + g;  // strip i / 2, its upper half for odd i
     bias[i] = args.bias && n < args.N ? to_float(static_cast<const T*>(args.bias)[n]) : 0.0f;
   }
@@ -156,16 +160,16 @@ TAUT_DEVICE void store_out(const MmaArgs& args, const Accumulators<Tile>& acc, i
     if (m0 + j * 8 >= args.M) break;
     __syncwarp();
 #pragma unroll
-    for (int s = 0; s < 4; s++)
+    for (int s = 0; s < Tile::kWarpStrips; s++)
 #pragma unroll
       for (int i = 0; i < 4; i++) s_rows[(2 * t + i % 2) * kRow + s * 16 + g + 8 * (i / 2)] = from_float<T>(acc.sum[s][j][i] + bias[2 * s + i / 2]);
     __syncwarp();
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-      const int row = (lane + 32 * r) / 8, n = n0 + lane % 8 * 8, m = m0 + j * 8 + row;
+    for (int c = lane; c < 8 * kChunks; c += 32) {
+      const int n = n0 + c % kChunks * 8, m = m0 + j * 8 + c / kChunks;
       if (m >= args.M || n >= args.N) continue;
       T* g_out = static_cast<T*>(args.out) + static_cast<int64_t>(m) * args.N + n;
-      const T* s_out = s_rows + row * kRow + lane % 8 * 8;
+      const T* s_out = s_rows + c / kChunks * kRow + c % kChunks * 8;
       if (args.out_aligned && n + 8 <= args.N) {
         *reinterpret_cast<uint4*>(g_out) = *reinterpret_cast<const uint4*>(s_out);
       } else {
@@ -231,7 +235,7 @@ struct Loader {
   }
 
   TAUT_DEVICE void fetch(const MmaArgs& args, unsigned char* stage, int tile, int step) {
-    const int m0 = tile % args.tiles_m * Tile::kTileM, first_n64 = tile / args.tiles_m * Tile::kWarpsN, first_k64 = step * Tile::kWarpsK;
+    const int m0 = tile % args.tiles_m * Tile::kTileM, first_n64 = tile / args.tiles_m * Tile::kTilesN64, first_k64 = step * Tile::kWarpsK;
     for_chunks<kX, Stage::kXChunks>(x, [&](Chunk<kDeferred>& chunk, int c) {
       const int m = m0 + c / 8 % Tile::kTileM, k = (first_k64 + c / 8 / Tile::kTileM) * 64 + c % 8 * 8;
       const int count = m < args.M ? min(max(args.K - k, 0), 8) : 0;  // elements
@@ -241,7 +245,7 @@ struct Loader {
     });
     // Tiles past the end of N or K (a block may reach there) are zeros: scale 0, and nobody stores what comes out.
     const auto tile_of = [&](int index, int& n64, int& k64) {
-      n64 = first_n64 + index % Tile::kWarpsN, k64 = first_k64 + index / Tile::kWarpsN;
+      n64 = first_n64 + index % Tile::kTilesN64, k64 = first_k64 + index / Tile::kTilesN64;
       return n64 < args.tiles_n64 && k64 < args.tiles_k;
     };
     for_chunks<kCodes, Stage::kCodeChunks>(codes, [&](Chunk<kDeferred>& chunk, int c) {
@@ -251,7 +255,9 @@ struct Loader {
       const int64_t offset = (static_cast<int64_t>(n64) * args.tiles_k + k64) * Stage::kTileBytes + c % kPerTile * 16;
       chunk.fetch(stage + Stage::kCodes + c * 16, args.codes + (inside ? offset : 0), inside ? 16 : 0);
     });
-    const auto group_of = [&](int n64, int k64, int half) { return static_cast<int64_t>(n64) * args.groups + (kGroup32 ? k64 * 2 + half : k64 >> args.group_tiles_log2); };
+    const auto group_of = [&](int n64, int k64, int half) {
+      return static_cast<int64_t>(n64) * args.groups + (kGroup32 ? k64 * 2 + half : k64 >> args.group_tiles_log2);
+    };
     for_chunks<kScales, Stage::kScaleChunks>(scales, [&](Chunk<kDeferred>& chunk, int c) {
       int n64, k64;
       const bool inside = tile_of(c / 8 / Stage::kGroupRows, n64, k64);
@@ -312,6 +318,36 @@ TAUT_DEVICE void load_x(uint32_t (&b)[8], const unsigned char* s_panel, int toke
   }
 }
 
+// fp16 scales, two to a word, and zero points, two to 16 bits: of rows g and g + 8 of each strip of a warp.
+template <int kStrips>
+struct ScaleWords {
+  uint32_t word[kStrips];
+  TAUT_DEVICE void load(const unsigned char* s) {
+    if constexpr (kStrips == 4) {
+      const uint4 v = *reinterpret_cast<const uint4*>(s);
+      word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w;
+    } else {
+      const uint2 v = *reinterpret_cast<const uint2*>(s);
+      word[0] = v.x, word[1] = v.y;
+    }
+  }
+  TAUT_DEVICE uint32_t pair(int strip) const { return word[strip]; }
+};
+
+template <int kStrips>
+struct ZeroWords {
+  uint32_t word[kStrips / 2];
+  TAUT_DEVICE ZeroWords() {
+#pragma unroll
+    for (int i = 0; i < kStrips / 2; i++) word[i] = 0x08080808u;
+  }
+  TAUT_DEVICE void load(const unsigned char* s) {
+#pragma unroll
+    for (int i = 0; i < kStrips / 2; i++) word[i] = reinterpret_cast<const uint32_t*>(s)[i];
+  }
+  TAUT_DEVICE uint32_t pair(int strip) const { return word[strip / 2] >> (strip % 2 * 16); }
+};
+
 template <int kSm, class T, Format kFormat, bool kGroup32, class Tile>
 TAUT_DEVICE void compute_unit(const MmaArgs& args, const unsigned char* stage, Accumulators<Tile>& acc, int warp_n, int warp_m, int warp_k, int lane) {
   using Stage = StageLayout<kFormat, kGroup32, Tile>;
@@ -319,19 +355,19 @@ TAUT_DEVICE void compute_unit(const MmaArgs& args, const unsigned char* stage, A
   // WHY: x fragments of few tokens stay in registers for all strips; of many they are read again for each pair of strips.
   constexpr bool kKeepX = kTokens8 <= 2;
   constexpr int kStrips = kKeepX ? 1 : 2;
-  const int index = warp_k * Tile::kWarpsN + warp_n, g = lane / 4;
+  const int index = warp_k * Tile::kTilesN64 + warp_n * Tile::kWarpN / 64, g = lane / 4;
+  const int first_strip = warp_n * Tile::kWarpStrips % 4;  // of the tile
   const unsigned char* s_tile = stage + Stage::kCodes + index * Stage::kTileBytes;
   const unsigned char* s_panel = stage + warp_k * Tile::kTileM * 128;
   const int token0 = warp_m * Tile::kWarpM;
 
-  // The scales and zero points of this lane's 8 rows, for each group: [strip][upper half].
-  uint4 scale_words[kGroups];
-  uint2 zero_words[kGroups];
+  // The scales and zero points of this lane's rows, for each group: [strip][upper half].
+  ScaleWords<Tile::kWarpStrips> scales[kGroups];
+  ZeroWords<Tile::kWarpStrips> zero_points[kGroups];
 #pragma unroll
   for (int h = 0; h < kGroups; h++) {
-    scale_words[h] = *reinterpret_cast<const uint4*>(stage + Stage::kScales + (index * kGroups + h) * 128 + g * 16);
-    zero_words[h] = make_uint2(0x08080808u, 0x08080808u);
-    if (kFormat == Format::kInt4 && args.zeros) zero_words[h] = *reinterpret_cast<const uint2*>(stage + Stage::kZeros + (index * kGroups + h) * 64 + g * 8);
+    scales[h].load(stage + Stage::kScales + (index * kGroups + h) * 128 + g * 16 + first_strip * 4);
+    if (kFormat == Format::kInt4 && args.zeros) zero_points[h].load(stage + Stage::kZeros + (index * kGroups + h) * 64 + g * 8 + first_strip * 2);
   }
 
   uint32_t kept[kKeepX ? kTokens8 : 1][8];
@@ -341,18 +377,18 @@ TAUT_DEVICE void compute_unit(const MmaArgs& args, const unsigned char* stage, A
   }
 
 #pragma unroll
-  for (int s0 = 0; s0 < 4; s0 += kStrips) {
+  for (int s0 = 0; s0 < Tile::kWarpStrips; s0 += kStrips) {
     uint32_t a[kStrips][4][4];
     float scale[kStrips][kGroups][2];
 #pragma unroll
     for (int s = 0; s < kStrips; s++) {
       StripCodes<kFormat> codes;
-      load_strip<kFormat>(codes, s_tile, s0 + s, lane);
+      const int strip = Tile::kWarpStrips == 4 ? s0 + s : first_strip + s0 + s;
+      load_strip<kFormat>(codes, s_tile, strip, lane);
 #pragma unroll
       for (int h = 0; h < kGroups; h++) {
-        const int strip = s0 + s;
-        const uint32_t pair = strip == 0 ? scale_words[h].x : strip == 1 ? scale_words[h].y : strip == 2 ? scale_words[h].z : scale_words[h].w;
-        const uint32_t z = (strip < 2 ? zero_words[h].x : zero_words[h].y) >> (strip % 2 * 16);
+        const uint32_t pair = scales[h].pair(s0 + s);
+        const uint32_t z = zero_points[h].pair(s0 + s);
         const FragmentZeros zeros = Dequant<kFormat, T>::zeros(z & 0xff, z >> 8 & 0xff);
         scale[s][h][0] = __half2float(__ushort_as_half(static_cast<unsigned short>(pair & 0xffff))) * Dequant<kFormat, T>::kScale;
         scale[s][h][1] = __half2float(__ushort_as_half(static_cast<unsigned short>(pair >> 16))) * Dequant<kFormat, T>::kScale;
@@ -404,21 +440,21 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) mma_kernel
     const auto finish = [&](int tile, int first_step, int last_step) {
       const int position = warp_m * Tile::kWarpsN + warp_n;
       float* s_sums = reinterpret_cast<float*>(s_epilogue);
-      constexpr int kSlot = EpilogueLayout<Tile>::kAccFloats * 32;
+      constexpr int kSlot = EpilogueLayout<Tile>::kSlotFloats;
       if constexpr (Tile::kWarpsK > 1) {
-        if (warp_k > 0) acc.store(s_sums + ((warp_k - 1) * Tile::kWarpsN * Tile::kWarpsM + position) * kSlot, lane);
+        if (warp_k > 0) acc.store(s_sums + ((warp_k - 1) * Tile::kPositions + position) * kSlot, lane);
         __syncthreads();
         if (warp_k == 0)
-          for (int k = 1; k < Tile::kWarpsK; k++) acc.add(s_sums + ((k - 1) * Tile::kWarpsN * Tile::kWarpsM + position) * kSlot, lane);
+          for (int k = 1; k < Tile::kWarpsK; k++) acc.add(s_sums + ((k - 1) * Tile::kPositions + position) * kSlot, lane);
       }
       if (warp_k == 0) {
         if (first_step == 0 && last_step == args.steps) {
           T* s_rows = reinterpret_cast<T*>(s_epilogue + EpilogueLayout<Tile>::kSumBytes + position * EpilogueLayout<Tile>::kStoreBytes);
-          store_out<T, Tile>(args, acc, tile % args.tiles_m * Tile::kTileM + warp_m * Tile::kWarpM, (tile / args.tiles_m * Tile::kWarpsN + warp_n) * 64, s_rows,
-                             lane);
+          const int m0 = tile % args.tiles_m * Tile::kTileM + warp_m * Tile::kWarpM, n0 = tile / args.tiles_m * Tile::kTileN + warp_n * Tile::kWarpN;
+          store_out<T, Tile>(args, acc, m0, n0, s_rows, lane);
         } else {
           const int64_t slot = 2 * static_cast<int64_t>(blockIdx.x) + (tile == begin / args.steps ? 0 : 1);
-          acc.store(args.partials + (slot * Tile::kWarpsN * Tile::kWarpsM + position) * kSlot, lane);
+          acc.store(args.partials + (slot * Tile::kPositions + position) * kSlot, lane);
         }
       }
       if constexpr (Tile::kWarpsK > 1) __syncthreads();  // the sums' buffer is free again
@@ -485,10 +521,11 @@ __global__ void __launch_bounds__(32) combine(const MmaArgs args, int blocks) {
   acc.clear();
   for (int64_t b = block_begin; b <= block_end; b++) {
     const int64_t slot = 2 * b + (stretch_begin(b, args.units, blocks) / args.steps == tile ? 0 : 1);
-    acc.add(args.partials + (slot * Tile::kWarpsN * Tile::kWarpsM + position) * EpilogueLayout<Tile>::kAccFloats * 32, lane);
+    acc.add(args.partials + (slot * Tile::kPositions + position) * EpilogueLayout<Tile>::kSlotFloats, lane);
   }
-  store_out<T, Tile>(args, acc, tile % args.tiles_m * Tile::kTileM + position / Tile::kWarpsN * Tile::kWarpM,
-                     (tile / args.tiles_m * Tile::kWarpsN + position % Tile::kWarpsN) * 64, reinterpret_cast<T*>(s_bytes), lane);
+  const int m0 = tile % args.tiles_m * Tile::kTileM + position / Tile::kWarpsN * Tile::kWarpM;
+  const int n0 = tile / args.tiles_m * Tile::kTileN + position % Tile::kWarpsN * Tile::kWarpN;
+  store_out<T, Tile>(args, acc, m0, n0, reinterpret_cast<T*>(s_bytes), lane);
 }
 
 // ---- Host --------------------------------------------------------------------------------------------------------------
@@ -507,7 +544,7 @@ Plan make_plan(const CudaParams& p) {
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   plan.tiles_m = static_cast<int>(ceil_div(p.M, Tile::kTileM));
   plan.steps = static_cast<int>(ceil_div(layout.num_tiles_k(), Tile::kWarpsK));
-  plan.tiles = plan.tiles_m * ceil_div(layout.num_tiles_n(), Tile::kWarpsN);
+  plan.tiles = plan.tiles_m * ceil_div(layout.num_tiles_n(), Tile::kTilesN64);
   plan.units = plan.tiles * plan.steps;
   if (p.batch_invariant) {
     // Every tile is cut at the same k, however many there are: the cuts depend on N, K and the device only.
@@ -520,7 +557,7 @@ Plan make_plan(const CudaParams& p) {
     plan.blocks = std::min(resident, std::max(plan.tiles, ceil_div(plan.units, 4)));
   }
   for (int64_t b = 1; b < plan.blocks && !plan.cut; b++) plan.cut = stretch_begin(b, plan.units, plan.blocks) % plan.steps != 0;
-  plan.workspace_bytes = plan.cut ? plan.blocks * 2 * Tile::kTileM * Tile::kWarpsN * 64 * 4 : 0;
+  plan.workspace_bytes = plan.cut ? plan.blocks * 2 * Tile::kTileM * Tile::kTileN * 4 : 0;
   return plan;
 }
 
@@ -542,7 +579,7 @@ void run_tile(const CudaParams& p) {
   launch("quant_linear mma", mma_kernel<kSm, T, kFormat, kGroup32, Tile>, dim3(static_cast<unsigned>(plan.blocks)), dim3(Tile::kThreads),
          smem_bytes<kFormat, kGroup32, Tile>(), p.stream, args);
   if (plan.cut)
-    launch("quant_linear combine", combine<T, Tile>, dim3(static_cast<unsigned>(plan.tiles), Tile::kWarpsN * Tile::kWarpsM), dim3(32), 0, p.stream, args,
+    launch("quant_linear combine", combine<T, Tile>, dim3(static_cast<unsigned>(plan.tiles), Tile::kPositions), dim3(32), 0, p.stream, args,
            static_cast<int>(plan.blocks));
 }
 
@@ -551,11 +588,11 @@ void run_tile(const CudaParams& p) {
 template <int kSm>
 struct Tiles {
   static constexpr int kSmall = kSm >= 80 ? 4 : 2, kLarge = kSm >= 80 ? 3 : 2;
-  using M8 = MmaTile<8, 1, 1, 4, kSmall, 4>;
-  using M16 = MmaTile<16, 2, 1, 2, kSmall, 3>;
-  using M32 = MmaTile<32, 2, 1, 1, kSmall, 4>;
-  using M64 = MmaTile<64, 2, 1, 1, kLarge, 3>;
-  using M128 = MmaTile<64, 2, 2, 1, kLarge, 2>;
+  using M8 = MmaTile<8, 4, 1, 1, 4, kSmall, 4>;
+  using M16 = MmaTile<16, 4, 2, 1, 2, kSmall, 3>;
+  using M32 = MmaTile<32, 2, 4, 1, 1, kSmall, 3>;
+  using M64 = MmaTile<64, 2, 4, 1, 1, kLarge, 2>;
+  using M128 = MmaTile<64, 2, 4, 2, 1, kLarge, 1>;
 };
 
 // Calls f.template operator()<Tile>() for the tile of this call.

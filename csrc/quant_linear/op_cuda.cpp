@@ -1,0 +1,201 @@
+#include <algorithm>
+
+#include "common/impl.h"
+#include "common/torch_cuda.h"
+#include "pack_weight/op.h"
+#include "quant_linear/op.h"
+
+namespace taut::quant_linear {
+namespace {
+
+constexpr const char* kOp = "quant_linear";
+
+bool has_wgmma(const CudaParams& p) { return p.device->sm == 90; }
+
+// From here on it pays to write w once as 16-bit numbers and leave the product to cuBLAS, which the mma.sync kernel does
+// not reach at large M. Predicted (bench/model.py), not measured yet.
+constexpr int64_t kDenseM = 1024;
+// The same for products that only the SIMT kernel could do.
+constexpr int64_t kDenseOverSimtM = 16;
+// Above this wgmma beats mma.sync: below it both wait for the weights, and mma.sync has smaller tiles and more splits of K.
+constexpr int64_t kWgmmaM = 64;
+
+const char* prefer_wgmma(const CudaParams& p) { return p.M > kWgmmaM ? nullptr : "up to M=64 mma.sync streams the weights as fast, and splits K"; }
+
+const char* prefer_mma(const CudaParams& p) {
+  if (p.batch_invariant || p.M < kDenseM) return nullptr;
+  return "from M=1024 dequantizing once and cuBLAS are faster";
+}
+
+const char* dense_supported(const CudaParams& p) {
+  if (p.activations != Activations::kFloat) return "it computes with float activations";
+  return p.batch_invariant ? "cuBLAS chooses its kernels by M: not batch-invariant" : nullptr;
+}
+
+const char* prefer_dense(const CudaParams& p) { return p.M >= kDenseOverSimtM ? nullptr : "for a few rows, writing w as floats costs more than it saves"; }
+
+void run_dense(const CudaParams&) { throw std::logic_error("quant_linear calls `dense` itself: it needs tensors"); }
+
+// In priority order. Every crossover is in this table, and nowhere else.
+constexpr Impl<CudaParams> kImpls[] = {
+    {"cuda_sm90a.wgmma", cuda_sm90a_wgmma::supported, prefer_wgmma, cuda_sm90a_wgmma::run, cuda_sm90a_wgmma::workspace_bytes},
+    {"cuda_sm89.fp8", cuda_sm89_fp8::supported, always, cuda_sm89_fp8::run, cuda_sm89_fp8::workspace_bytes},
+    {"cuda_sm80.int8", cuda_sm80_int8::supported, always, cuda_sm80_int8::run, cuda_sm80_int8::workspace_bytes},
+    {"cuda_sm80.mma", cuda_sm80_mma::supported, prefer_mma, cuda_sm80_mma::run, cuda_sm80_mma::workspace_bytes},
+    {"cuda_sm75.mma", cuda_sm75_mma::supported, prefer_mma, cuda_sm75_mma::run, cuda_sm75_mma::workspace_bytes},
+    {"cuda_sm75.dense", dense_supported, prefer_dense, run_dense},
+    {"cuda_sm75.simt", always, always, cuda_sm75_simt::run},
+};
+
+Tensor scratch_bytes(const Tensor& like, int64_t bytes) {
+  const int64_t shape[] = {std::max<int64_t>(bytes, 0) + 256};
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape, 1), ScalarType::Byte);
+}
+
+// WHY: torch's CUDA allocator aligns to 512 bytes, the host's, in the emulator, to 64.
+uint8_t* aligned(const Tensor& scratch) {
+  return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr()) + 255) & ~uintptr_t{255});
+}
+
+// 8-bit activations: the codes, units and multiples of x, in one allocation.
+struct QuantizedX {
+  Tensor scratch;
+  QuantizedRows rows;
+
+  QuantizedX(const CudaCall& call, const Tensor& like, const CudaParams& p) {
+    const int64_t k8 = padded_k8(p.weight.K), code_bytes = (p.M * k8 + 255) / 256 * 256, unit_bytes = (p.M * 4 + 255) / 256 * 256;
+    const int64_t multiple_bytes = p.activations == Activations::kInt8 ? p.M * (k8 / 32) * 4 : 0;
+    scratch = scratch_bytes(like, code_bytes + unit_bytes + multiple_bytes);
+    uint8_t* codes = aligned(scratch);
+    float* row_unit = reinterpret_cast<float*>(codes + code_bytes);
+    float* multiple = multiple_bytes ? reinterpret_cast<float*>(codes + code_bytes + unit_bytes) : nullptr;
+    call.expose("x8 codes", codes, p.M * k8, true);
+    call.expose("x8 row_unit", row_unit, p.M * 4, true);
+    if (multiple) call.expose("x8 multiple", multiple, multiple_bytes, true);
+    cuda_sm75_quantize_rows::run(p, codes, row_unit, multiple);
+    rows = {codes, row_unit, multiple};
+  }
+};
+
+// x @ w^T + bias by torch, w written as numbers in x's dtype, as many rows at a time as fit in 512 MB.
+Tensor dense(const CudaCall& call, const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, const CudaParams& p) {
+  const auto linear = [](const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias) {
+    std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(w), torch::stable::detail::from(bias)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  };
+  constexpr int64_t kMostBytes = int64_t{512} << 20;
+  const int64_t N = p.weight.N, row_bytes = p.weight.K * dtype_bytes(p.dtype), rows = std::clamp<int64_t>(kMostBytes / row_bytes, 1, N);
+  std::optional<Tensor> out;
+  for (int64_t begin = 0; begin < N; begin += rows) {
+    const int64_t end = std::min(N, begin + rows), shape[] = {end - begin, p.weight.K};
+    const Tensor w = torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(shape, 2));
+    call.expose("w", w, true);
+    pack_weight::cuda_sm75::dequantize(p.weight, p.packed, begin, end, w.mutable_data_ptr(), p.dtype, p.stream);
+    if (rows == N) return linear(x, w, bias);
+    const Tensor part = linear(x, w, bias ? std::optional<Tensor>(torch::stable::narrow(const_cast<Tensor&>(*bias), 0, begin, end - begin)) : std::nullopt);
+    if (!out) {
+      std::vector<int64_t> out_shape(x.sizes().begin(), x.sizes().end());
+      out_shape.back() = N;
+      out = torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(out_shape.data(), out_shape.size()));
+    }
+    Tensor place = torch::stable::narrow(*out, out->dim() - 1, begin, end - begin);
+    torch::stable::copy_(place, part);
+  }
+  return *out;
+}
+
+Tensor quant_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t out_features, int64_t format, int64_t group_size,
+                    bool zeros, int64_t activations) {
+  check(x.dim() >= 1, kOp, ": x must be [..., K], got a scalar");
+  check_cuda_tensor(kOp, "x", x);
+  check_same_device(kOp, "packed", packed, "x", x);
+  const int64_t N = out_features, K = x.size(x.dim() - 1);
+  const WeightSpec weight = weight_spec(kOp, N, K, format, group_size, zeros);
+  const MmaTiles layout{weight};
+  const DType dtype = float_dtype(kOp, "x", x);
+  check(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous(), kOp,
+        ": packed must be a contiguous 1-D uint8 tensor from pack_weight");
+  check(packed.numel() == layout.total_bytes(), kOp, ": packed holds ", packed.numel(), " bytes, but [", N, ", ", K, "] in this format takes ",
+        layout.total_bytes(), " on CUDA; is x's last dimension (", K, ") the weight's in_features?");
+  check(reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0, kOp, ": packed must begin at a multiple of 16 bytes");
+  check(activations >= 0 && activations <= 3, kOp, ": activations must be 0 (float), 1 (int8), 2 (int8_row) or 3 (fp8_row), got ", activations);
+  Tensor bias_row;
+  if (bias) {
+    check_same_device(kOp, "bias", *bias, "x", x);
+    check(bias->dim() == 1 && bias->size(0) == N, kOp, ": bias must be [", N, "], got ", shape_string(*bias));
+    check(bias->scalar_type() == x.scalar_type(), kOp, ": bias must have the dtype of x");
+  }
+  const CudaCall call(x);
+  if (bias) bias_row = torch::stable::contiguous(*bias);
+
+  // Rows may be far apart, but all leading dimensions must fold into one stride; else x is copied.
+  Tensor rows = x;
+  int64_t M = 1, stride = K;
+  std::vector<int64_t> shape;
+  for (int64_t d = 0; d < x.dim() - 1; d++) M *= x.size(d), shape.push_back(x.size(d));
+  shape.push_back(N);
+  if (x.dim() == 2 && x.stride(1) == 1) stride = x.stride(0);
+  else if (!x.is_contiguous()) rows = torch::stable::contiguous(x);
+  check(M < int64_t{1} << 31, kOp, ": x may have at most 2^31 - 1 rows, got ", M);
+
+  CudaParams params{};
+  params.x = rows.const_data_ptr(), params.x_row_stride = stride, params.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
+  params.bias = bias ? bias_row.const_data_ptr() : nullptr;
+  params.dtype = dtype, params.M = M, params.weight = weight, params.activations = static_cast<Activations>(activations);
+  params.device = &call.device(), params.batch_invariant = batch_invariant(), params.stream = call.stream();
+  const bool empty = M == 0 || N == 0;
+  const Impl<CudaParams>* impl = empty ? nullptr : &select(kOp, kImpls, params);
+  call.expose("x", rows);
+  call.expose("packed", packed);
+  if (bias) call.expose("bias", bias_row);
+  if (impl && impl->run == run_dense) return dense(call, rows, packed, bias, params);
+
+  Tensor out = torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()));
+  if (empty) return out;
+  params.out = out.mutable_data_ptr();
+  call.expose("out", out, true);
+  std::optional<QuantizedX> x8;
+  if (params.activations != Activations::kFloat) {
+    x8.emplace(call, x, params);
+    params.x8 = x8->rows;
+  }
+  Tensor scratch;
+  if (const int64_t bytes = impl->workspace_bytes ? impl->workspace_bytes(params) : 0; bytes > 0) {
+    scratch = scratch_bytes(x, bytes);
+    params.workspace = aligned(scratch);
+    call.expose("workspace", params.workspace, bytes, true);
+  }
+  impl->run(params);
+  return out;
+}
+
+std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
+  const auto get = [&](const char* key, int64_t fallback) {
+    const auto found = sizes.find(key);
+    return found == sizes.end() ? fallback : found->second;
+  };
+  CudaParams params{};
+  params.M = get("M", 1);
+  params.dtype = static_cast<DType>(get("dtype", static_cast<int64_t>(DType::kFloat16)));
+  params.weight = weight_spec(kOp, get("N", 1), get("K", 1), get("format", 4), get("group_size", 32), get("zeros", 0));
+  params.x_row_stride = params.weight.K;
+  params.activations = static_cast<Activations>(get("activations", 0));
+  params.device = &device(static_cast<int>(get("device_index", 0)));
+  params.batch_invariant = batch_invariant();
+  return explain_table(kOp, kImpls, params);
+}
+
+const bool registered = register_table(kOp, TAUT_CUDA_DEVICE, kImpls, explain);
+
+}  // namespace
+}  // namespace taut::quant_linear
+
+#if defined(TAUT_EMULATE)
+TAUT_CUDA_SCHEMAS(m) {
+  m.def(
+      "quant_linear(Tensor x, Tensor packed, Tensor? bias, int out_features, int format, int group_size, bool zeros, "
+      "int activations) -> Tensor");
+}
+#endif
+TAUT_CUDA_LIBRARY(m) { m.impl("quant_linear", TORCH_BOX(&taut::quant_linear::quant_linear)); }
