@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import taut  # noqa: F401  (loads torch.ops.taut)
+from taut import _native
 from taut.formats import WeightFormat
 
 FORMATS = tuple(
@@ -81,7 +81,7 @@ class LinearInputs:
 
 def pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, k: int, format: WeightFormat) -> Tensor:
     """pack_weight past the checks of its Python contract: kernels are tested with every code a byte can hold, -128 too."""
-    return torch.ops.taut.pack_weight(codes, scales, zeros, k, format.code, format.group_size)
+    return _native.ops_for(codes.device.type).pack_weight(codes, scales, zeros, k, format.code, format.group_size)
 
 
 def random_weight(n: int, k: int, format: WeightFormat, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:

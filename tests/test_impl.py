@@ -11,7 +11,7 @@ import torch
 
 import taut
 from cases import FORMATS, LinearCase
-from taut import _C
+from taut import _C, _native
 from taut.formats import WeightFormat
 from taut.ops.quant_linear import quant_linear
 
@@ -154,6 +154,19 @@ def test_a_bad_environment_stops_the_import(value, message):
     assert done.returncode != 0
     assert "ValueError" in done.stderr
     assert message in done.stderr
+
+
+def test_ops_are_found_by_device():
+    assert _native.ops_for("cpu") is torch.ops.taut
+    assert (_native.layout_for("cpu"), _native.layout_for("cuda")) == (0, 1)
+    with pytest.raises(ValueError, match="taut computes on CPU and CUDA tensors, got one on 'xpu'"):
+        _native.ops_for("xpu")
+
+
+def test_cuda_without_its_library_is_a_value_error(monkeypatch):
+    monkeypatch.setattr(_native, "_WHY_NO_CUDA", "this build of taut has no CUDA kernels")
+    with pytest.raises(ValueError, match="taut cannot compute on CUDA tensors here: this build of taut has no CUDA kernels"):
+        _native.ops_for("cuda")
 
 
 def test_features_agree_with_the_kernel():

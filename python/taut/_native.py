@@ -7,12 +7,62 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch  # WHY first: it puts libtorch_cpu.so, which libtaut_cpu.so needs, into the process
 
 from . import _C
 
+# The byte orders of packed weights, by their numbers in csrc/common/formats.h.
+ROWS8, MMA_TILES = 0, 1
+
 torch.ops.load_library(str(Path(_C.__file__).with_name("libtaut_cpu.so")))
+
+
+def _load_cuda() -> str:
+    """Loads the CUDA kernels. Gives the reason where there are none, else an empty string."""
+    library = Path(_C.__file__).with_name("libtaut_cuda.so")
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible to torch"
+    if torch.version.cuda is None:
+        return "this torch is not built for CUDA"
+    if not library.exists():
+        return "this build of taut has no CUDA kernels: install a wheel that has them, or build taut where nvcc is installed"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"the CUDA kernels of this build cannot be loaded: {error}"
+    return ""
+
+
+_WHY_NO_CUDA = _load_cuda()
+
+
+def ops_for(device_type: str) -> Any:
+    """The ops, as a namespace of ``torch.ops``, for tensors on a device of this type. Raises ``ValueError`` where taut has none."""
+    if device_type == "cuda" and _WHY_NO_CUDA:
+        raise ValueError(f"taut cannot compute on CUDA tensors here: {_WHY_NO_CUDA}")
+    if device_type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"taut computes on CPU and CUDA tensors, got one on {device_type!r}")
+    return torch.ops.taut
+
+
+def layout_for(device_type: str) -> int:
+    """The byte order in which the kernels of this device type read a packed weight."""
+    return MMA_TILES if device_type == "cuda" else ROWS8
+
+
+def device_of(**tensors: torch.Tensor | None) -> torch.device:
+    """The one device these tensors are on. Raises ``ValueError`` where there are several, or one that taut has no kernels for."""
+    given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    first, device = next(iter(given.items()))
+    for name, other in given.items():
+        if other != device:
+            raise ValueError(f"tensors must be on one device; {first} is on {device}, {name} on {other}")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{first} must be on the CPU or on a CUDA device, got {device}")
+    ops_for(device.type)
+    return device
 
 
 def list_impls() -> dict[str, list[str]]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .. import _native
 from ..formats import WeightFormat, activation_code
 from ..ops.pack_weight import dequantize_weight, pack_weight, unpack_weight
 from ..ops.quant_linear import FLOAT_DTYPES
@@ -66,9 +67,6 @@ class DequantizedWeight(Tensor):
 
 
 _READ_ONLY = "the weight of a QuantLinear is read-only: it is stored in low bits. Merge or edit the float model, then swap it"
-
-
-_quant_linear = torch.ops.taut.quant_linear
 
 
 class QuantLinear(nn.Linear):
@@ -175,14 +173,16 @@ class QuantLinear(nn.Linear):
         if packed is None:
             self.finalize()
             packed = self.packed
-        if not ((x.is_cpu and packed.is_cpu) or (x.is_meta and packed.is_meta)):
-            raise ValueError(f"QuantLinear computes on the CPU; x is on {x.device}, the weight on {packed.device}")
+        device = x.device
+        if device != packed.device:
+            raise ValueError(f"x is on {device}, the weight of this QuantLinear on {packed.device}: move one of them")
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
+        quant_linear = _native.ops_for(device.type).quant_linear
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return _quant_linear(x, packed, bias, *self._call)
+            return quant_linear(x, packed, bias, *self._call)
         with torch._C._AutoDispatchBelowAutograd():  # WHY: asking a Python autograd formula that nothing needs takes 5 us
-            return _quant_linear(x, packed, bias, *self._call)
+            return quant_linear(x, packed, bias, *self._call)
 
     def reset_parameters(self) -> None:
         """Nothing to draw at random: a low-bit weight comes from a float one or from a checkpoint."""

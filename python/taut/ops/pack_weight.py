@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _native  # noqa: F401  (loads torch.ops.taut)
+from .. import _native
 from ..formats import WeightFormat
 
 
 def check_canonical(codes: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, format: WeightFormat) -> None:
-    for tensor in (codes, scales, zeros):
-        if tensor is not None and tensor.device.type != "cpu":
-            raise ValueError(f"codes, scales and zeros must be on the CPU, got {tensor.device}")
+    _native.device_of(codes=codes, scales=scales, zeros=zeros)
     if codes.dim() != 2 or tuple(codes.shape) != format.codes_shape(codes.shape[0], in_features) or codes.dtype != format.codes_dtype:
         raise ValueError(
             f"codes of a {format} weight with K={in_features} must be {format.codes_dtype} [N, {format.codes_shape(1, in_features)[1]}], "
@@ -37,13 +35,14 @@ def pack_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, in_features
     A bijection: ``unpack_weight`` gives the same bits back. Raises ``ValueError`` if shapes, dtypes or ranges are off.
     """
     check_canonical(codes, scales, zeros, in_features, format)
-    return torch.ops.taut.pack_weight(codes, scales, zeros, in_features, format.code, format.group_size)
+    return _native.ops_for(codes.device.type).pack_weight(codes, scales, zeros, in_features, format.code, format.group_size)
 
 
 def unpack_weight(packed: Tensor, out_features: int, in_features: int, format: WeightFormat) -> tuple[Tensor, Tensor, Tensor | None]:
     """The inverse of ``pack_weight``: ``(codes, scales, zeros or None)``."""
     check_packed(packed, out_features, in_features, format)
-    codes, scales, zeros = torch.ops.taut.unpack_weight(packed, out_features, in_features, format.code, format.group_size, format.zeros)
+    ops = _native.ops_for(packed.device.type)
+    codes, scales, zeros = ops.unpack_weight(packed, out_features, in_features, format.code, format.group_size, format.zeros)
     return codes, scales, zeros if format.zeros else None
 
 
@@ -58,17 +57,18 @@ def dequantize_weight(
         raise ValueError(f"rows must satisfy 0 <= row_begin <= row_end <= {out_features}, got {row_begin} and {row_end}")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-    return torch.ops.taut.dequantize_weight(
+    return _native.ops_for(packed.device.type).dequantize_weight(
         packed, out_features, in_features, format.code, format.group_size, format.zeros, row_begin, row_end, dtype
     )
 
 
 def check_packed(packed: Tensor, out_features: int, in_features: int, format: WeightFormat) -> None:
+    _native.device_of(packed=packed)
     expected = format.layout_bytes(out_features, in_features)
-    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() != expected or packed.device.type != "cpu":
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() != expected:
         raise ValueError(
-            f"packed must be uint8 [{expected}] on the CPU for a {format} weight [{out_features}, {in_features}], "
-            f"got {packed.dtype} {list(packed.shape)} on {packed.device}"
+            f"packed must be uint8 [{expected}] for a {format} weight [{out_features}, {in_features}], "
+            f"got {packed.dtype} {list(packed.shape)}"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _native  # noqa: F401  (loads torch.ops.taut)
+from .. import _native
 from ..formats import WeightFormat, activation_code
 from .pack_weight import check_packed
 
@@ -27,7 +27,7 @@ def quant_linear(
     dequantized weight) and ``bias``. Raises ``ValueError`` for wrong shapes, dtypes or devices.
     """
     check_call(x, packed, bias, out_features, format)
-    return torch.ops.taut.quant_linear(
+    return _native.ops_for(x.device.type).quant_linear(
         x, packed, bias, out_features, format.code, format.group_size, format.zeros, activation_code(activations)
     )
 
@@ -37,11 +37,10 @@ def check_call(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int
         raise ValueError("x must be [..., K], got a scalar")
     if x.dtype not in FLOAT_DTYPES:
         raise ValueError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
-    if x.device.type != "cpu":
-        raise ValueError(f"x must be on the CPU, got {x.device}")
+    _native.device_of(x=x, packed=packed, bias=bias)
     check_packed(packed, out_features, x.shape[-1], format)
-    if bias is not None and (tuple(bias.shape) != (out_features,) or bias.dtype != x.dtype or bias.device != x.device):
-        raise ValueError(f"bias must be {x.dtype} [{out_features}] on {x.device}, got {bias.dtype} {list(bias.shape)} on {bias.device}")
+    if bias is not None and (tuple(bias.shape) != (out_features,) or bias.dtype != x.dtype):
+        raise ValueError(f"bias must be {x.dtype} [{out_features}], got {bias.dtype} {list(bias.shape)}")
 
 
 @torch.library.register_fake("taut::quant_linear")
@@ -64,7 +63,7 @@ def _backward(ctx, grad: Tensor):
     if ctx.needs_input_grad[0]:
         for begin in range(0, out_features, _BACKWARD_ROWS):
             end = min(begin + _BACKWARD_ROWS, out_features)
-            rows = torch.ops.taut.dequantize_weight(
+            rows = _native.ops_for(packed.device.type).dequantize_weight(
                 packed, out_features, ctx.in_features, format, group_size, zeros, begin, end, grad.dtype
             )
             part = grad[..., begin:end] @ rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _native  # noqa: F401  (loads torch.ops.taut)
+from .. import _native
 from ..formats import WeightFormat
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,7 +32,7 @@ def quantize_weight(w: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor, Te
     """
     check_weight(w)
     try:
-        codes, scales, zeros = torch.ops.taut.quantize_weight(w, format.code, format.group_size, format.zeros)
+        codes, scales, zeros = _native.ops_for("cpu").quantize_weight(w, format.code, format.group_size, format.zeros)
     except RuntimeError as error:
         if "holds a NaN" not in str(error):
             raise

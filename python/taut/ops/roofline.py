@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _native  # noqa: F401  (loads torch.ops.taut)
+from .. import _native
 
 CEILINGS = {"read": 0, "fma_f32": 1, "dot_int8": 2}
 STREAMS = (1, 2, 4, 8)
@@ -27,7 +27,7 @@ def roofline(buffer: Tensor, ceiling: str, streams: int = 4, steps: int = 0) -> 
         raise ValueError(f"streams must be 1, 2, 4 or 8, got {streams!r}")
     if not 0 <= steps <= MAX_STEPS:
         raise ValueError(f"steps must be 0 to {MAX_STEPS}, got {steps}")
-    return torch.ops.taut.roofline(buffer, CEILINGS[ceiling], streams, steps)
+    return _native.ops_for("cpu").roofline(buffer, CEILINGS[ceiling], streams, steps)
 
 
 @torch.library.register_fake("taut::roofline")
