@@ -160,7 +160,7 @@ KERNELS = (
     Kernel("cuda_sm75.mma", _tiles((64, 128, 256), _ROWS[:-1]), "16", _CONVERT, True),
 )
 EXPANDED = "cuda_sm75.dense"  # w is turned into 16-bit numbers in memory, and the library's dense product does the rest
-DENSE = "cublas_bf16"
+DENSE = "cublas"
 DENSE_TILES = ((64, 8), (64, 32), (64, 64), (128, 64), (128, 128), (128, 256), (256, 128))
 
 
@@ -196,10 +196,14 @@ class Prediction:
         return self.dense_us / self.us if self.dense_us else None
 
 
-def bound_us(gpu: Gpu, m: int, n: int, k: int, weight_bytes: int, unit: str) -> tuple[int, int, float]:
-    """Fewest bytes and operations, and the least time for them: w, x and out once each, x and out in 16 bits."""
-    nbytes, operations = weight_bytes + 2 * m * (n + k), 2 * m * n * k
-    return nbytes, operations, max(nbytes / (gpu.hbm_gb_s * 1e3), operations / (_tensor_rate(gpu, unit) * 1e6))
+def work(m: int, n: int, k: int, weight_bytes: int) -> tuple[int, int]:
+    """Fewest bytes (w, x and out once each, x and out in 16 bits), and operations."""
+    return weight_bytes + 2 * m * (n + k), 2 * m * n * k
+
+
+def bound_us(gpu: Gpu, nbytes: int, operations: int, unit: str) -> float:
+    """The least time for them at the rates of the datasheet."""
+    return max(nbytes / (gpu.hbm_gb_s * 1e3), operations / (_tensor_rate(gpu, unit) * 1e6))
 
 
 def _tensor_rate(gpu: Gpu, unit: str) -> float:
@@ -223,12 +227,23 @@ def predict(gpu: Gpu, m: int, n: int, k: int, format: str) -> Prediction:
     return replace(best, dense_us=dense.us)
 
 
+def predict_impl(gpu: Gpu, impl: str, m: int, n: int, k: int, format: str) -> Prediction | None:
+    """One impl by its name in results, the dense product among them; None where the model does not know it, or it cannot run."""
+    if impl == DENSE:
+        return predict_dense(gpu, m, n, k)
+    parsed = Format.parse(format)
+    if impl == EXPANDED and parsed.activations in ("bf16", "f16"):
+        return _expanded(gpu, predict_dense(gpu, m, n, k), n, k, format)
+    kernel = next((each for each in KERNELS if each.name == impl), None)
+    return None if kernel is None or kernel.refuses(gpu, parsed) else predict_kernel(gpu, kernel, m, n, k, format)
+
+
 def _expanded(gpu: Gpu, dense: Prediction, n: int, k: int, name: str) -> Prediction:
     """Two kernels: one reads the codes and writes 16-bit numbers, the other is the dense product."""
     weight_bytes = Format.parse(name).packed_bytes(n, k)
     written_us = (weight_bytes + 2 * n * k) / (gpu.hbm_gb_s * REACH * 1e3)
     nbytes = dense.nbytes - 2 * n * k + weight_bytes
-    least = max(nbytes / (gpu.hbm_gb_s * 1e3), dense.operations / (gpu.tflops_16 * 1e6))
+    least = bound_us(gpu, nbytes, dense.operations, "16")
     return replace(
         dense, impl=EXPANDED, format=name, nbytes=nbytes, bound_us=least, memory_us=dense.memory_us + written_us,
         fixed_us=dense.fixed_us + LAUNCH_US + FILL_US, us=dense.us + written_us + LAUNCH_US + FILL_US,
@@ -238,7 +253,8 @@ def _expanded(gpu: Gpu, dense: Prediction, n: int, k: int, name: str) -> Predict
 def predict_dense(gpu: Gpu, m: int, n: int, k: int) -> Prediction:
     """A dense product of 16-bit numbers: cuBLAS at ``dense_share`` of the tensor rate and ``REACH`` of the bandwidth, with the tile and the
     split of k that suit the case best. Pairs of blocks share what they read. What else it loses is in ``dense_share``."""
-    nbytes, operations, least = bound_us(gpu, m, n, k, 2 * n * k, "16")
+    nbytes, operations = work(m, n, k, 2 * n * k)
+    least = bound_us(gpu, nbytes, operations, "16")
     memory_us = nbytes / (gpu.hbm_gb_s * REACH * 1e3)
     tries = []
     for tile in DENSE_TILES:
@@ -277,7 +293,8 @@ def _splits(k: int) -> tuple[int, ...]:
 def _with_tile(gpu: Gpu, kernel: Kernel, m: int, n: int, k: int, name: str, tile: tuple[int, int], splits: int) -> Prediction:
     format = Format.parse(name)
     weight_bytes = format.packed_bytes(n, k)
-    nbytes, operations, least = bound_us(gpu, m, n, k, weight_bytes, kernel.unit)
+    nbytes, operations = work(m, n, k, weight_bytes)
+    least = bound_us(gpu, nbytes, operations, kernel.unit)
     blocks_n, blocks_m = -(-n // tile[0]), -(-m // tile[1])
     blocks = blocks_n * blocks_m * splits
     uneven = _uneven(gpu, blocks)
@@ -383,7 +400,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the predictions of one device there, too")
     args = parser.parse_args(arguments)
     try:
-        shapes = [_shape(text) for text in args.shape] if args.shape else list(SHAPES)
+        shapes = [parse_shape(text) for text in args.shape] if args.shape else list(SHAPES)
         if args.m and min(args.m) < 1:
             raise ValueError(f"--m must be at least 1, got {min(args.m)}")
         for name in args.format or ():
@@ -403,7 +420,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _shape(text: str) -> tuple[int, int]:
+def parse_shape(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d*),([1-9]\d*)", text)
     if not match:
         raise ValueError(f"--shape {text!r} is not N,K")
