@@ -168,7 +168,7 @@ def _prepare_pack(problem: Problem, format: str, impl: str, cold_bytes: int) -> 
     take = rotation([codes.clone() for _ in range(copies_for(nbytes, cold_bytes))])
 
     def call() -> Tensor:
-        return torch.ops.taut.pack_weight(take(), scales, zeros, case.k, weights.code, weights.group_size)
+        return torch.ops.taut.pack_weight(take(), scales, zeros, case.k, weights.code, weights.group_size, 0)
 
     back = unpack_weight(call(), case.n, case.k, weights)
     pairs = zip(back, (codes, scales, zeros), strict=True)

@@ -95,7 +95,7 @@ def assert_linear(out: Tensor, x: Tensor, inputs: LinearInputs, case: LinearCase
     """``out`` of quant_linear on ``x [M, K]`` against the float64 reference. Call it after the kernel has run."""
     w = weight_op.reference(inputs.codes, inputs.scales, inputs.zeros, case.K, case.format)
     reference = linear_op.reference(x, w, inputs.bias, case.activations)
-    values = linear_op.quantize_activations(x) if case.activations == "int8" else x.double()
+    values = x.double() if case.activations == "float" else linear_op.quantize_activations(x, case.activations)
     bias = torch.zeros(case.N) if inputs.bias is None else inputs.bias
     plain = values.float() @ w.float().T + bias.float()
     terms = term_sizes(inputs, w, case)
@@ -113,7 +113,7 @@ def term_sizes(inputs: LinearInputs, w: Tensor, case: LinearCase) -> Tensor:
     WHY int8 differs: an instruction set without 8 x 8 bit products that cannot overflow takes q = 16 * high + low in two
     passes, each rounded; for a q near zero of which high is -1 they are larger than q itself.
     """
-    if case.format.name == "int4":
+    if case.format.name != "int8":
         return w.abs()
     scale = inputs.scales.double().abs()[:, torch.arange(case.K) // (case.format.group_size or case.K)]
     high = torch.div(inputs.codes.double(), 16, rounding_mode="floor")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import taut
-from cases import FORMATS, LinearCase
+from cases import FORMATS, PAIRS, LinearCase
 from taut import _C, _native
 from taut.formats import WeightFormat
 from taut.ops.quant_linear import quant_linear
@@ -32,9 +32,9 @@ def test_every_op_has_a_scalar_impl_last():
 
 
 def test_exactly_one_impl_is_chosen_for_any_call():
-    for activations in ("float", "int8"):
+    for activations, formats in PAIRS.items():
         for rows in (0, 1, 4, 16, 17, 100, 10_000):
-            for format in FORMATS:
+            for format in formats:
                 verdicts = taut.explain("quant_linear", **LinearCase(rows, 24, 96, format, activations).sizes())
                 assert [verdict.impl for verdict in verdicts] == taut.list_impls()["quant_linear"]
                 assert sum(verdict.chosen for verdict in verdicts) == 1
@@ -115,6 +115,7 @@ def test_forcing_the_unknown_is_a_value_error(op, impl, message):
         ("quant_linear", {"group_size": 5}, "group_size must be"),
         ("quant_linear", {"format": 8, "zeros": 1}, "zeros are for int4 only"),
         ("quant_linear", {"K": 0}, "K >= 1"),
+        ("quant_linear", {"format": 9, "activations": 1}, "fp8_e4m3 weights take activations 0"),
     ],
 )
 def test_explaining_the_impossible_is_a_value_error(op, sizes, message):

@@ -1,4 +1,5 @@
-// Element types of activations, and their conversion to and from fp32. bf16 and fp16 are stored as uint16_t.
+// Element types of activations, and their conversion to and from fp32. bf16 and fp16 are stored as uint16_t, e4m3 (the OCP
+// 8-bit float of weights and of fp8 activations: no infinities, S.1111.111 is NaN, largest 448) as uint8_t.
 #pragma once
 
 #include <bit>
@@ -38,6 +39,27 @@ inline uint16_t float_to_fp16(float value) {  // round to nearest even, overflow
     return sign | static_cast<uint16_t>(std::bit_cast<uint32_t>(shifted) - std::bit_cast<uint32_t>(0.5f));
   }
   return sign | static_cast<uint16_t>((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13);
+}
+
+constexpr float kLargestE4M3 = 448.0f;
+
+inline float e4m3_to_float(uint8_t value) {
+  const uint32_t sign = uint32_t{value & 0x80u} << 24, magnitude = value & 0x7fu;
+  if (magnitude == 0x7fu) return std::bit_cast<float>(sign | 0x7fc00000u);
+  if (magnitude < 8) return std::bit_cast<float>(std::bit_cast<uint32_t>(static_cast<float>(magnitude) * 0x1p-9f) | sign);
+  return std::bit_cast<float>(sign | ((magnitude << 20) + (120u << 23)));
+}
+
+inline uint8_t float_to_e4m3(float value) {  // round to nearest even; past 448 it saturates, infinities too; NaN stays NaN
+  const uint32_t bits = std::bit_cast<uint32_t>(value), magnitude = bits & 0x7fffffffu;
+  const uint8_t sign = static_cast<uint8_t>(bits >> 24 & 0x80u);
+  if (magnitude > 0x7f800000u) return sign | 0x7fu;
+  if (std::bit_cast<float>(magnitude) >= kLargestE4M3) return sign | 0x7eu;
+  if (magnitude < 0x3c800000u) {  // under 2^-6: adding 2^14 aligns the ulp to 2^-9
+    const float shifted = std::bit_cast<float>(magnitude) + 0x1p14f;
+    return sign | static_cast<uint8_t>(std::bit_cast<uint32_t>(shifted) - std::bit_cast<uint32_t>(0x1p14f));
+  }
+  return sign | static_cast<uint8_t>((magnitude - (120u << 23) + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20);
 }
 
 inline float load_float(const void* base, int64_t index, DType dtype) {

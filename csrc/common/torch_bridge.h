@@ -44,10 +44,19 @@ inline DType float_dtype(const char* op, const char* what, const Tensor& t) {
   return DType::kFloat32;
 }
 
+inline ScalarType codes_type(Format format) {
+  switch (format) {
+    case Format::kInt4: return ScalarType::Byte;
+    case Format::kInt8: return ScalarType::Char;
+    case Format::kFp8E4M3: return ScalarType::Float8_e4m3fn;
+  }
+  return ScalarType::Byte;
+}
+
 inline WeightSpec weight_spec(const char* op, int64_t N, int64_t K, int64_t format, int64_t group_size, bool zeros) {
-  check(format == 4 || format == 8, op, ": format must be 4 (int4) or 8 (int8), got ", format);
+  check(format == 4 || format == 8 || format == 9, op, ": format must be 4 (int4), 8 (int8) or 9 (fp8_e4m3), got ", format);
   check(group_size == 0 || group_size == 32 || group_size == 64 || group_size == 128, op, ": group_size must be 32, 64, 128 or 0 (per row), got ", group_size);
-  check(!zeros || format == 4, op, ": zeros are for int4 only; int8 is symmetric");
+  check(!zeros || format == 4, op, ": zeros are for int4 only");
   check(N >= 0 && K >= 1 && N < (int64_t{1} << 31) && K < (int64_t{1} << 31), op, ": weight must be [N >= 0, K >= 1] with both under 2^31, got [", N, ", ", K,
         "]");
   return {static_cast<Format>(format), N, K, group_size, zeros};

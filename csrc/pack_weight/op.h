@@ -1,4 +1,4 @@
-// pack_weight, unpack_weight, dequantize_weight: between the canonical form, the Rows8 layout and plain numbers.
+// pack_weight, unpack_weight, dequantize_weight: between the canonical form, a layout and plain numbers.
 #pragma once
 
 #include "common/dtypes.h"
@@ -9,10 +9,11 @@ namespace taut::pack_weight {
 
 struct Params {
   WeightSpec weight;
-  uint8_t* codes;    // int4 [N, ceil(K/2)], int8 [N, K]
+  Layout layout;
+  uint8_t* codes;    // int4 [N, ceil(K/2)], int8 and fp8_e4m3 [N, K]
   uint16_t* scales;  // fp16 [N, ceil(K/G)]
   uint8_t* zeros;    // [N, ceil(K/G)], or nullptr
-  uint8_t* packed;   // Rows8
+  uint8_t* packed;   // in `layout`
   int64_t num_threads;
 };
 
@@ -20,7 +21,7 @@ namespace cpu_scalar {
 void pack(const Params&);    // codes, scales, zeros -> packed
 void unpack(const Params&);  // packed -> codes, scales, zeros
 // Rows [row_begin, row_end) of w as numbers, to out[row_end - row_begin, K].
-void dequantize(const WeightSpec&, const uint8_t* packed, int64_t row_begin, int64_t row_end, void* out, DType, int64_t num_threads);
+void dequantize(const WeightSpec&, Layout, const uint8_t* packed, int64_t row_begin, int64_t row_end, void* out, DType, int64_t num_threads);
 }  // namespace cpu_scalar
 
 // The same between the canonical form and MmaTiles, on a CUDA device.

@@ -19,22 +19,38 @@ namespace {
 #define TAUT_INLINE inline __attribute__((always_inline))
 #define TAUT_FOR(...) _Pragma("GCC unroll 8") for (__VA_ARGS__)
 
-TAUT_INLINE __m256 load_scales(const uint8_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+// The scales of 8 outputs; for fp8 halved, since code() gives twice the number.
+template <Format kFormat>
+TAUT_INLINE __m256 load_scales(const uint8_t* p) {
+  const __m256 scales = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return kFormat == Format::kFp8E4M3 ? _mm256_mul_ps(scales, _mm256_set1_ps(0.5f)) : scales;
+}
 
 TAUT_INLINE __m256 eight_minus(const uint8_t* zeros) {  // what a signed code (q - 8) lacks to be q - z
   const __m256i z = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros)));
   return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_set1_epi32(8), z));
 }
 
-// Offset codes (0..15 or 0..255) to two's complement in place, for a whole vector.
+// A vector of codes; integers, which are stored with an offset (0..15 or 0..255), to two's complement in place.
 template <Format kFormat>
-TAUT_INLINE __m256i to_signed(const uint8_t* p) {
-  return _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_set1_epi8(static_cast<char>(kFormat == Format::kInt4 ? 0x88 : 0x80)));
+TAUT_INLINE __m256i load_codes(const uint8_t* p) {
+  const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  if (kFormat == Format::kFp8E4M3) return codes;
+  return _mm256_xor_si256(codes, _mm256_set1_epi8(static_cast<char>(kFormat == Format::kInt4 ? 0x88 : 0x80)));
 }
-// Signed code `j` of every 32-bit lane, as fp32.  int4: j = 0..7 are nibbles;  int8: j = 0..3 are bytes.
+// Code `j` of every 32-bit lane, as fp32.  int4: j = 0..7 are nibbles;  int8, fp8: j = 0..3 are bytes.
 template <Format kFormat, int j>
 TAUT_INLINE __m256 code(__m256i x) {
   constexpr int kBits = kFormat == Format::kInt4 ? 4 : 8;
+  if constexpr (kFormat == Format::kFp8E4M3) {
+    // E and mantissa in place, 6 added to the bias: g = 2^(E-6) * (1 + m/8). The number is g/2, or g - 2^-6 where E = 0;
+    // the smaller of the two is the right one. WHY not a multiply by 2^120: its subnormal input is slow, or flushed to 0.
+    const __m256i top = _mm256_slli_epi32(x, 24 - 8 * j);
+    const __m256i magnitude = _mm256_and_si256(_mm256_srli_epi32(top, 4), _mm256_set1_epi32(0x07f00000));
+    const __m256 g = _mm256_castsi256_ps(_mm256_add_epi32(magnitude, _mm256_set1_epi32(121 << 23)));
+    const __m256 twice = _mm256_min_ps(g, _mm256_fmsub_ps(g, _mm256_set1_ps(2.0f), _mm256_set1_ps(0x1p-5f)));
+    return _mm256_or_ps(twice, _mm256_and_ps(_mm256_castsi256_ps(top), _mm256_set1_ps(-0.0f)));
+  }
   return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(x, 32 - kBits * (j + 1)), 32 - kBits));
 }
 // The k within a block of 32 that code j of vector v stands for.
@@ -67,7 +83,7 @@ struct FloatAvx2 {
 
   // Row r of a block of `rows`, interleaved; returns the factor the results are multiplied by.
   template <bool kZeros, Format kFormat>
-  static float prepare_row(const float* x, int64_t padded_k, int r, int rows, uint8_t* a, int64_t panel_k, int64_t panel_stride) {
+  static float prepare_row(const Params&, const float* x, int64_t padded_k, int r, int rows, uint8_t* a, int64_t panel_k, int64_t panel_stride) {
     for (int64_t k = 0; k < padded_k; k += 32) {
       float* block = reinterpret_cast<float*>(a + k / panel_k * panel_stride + k % panel_k / 32 * kRowBlockBytes * rows);
       for (int i = 0; i < 32; i++) block[i * rows + r] = x[k + i];
@@ -88,13 +104,13 @@ struct FloatAvx2 {
           const float* x = reinterpret_cast<const float*>(a);
           __m256 sum[kStreams][kRows], scale[kStreams], offset[kStreams];
           TAUT_FOR (int i = 0; i < kStreams; i++) {
-            scale[i] = load_scales(w + i * stride + g * 16);
+            scale[i] = load_scales<kFormat>(w + i * stride + g * 16);
             if (kZeros) offset[i] = eight_minus(w + i * stride + 64 + g * 8);
             TAUT_FOR (int r = 0; r < kRows; r++) sum[i][r] = _mm256_setzero_ps();
           }
           TAUT_FOR (int v = 0; v < kVectors<kFormat>; v++) {
             __m256i packed[kStreams];
-            TAUT_FOR (int i = 0; i < kStreams; i++) packed[i] = to_signed<kFormat>(codes + i * stride + v * 32);
+            TAUT_FOR (int i = 0; i < kStreams; i++) packed[i] = load_codes<kFormat>(codes + i * stride + v * 32);
             for_each_code(
                 [&]<int j>() __attribute__((always_inline)) {
                   __m256 weight[kStreams];
@@ -123,11 +139,11 @@ struct FloatAvx2 {
     BlockCursor at(s, strip, block0);
     for (int64_t b = 0; b < k_blocks; b++, at.next()) {
       const uint8_t* codes = at.codes;
-      const __m256 scale = load_scales(at.scales());
+      const __m256 scale = load_scales<kFormat>(at.scales());
       const __m256 offset = kZeros ? eight_minus(at.zeros()) : _mm256_setzero_ps();
       float* out = reinterpret_cast<float*>(panel.codes) + b * 32 * kPanelStrips * 8 + half * 8;
       for (int v = 0; v < kVectors<kFormat>; v++) {
-        const __m256i packed = to_signed<kFormat>(codes + v * 32);
+        const __m256i packed = load_codes<kFormat>(codes + v * 32);
         for_each_code(
             [&]<int j>() __attribute__((always_inline)) {
               __m256 weight = code<kFormat, j>(packed);
@@ -180,7 +196,13 @@ struct FloatAvx2 {
 
 }  // namespace
 
-void run_small(const Params& p) { TAUT_FOR_FORMAT(small_loop, FloatAvx2, p); }
-void run_tile(const Params& p) { TAUT_FOR_FORMAT(tile_loop, FloatAvx2, p); }
+void run_small(const Params& p) {
+  if (p.weight.format == Format::kFp8E4M3) small_loop<FloatAvx2, false, Format::kFp8E4M3>(p);
+  else TAUT_FOR_FORMAT(small_loop, FloatAvx2, p);
+}
+void run_tile(const Params& p) {
+  if (p.weight.format == Format::kFp8E4M3) tile_loop<FloatAvx2, false, Format::kFp8E4M3>(p);
+  else TAUT_FOR_FORMAT(tile_loop, FloatAvx2, p);
+}
 
 }  // namespace taut::quant_linear::cpu_float_avx2

@@ -67,8 +67,8 @@ struct Int8Avx2 {
 
   // Row r of a block of `rows`: codes, corrections and multiples for all of K. Returns the row's unit.
   template <bool kZeros, Format kFormat>
-  static float prepare_row(const float* x, int64_t padded_k, int r, int rows, uint8_t* a, int64_t panel_k, int64_t panel_stride) {
-    return quantize_row(x, padded_k, [&](int64_t k, __m256i q, float multiple) {
+  static float prepare_row(const Params& p, const float* x, int64_t padded_k, int r, int rows, uint8_t* a, int64_t panel_k, int64_t panel_stride) {
+    return quantize_row(x, padded_k, p.activations, [&](int64_t k, __m256i q, float multiple) {
       const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), q);  // sums over k%4 in {0,1} and {2,3}: the two int16 lanes
       __m128i sum = _mm_add_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
       sum = _mm_add_epi16(sum, _mm_unpackhi_epi64(sum, sum));

@@ -67,9 +67,9 @@ struct Int8Avx512Vnni {
   static constexpr int streams = 4;
 
   template <bool kZeros, Format kFormat>
-  static float prepare_row(const float* x, int64_t padded_k, int r, int rows, uint8_t* a, int64_t panel_k, int64_t panel_stride) {
+  static float prepare_row(const Params& p, const float* x, int64_t padded_k, int r, int rows, uint8_t* a, int64_t panel_k, int64_t panel_stride) {
     constexpr int kZeroPoint = kFormat == Format::kInt8 ? 128 : kZeros ? 1 : 8;
-    return quantize_row(x, padded_k, [&](int64_t k, __m256i q, float multiple) {
+    return quantize_row(x, padded_k, p.activations, [&](int64_t k, __m256i q, float multiple) {
       const __m256i sums = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), q);
       __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
       sum = _mm_add_epi32(sum, _mm_unpackhi_epi64(sum, sum));

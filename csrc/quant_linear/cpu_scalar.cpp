@@ -12,11 +12,16 @@
 namespace taut::quant_linear::cpu_scalar {
 namespace {
 
-// The definition of int8 activations (see op.h). Every operation is one fp32 operation, so that each ISA can repeat it
-// bit for bit. Leaves q * m, an integer, in x[K]; returns the row's unit, which is NaN if x holds a NaN or an infinity.
-float quantize_row(float* x /* [K] */, int64_t K) {
+// The definition of 8-bit activations (see op.h). Every operation is one fp32 operation, so that each ISA can repeat it
+// bit for bit. Leaves q * m, exact, in x[K]; returns the row's unit, which is NaN if x holds a NaN or an infinity.
+float quantize_row(float* x /* [K] */, int64_t K, Activations activations) {
   float row_max = 0, poison = 0;
   for (int64_t k = 0; k < K; k++) row_max = std::max(row_max, std::fabs(x[k])), poison += x[k] * 0.0f;
+  if (activations == Activations::kFp8Row) {
+    const float inverse = row_max >= kSmallestRowMax ? kLargestE4M3 / row_max : 0.0f;
+    for (int64_t k = 0; k < K; k++) x[k] = e4m3_to_float(float_to_e4m3(x[k] * inverse));
+    return row_max / kLargestE4M3 + poison;
+  }
   const float steps = row_max >= kSmallestRowMax ? 32767.0f / row_max : 0.0f;
   for (int64_t k0 = 0; k0 < K; k0 += 32) {
     const int64_t k1 = std::min(K, k0 + 32);
@@ -24,7 +29,7 @@ float quantize_row(float* x /* [K] */, int64_t K) {
     for (int64_t k = k0; k < k1; k++) group_max = std::max(group_max, std::fabs(x[k]));
     float m = std::ceil(group_max * steps);
     if (!(m >= 1.0f)) m = 1.0f;  // a NaN too
-    if (m > 32767.0f) m = 32767.0f;
+    if (m > 32767.0f || activations == Activations::kInt8Row) m = 32767.0f;
     const float inverse = steps * 127.0f / m;
     for (int64_t k = k0; k < k1; k++) x[k] = m * std::clamp(std::nearbyint(x[k] * inverse), -127.0f, 127.0f);
   }
@@ -35,6 +40,7 @@ double dequantize(const uint8_t* packed, const Rows8& layout, int64_t n, int64_t
   const uint8_t byte = packed[layout.code_offset(n, k)];
   const double scale = fp16_to_float(*reinterpret_cast<const uint16_t*>(packed + layout.scale_offset(n, k)));
   if (layout.spec.format == Format::kInt8) return (byte - 128) * scale;
+  if (layout.spec.format == Format::kFp8E4M3) return e4m3_to_float(byte) * scale;
   const int zero = layout.spec.zeros ? packed[layout.zero_offset(n, k)] : 8;
   return ((byte >> layout.code_shift(k) & 15) - zero) * scale;
 }
@@ -47,7 +53,7 @@ void run(const Params& p) {
   std::vector<float> x(M * K), unit(M, 1.0f);
   for (int64_t m = 0; m < M; m++) {
     for (int64_t k = 0; k < K; k++) x[m * K + k] = load_float(p.x, m * p.x_row_stride + k, p.dtype);
-    if (p.activations == Activations::kInt8) unit[m] = quantize_row(&x[m * K], K);
+    if (p.activations != Activations::kFloat) unit[m] = quantize_row(&x[m * K], K, p.activations);
   }
   const int64_t num_tasks = std::clamp<int64_t>(N, 1, p.num_threads);
   parallel_tasks(num_tasks, [&](int64_t task) {

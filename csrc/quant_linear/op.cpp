@@ -9,15 +9,13 @@
 namespace taut::quant_linear {
 namespace {
 
-const char* needs_int8_avx2(const Params& p) {
-  if (!cpu_features().avx2) return "this processor has no AVX2, FMA and F16C";
-  return p.activations == Activations::kInt8 ? nullptr : "it computes with int8 activations";
+const char* needs_int8(const Params& p) {
+  return p.activations == Activations::kInt8 || p.activations == Activations::kInt8Row ? nullptr : "it computes with int8 activations";
 }
 
-const char* needs_int8_avx512vnni(const Params& p) {
-  if (!cpu_features().avx512vnni) return "this processor has no AVX-512 VNNI";
-  return p.activations == Activations::kInt8 ? nullptr : "it computes with int8 activations";
-}
+const char* needs_int8_avx2(const Params& p) { return cpu_features().avx2 ? needs_int8(p) : "this processor has no AVX2, FMA and F16C"; }
+
+const char* needs_int8_avx512vnni(const Params& p) { return cpu_features().avx512vnni ? needs_int8(p) : "this processor has no AVX-512 VNNI"; }
 
 const char* needs_float_avx2(const Params& p) {
   if (!cpu_features().avx2) return "this processor has no AVX2, FMA and F16C";
@@ -48,6 +46,12 @@ int64_t useful_threads(int64_t M, const WeightSpec& weight) {
   return std::clamp<int64_t>(work / kMinWorkPerThread, 1, torch::stable::get_num_threads());
 }
 
+Activations activations_for(const char* op, Format format, int64_t activations) {
+  const char* why = refused_activations(format, activations);
+  check(why == nullptr, op, ": ", why, ", got ", activations);
+  return static_cast<Activations>(activations);
+}
+
 Tensor quant_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t out_features, int64_t format, int64_t group_size,
                     bool zeros, int64_t activations) {
   constexpr const char* kOp = "quant_linear";
@@ -61,7 +65,7 @@ Tensor quant_linear(const Tensor& x, const Tensor& packed, const std::optional<T
         ": packed must be a contiguous 1-D uint8 tensor from pack_weight");
   check(packed.numel() == Rows8{weight}.total_bytes(), kOp, ": packed holds ", packed.numel(), " bytes, but [", N, ", ", K, "] in this format takes ",
         Rows8{weight}.total_bytes(), "; is x's last dimension (", K, ") the weight's in_features?");
-  check(activations == 0 || activations == 1, kOp, ": activations must be 0 (float) or 1 (int8), got ", activations);
+  const Activations mode = activations_for(kOp, weight.format, activations);
   Tensor bias_row;
   if (bias) {
     check_cpu(kOp, "bias", *bias);
@@ -90,7 +94,7 @@ Tensor quant_linear(const Tensor& x, const Tensor& packed, const std::optional<T
                       dtype,
                       M,
                       weight,
-                      static_cast<Activations>(activations),
+                      mode,
                       useful_threads(M, weight)};
   select(kOp, kImpls, params).run(params);
   return out;
@@ -105,7 +109,7 @@ std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
   params.M = get("M", 1);
   params.dtype = static_cast<DType>(get("dtype", 0));
   params.weight = weight_spec("quant_linear", get("N", 1), get("K", 1), get("format", 4), get("group_size", 32), get("zeros", 0));
-  params.activations = static_cast<Activations>(get("activations", 1));
+  params.activations = activations_for("quant_linear", params.weight.format, get("activations", params.weight.format == Format::kFp8E4M3 ? 0 : 1));
   return explain_table("quant_linear", kImpls, params);
 }
 

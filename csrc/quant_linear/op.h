@@ -21,6 +21,16 @@ namespace taut::quant_linear {
 constexpr float kSmallestRowMax = 0x1p-100f;
 enum class Activations : int64_t { kFloat = 0, kInt8 = 1, kInt8Row = 2, kFp8Row = 3 };
 
+// What is wrong with these activations for weights of this format, or nullptr.
+constexpr const char* refused_activations(Format format, int64_t activations) {
+  switch (format) {
+    case Format::kInt4: return activations == 0 || activations == 1 ? nullptr : "int4 weights take activations 0 (float) or 1 (int8)";
+    case Format::kInt8: return 0 <= activations && activations <= 2 ? nullptr : "int8 weights take activations 0 (float), 1 (int8) or 2 (int8_row)";
+    case Format::kFp8E4M3: return activations == 0 || activations == 3 ? nullptr : "fp8_e4m3 weights take activations 0 (float) or 3 (fp8_row)";
+  }
+  return "unknown format";
+}
+
 struct Params {
   const void* x;          // [M,K], last dimension contiguous
   int64_t x_row_stride;   // elements

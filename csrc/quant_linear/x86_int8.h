@@ -14,7 +14,7 @@ namespace {
 // Calls store(k, codes, m) for every 32 k: codes are 32 int8 in order, m the integer part of their scale, as float.
 // Returns the row's unit: NaN if x holds a NaN or an infinity.
 template <class Store>
-inline float quantize_row(const float* x /* [padded_k] */, int64_t padded_k, const Store& store) {
+inline float quantize_row(const float* x /* [padded_k] */, int64_t padded_k, Activations activations, const Store& store) {
   const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   const __m256 limit = _mm256_set1_ps(127.0f), low = _mm256_set1_ps(-127.0f);
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
@@ -32,7 +32,7 @@ inline float quantize_row(const float* x /* [padded_k] */, int64_t padded_k, con
     const __m128 raw = _mm_set_ss(horizontal_max(_mm256_max_ps(m01, m23)) * steps);
     float multiple = _mm_cvtss_f32(_mm_ceil_ss(raw, raw));
     if (!(multiple >= 1.0f)) multiple = 1.0f;  // a NaN too
-    if (multiple > 32767.0f) multiple = 32767.0f;
+    if (multiple > 32767.0f || activations == Activations::kInt8Row) multiple = 32767.0f;
     const __m256 inverse = _mm256_set1_ps(steps * 127.0f / multiple);
     const auto code = [&](__m256 v) { return _mm256_cvtps_epi32(_mm256_max_ps(low, _mm256_min_ps(limit, _mm256_mul_ps(v, inverse)))); };
     store(k, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(_mm256_packs_epi32(code(v0), code(v1)), _mm256_packs_epi32(code(v2), code(v3))), order), multiple);

@@ -84,7 +84,7 @@ void small_loop(const Params& p) {
     for (int64_t m = 0; m < p.M; m += 4) {
       const int rows = static_cast<int>(std::min<int64_t>(4, p.M - m));
       for (int r = 0; r < rows; r++)
-        unit[m + r] = Kernel::template prepare_row<kZeros, kFormat>(load_row(p, m + r, padded_k, row), padded_k, r, rows, a + m * row_bytes, padded_k, 0);
+        unit[m + r] = Kernel::template prepare_row<kZeros, kFormat>(p, load_row(p, m + r, padded_k, row), padded_k, r, rows, a + m * row_bytes, padded_k, 0);
     }
     const int64_t strip0 = num_strips * task / num_tasks, strip1 = num_strips * (task + 1) / num_tasks;
     for (int64_t m = 0; m < p.M; m += 4) {
@@ -131,7 +131,7 @@ void tile_loop(const Params& p) {
         const int64_t first = b * kRows;
         const int in_block = static_cast<int>(std::min<int64_t>(kRows, rows - first));
         for (int r = 0; r < in_block; r++)
-          unit[first + r] = Kernel::template prepare_row<kZeros, kFormat>(load_row(p, m0 + first + r, padded_k, row), padded_k, r, in_block,
+          unit[first + r] = Kernel::template prepare_row<kZeros, kFormat>(p, load_row(p, m0 + first + r, padded_k, row), padded_k, r, in_block,
                                                                           a + first * row_panel_bytes, kPanelK, panel_stride);
       }
     });

@@ -1,7 +1,7 @@
 // COMPUTES  codes, scales, zeros = quantize(w[N,K]), round to nearest with a scale search a group (search.h)
 // LAYOUT    canonical, row-major (common/formats.h)
 // WORK      a task is a range of rows; a group at a time, in a buffer of fp32
-// BOUND     arithmetic: about 7 operations a weight and candidate; 8 candidates for int4, 16 for int8
+// BOUND     arithmetic: about 7 operations a weight and candidate; 8 candidates for int4, 16 for int8 and fp8
 // LIMITS    none; any processor
 #include "quantize_weight/search.h"
 

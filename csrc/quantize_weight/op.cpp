@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_weight(const Tensor& w, int64_t form
   check_cpu(kOp, "w", w);
   const WeightSpec spec = weight_spec(kOp, w.size(0), w.size(1), format, group_size, zeros);
   const Tensor rows = w.stride(1) == 1 ? w : torch::stable::contiguous(w);
-  Tensor codes = make_empty(w, {spec.N, spec.code_row_bytes()}, spec.format == Format::kInt4 ? ScalarType::Byte : ScalarType::Char);
+  Tensor codes = make_empty(w, {spec.N, spec.code_row_bytes()}, codes_type(spec.format));
   Tensor scales = make_empty(w, {spec.N, spec.num_groups()}, ScalarType::Half);
   Tensor zero_points = make_empty(w, {zeros ? spec.N : 0, spec.num_groups()}, ScalarType::Byte);
   std::vector<uint8_t> row_is_finite(spec.N);

@@ -2,10 +2,10 @@
 
 The canonical form (the only one on disk) is row-major; see ``csrc/common/formats.h``, which every kernel reads:
 
-* ``codes``: int4 ``uint8 [N, ceil(K/2)]``, low nibble = even k; int8 ``int8 [N, K]``
+* ``codes``: int4 ``uint8 [N, ceil(K/2)]``, low nibble = even k; int8 ``int8 [N, K]``; fp8_e4m3 ``float8_e4m3fn [N, K]``
 * ``scales``: ``float16 [N, ceil(K/G)]``
 * ``zeros``: ``uint8 [N, ceil(K/G)]``, int4 with zeros only
-* value: int4 ``(q - z) * s`` with q in 0..15, z = 8 where there are no zeros; int8 ``q * s``
+* value: int4 ``(q - z) * s`` with q in 0..15, z = 8 where there are no zeros; int8 and fp8_e4m3 ``q * s``
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ from dataclasses import dataclass
 import torch
 
 GROUP_SIZES = (32, 64, 128, 0)
-ACTIVATIONS = {"float": 0, "int8": 1}
+FORMATS = {"int4": 4, "int8": 8, "fp8_e4m3": 9}  # and the integers kernels know them by
+# How x enters the product, and the integers kernels know that by: as it is; int8, one scale per row and 32 k; int8 or
+# float8 E4M3, one scale per row.
+ACTIVATIONS = {"float": 0, "int8": 1, "int8_row": 2, "fp8_row": 3}
+# What the weights of a format can be multiplied with.
+ACCEPTED_ACTIVATIONS = {"int4": ("float", "int8"), "int8": ("float", "int8", "int8_row"), "fp8_e4m3": ("float", "fp8_row")}
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """A low-bit weight format: ``name`` ("int4" or "int8"), ``group_size`` (32, 64, 128; 0 = one scale a row), ``zeros``.
+    """A low-bit weight format: ``name`` ("int4", "int8", "fp8_e4m3"), ``group_size`` (32, 64, 128; 0 = one scale a row), ``zeros``.
 
     Raises ``ValueError`` for anything else.
     """
@@ -37,20 +42,25 @@ class WeightFormat:
         if self.zeros not in (True, False):
             raise ValueError(f"zeros must be True or False, got {self.zeros!r}")
         if self.zeros and self.name != "int4":
-            raise ValueError("zeros=True is for int4 only; int8 is symmetric")
+            raise ValueError(f"zeros=True is for int4 only; {self.name} is symmetric")
+
+    @classmethod
+    def of_code(cls, code: int, group_size: int, zeros: bool) -> WeightFormat:
+        """The format as kernels are told of it."""
+        return cls(next(name for name, known in FORMATS.items() if known == code), group_size, zeros)
 
     @property
     def code(self) -> int:
-        """The integer kernels know the format by: the bits a code takes."""
+        """The integer kernels know the format by."""
         return FORMATS[self.name]
 
     @property
     def bits(self) -> int:
-        return FORMATS[self.name]
+        return 4 if self.name == "int4" else 8
 
     @property
     def codes_dtype(self) -> torch.dtype:
-        return torch.uint8 if self.name == "int4" else torch.int8
+        return {"int4": torch.uint8, "int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}[self.name]
 
     def num_groups(self, in_features: int) -> int:
         return 1 if self.group_size == 0 else -(-in_features // self.group_size)
@@ -63,23 +73,27 @@ class WeightFormat:
         rows, columns = self.codes_shape(out_features, in_features)
         return rows * columns + out_features * self.num_groups(in_features) * (3 if self.zeros else 2)
 
-    def layout_bytes(self, out_features: int, in_features: int) -> int:
-        """Bytes of the same weight in the Rows8 layout of ``csrc/common/formats.h`` (padding and headers included)."""
+    def layout_bytes(self, out_features: int, in_features: int, layout: int = 0) -> int:
+        """Bytes of the same weight in a layout of ``csrc/common/formats.h``, padding and headers included: 0 Rows8, 1 MmaTiles."""
+        if layout == 1:
+            tiles_n, tiles_k = -(-out_features // 64), -(-in_features // 64)
+            scales = tiles_n * 64 * self.num_groups(tiles_k * 64)
+            return tiles_n * tiles_k * 64 * 64 * self.bits // 8 + scales * (3 if self.zeros else 2)
         group = self.group_size or 128
         blocks, strips = -(-in_features // 32), -(-out_features // 8)
         superblocks = -(-blocks // (4 * group // 32))
-        return strips * (superblocks * (96 if self.zeros else 64) + blocks * (128 if self.name == "int4" else 256))
+        return strips * (superblocks * (96 if self.zeros else 64) + blocks * 32 * self.bits)
 
     def __str__(self) -> str:
         group = f"group {self.group_size}" if self.group_size else "per row"
         return f"{self.name} {group}{' with zeros' if self.zeros else ''}"
 
 
-FORMATS = {"int4": 4, "int8": 8}
-
-
-def activation_code(activations: str) -> int:
-    """The integer kernels know an activation mode by. Raises ``ValueError`` for an unknown one."""
+def activation_code(activations: str, format: WeightFormat | None = None) -> int:
+    """The integer kernels know an activation mode by. Raises ``ValueError`` for an unknown one, or one that ``format`` does not take."""
     if activations not in ACTIVATIONS:
         raise ValueError(f"unknown activations {activations!r}; accepted: {', '.join(ACTIVATIONS)}")
+    if format is not None and activations not in ACCEPTED_ACTIVATIONS[format.name]:
+        accepted = ", ".join(ACCEPTED_ACTIVATIONS[format.name])
+        raise ValueError(f"{format.name} weights cannot be multiplied with {activations!r} activations; accepted: {accepted}")
     return ACTIVATIONS[activations]

@@ -27,22 +27,26 @@ def check_canonical(codes: Tensor, scales: Tensor, zeros: Tensor | None, in_feat
         raise ValueError(f"zeros must be 0..15, got {int(zeros.max())}")
     if not bool(torch.isfinite(scales).all()):
         raise ValueError("scales must be finite")
+    if format.name == "fp8_e4m3" and bool((codes.view(torch.uint8) & 0x7F == 0x7F).any()):
+        raise ValueError("codes of an fp8_e4m3 weight must be finite, got a NaN")
 
 
 def pack_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, format: WeightFormat) -> Tensor:
-    """Canonical form to the layout the kernels of this machine read: ``uint8``, 1-D, opaque.
+    """Canonical form to the layout that the kernels of the tensors' device read: ``uint8``, 1-D, opaque, on that device.
 
     A bijection: ``unpack_weight`` gives the same bits back. Raises ``ValueError`` if shapes, dtypes or ranges are off.
     """
     check_canonical(codes, scales, zeros, in_features, format)
-    return _native.ops_for(codes.device.type).pack_weight(codes, scales, zeros, in_features, format.code, format.group_size)
+    device = codes.device.type
+    layout = _native.layout_for(device)
+    return _native.ops_for(device).pack_weight(codes, scales, zeros, in_features, format.code, format.group_size, layout)
 
 
 def unpack_weight(packed: Tensor, out_features: int, in_features: int, format: WeightFormat) -> tuple[Tensor, Tensor, Tensor | None]:
     """The inverse of ``pack_weight``: ``(codes, scales, zeros or None)``."""
     check_packed(packed, out_features, in_features, format)
-    ops = _native.ops_for(packed.device.type)
-    codes, scales, zeros = ops.unpack_weight(packed, out_features, in_features, format.code, format.group_size, format.zeros)
+    ops, layout = _native.ops_for(packed.device.type), _native.layout_for(packed.device.type)
+    codes, scales, zeros = ops.unpack_weight(packed, out_features, in_features, format.code, format.group_size, format.zeros, layout)
     return codes, scales, zeros if format.zeros else None
 
 
@@ -57,14 +61,15 @@ def dequantize_weight(
         raise ValueError(f"rows must satisfy 0 <= row_begin <= row_end <= {out_features}, got {row_begin} and {row_end}")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-    return _native.ops_for(packed.device.type).dequantize_weight(
-        packed, out_features, in_features, format.code, format.group_size, format.zeros, row_begin, row_end, dtype
+    ops, layout = _native.ops_for(packed.device.type), _native.layout_for(packed.device.type)
+    return ops.dequantize_weight(
+        packed, out_features, in_features, format.code, format.group_size, format.zeros, layout, row_begin, row_end, dtype
     )
 
 
 def check_packed(packed: Tensor, out_features: int, in_features: int, format: WeightFormat) -> None:
     _native.device_of(packed=packed)
-    expected = format.layout_bytes(out_features, in_features)
+    expected = format.layout_bytes(out_features, in_features, _native.layout_for(packed.device.type))
     if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() != expected:
         raise ValueError(
             f"packed must be uint8 [{expected}] for a {format} weight [{out_features}, {in_features}], "
@@ -73,16 +78,18 @@ def check_packed(packed: Tensor, out_features: int, in_features: int, format: We
 
 
 @torch.library.register_fake("taut::pack_weight")
-def _fake_pack(codes: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, format: int, group_size: int) -> Tensor:
-    name = "int4" if format == 4 else "int8"
-    return codes.new_empty(WeightFormat(name, group_size, zeros is not None).layout_bytes(codes.shape[0], in_features), dtype=torch.uint8)
+def _fake_pack(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, in_features: int, format: int, group_size: int, layout: int
+) -> Tensor:  # fmt: skip
+    f = WeightFormat.of_code(format, group_size, zeros is not None)
+    return codes.new_empty(f.layout_bytes(codes.shape[0], in_features, layout), dtype=torch.uint8)
 
 
 @torch.library.register_fake("taut::unpack_weight")
 def _fake_unpack(
-    packed: Tensor, out_features: int, in_features: int, format: int, group_size: int, zeros: bool
+    packed: Tensor, out_features: int, in_features: int, format: int, group_size: int, zeros: bool, layout: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    f = WeightFormat("int4" if format == 4 else "int8", group_size, zeros)
+    f = WeightFormat.of_code(format, group_size, zeros)
     groups = f.num_groups(in_features)
     return (
         packed.new_empty(f.codes_shape(out_features, in_features), dtype=f.codes_dtype),
@@ -93,7 +100,7 @@ def _fake_unpack(
 
 @torch.library.register_fake("taut::dequantize_weight")
 def _fake_dequantize(
-    packed: Tensor, out_features: int, in_features: int, format: int, group_size: int, zeros: bool,
+    packed: Tensor, out_features: int, in_features: int, format: int, group_size: int, zeros: bool, layout: int,
     row_begin: int, row_end: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     return packed.new_empty((row_end - row_begin, in_features), dtype=dtype)

@@ -21,14 +21,15 @@ def quant_linear(
     """``x [..., K]`` times a packed weight ``[N, K]``, plus ``bias [N]``: ``[..., N]`` in the dtype of x.
 
     ``x``: float32, bfloat16 or float16; sums are float32. ``packed``: from ``pack_weight``.
-    ``activations="float"``: x enters as it is. ``"int8"``: x is quantized inside, symmetric, one scale per row per 32 k,
-    an integer multiple of a unit per row (``csrc/quant_linear/op.h``); a row that holds a NaN or an infinity gives NaN.
-    A row's result does not depend on the rows around it in a given impl. Differentiable in ``x`` (through the
+    ``activations="float"``: x enters as it is. Else x is quantized inside, symmetric (``csrc/quant_linear/op.h`` defines
+    how), and a row that holds a NaN or an infinity gives NaN. ``"int8"``: one scale per row per 32 k, for int4 and int8
+    weights. ``"int8_row"``: one scale per row, for int8 weights. ``"fp8_row"``: float8 E4M3, one scale per row, for fp8_e4m3
+    weights. On the CPU a row's result does not depend on the rows around it in a given impl. Differentiable in ``x`` (through the
     dequantized weight) and ``bias``. Raises ``ValueError`` for wrong shapes, dtypes or devices.
     """
     check_call(x, packed, bias, out_features, format)
     return _native.ops_for(x.device.type).quant_linear(
-        x, packed, bias, out_features, format.code, format.group_size, format.zeros, activation_code(activations)
+        x, packed, bias, out_features, format.code, format.group_size, format.zeros, activation_code(activations, format)
     )
 
 
@@ -59,13 +60,12 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad: Tensor):
     (packed,) = ctx.saved_tensors
     out_features, format, group_size, zeros, _ = ctx.weight
+    ops, layout = _native.ops_for(packed.device.type), _native.layout_for(packed.device.type)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         for begin in range(0, out_features, _BACKWARD_ROWS):
             end = min(begin + _BACKWARD_ROWS, out_features)
-            rows = _native.ops_for(packed.device.type).dequantize_weight(
-                packed, out_features, ctx.in_features, format, group_size, zeros, begin, end, grad.dtype
-            )
+            rows = ops.dequantize_weight(packed, out_features, ctx.in_features, format, group_size, zeros, layout, begin, end, grad.dtype)
             part = grad[..., begin:end] @ rows
             grad_x = part if grad_x is None else grad_x + part
     if ctx.needs_input_grad[2]:
@@ -76,23 +76,31 @@ def _backward(ctx, grad: Tensor):
 torch.library.register_autograd("taut::quant_linear", _backward, setup_context=_setup_context)
 
 
-def quantize_activations(x: Tensor) -> Tensor:
-    """What int8 activations round ``x [M, K]`` to, as ``float64``: the definition in op.h, in plain torch."""
+def quantize_activations(x: Tensor, activations: str = "int8") -> Tensor:
+    """What 8-bit activations round ``x [M, K]`` to, as ``float64``: the definition in op.h, in plain torch."""
     x = x.float()
     k = x.shape[1]
-    blocks = torch.nn.functional.pad(x, (0, -k % 32)).unflatten(1, (-1, 32))
-    row_max = x.abs().amax(1)[:, None, None]
-    steps = torch.where(row_max >= 2.0**-100, torch.tensor(32767.0) / row_max, 0.0)  # WHY a tensor: 32767.0 / t is a reciprocal times 32767
-    multiple = torch.ceil(blocks.abs().amax(2, keepdim=True) * steps).clamp(1, 32767)
-    codes = torch.round(blocks * (steps * 127.0 / multiple)).clamp(-127, 127)
-    unit = row_max / (127.0 * 32767.0)
-    values = (codes.double() * multiple.double() * unit.double()).flatten(1)[:, :k]
+    row_max = x.abs().amax(1, keepdim=True)
+    counts = row_max >= 2.0**-100
+    if activations == "fp8_row":
+        inverse = torch.where(counts, torch.tensor(448.0) / row_max, 0.0)  # WHY a tensor: 448.0 / t is a reciprocal times 448
+        codes = (x * inverse).clamp(-448, 448).to(torch.float8_e4m3fn)
+        values = codes.double() * (row_max / 448.0).double()
+    else:
+        blocks = torch.nn.functional.pad(x, (0, -k % 32)).unflatten(1, (-1, 32))
+        steps = torch.where(counts, torch.tensor(32767.0) / row_max, 0.0)[:, :, None]
+        multiple = torch.ceil(blocks.abs().amax(2, keepdim=True) * steps).clamp(1, 32767)
+        if activations == "int8_row":
+            multiple = torch.full_like(multiple, 32767)
+        codes = torch.round(blocks * (steps * 127.0 / multiple)).clamp(-127, 127)
+        unit = row_max[:, :, None] / (127.0 * 32767.0)
+        values = (codes.double() * multiple.double() * unit.double()).flatten(1)[:, :k]
     return torch.where(x.isfinite().all(1, keepdim=True), values, torch.nan)
 
 
 def reference(x: Tensor, w: Tensor, bias: Tensor | None, activations: str = "float") -> Tensor:
     """The definition in float64: ``x [M, K]``, ``w`` the dequantized weight ``[N, K]``, result ``float64 [M, N]``."""
-    x = quantize_activations(x) if activations == "int8" else x.double()
+    x = x.double() if activations == "float" else quantize_activations(x, activations)
     out = x @ w.double().T
     return out if bias is None else out + bias.double()
 

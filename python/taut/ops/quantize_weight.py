@@ -25,8 +25,8 @@ def quantize_weight(w: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor, Te
 
     int8: the largest magnitude maps to 127, 126, ... or 112, whichever has the least squared error. int4 without zeros:
     the largest magnitude maps to code -8, as llama.cpp's Q4_0, then eight scales around that one are tried and the least
-    squared error wins; with zeros: min and max map to 0 and 15, likewise searched. The result is the same, bit for bit,
-    on every machine.
+    squared error wins; with zeros: min and max map to 0 and 15, likewise searched. fp8_e4m3: the largest magnitude maps to
+    one of the sixteen largest codes, 448 down to 120. The result is the same, bit for bit, on every machine.
     Raises ``ValueError`` for a wrong shape, dtype or device, or if ``w`` holds a NaN, an infinity or a number whose
     scale float16 cannot hold.
     """
@@ -43,8 +43,9 @@ def quantize_weight(w: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor, Te
 @torch.library.register_fake("taut::quantize_weight")
 def _fake(w: Tensor, format: int, group_size: int, zeros: bool) -> tuple[Tensor, Tensor, Tensor]:
     n, k = w.shape
-    groups = 1 if group_size == 0 else (k + group_size - 1) // group_size
-    codes = w.new_empty((n, (k + 1) // 2), dtype=torch.uint8) if format == 4 else w.new_empty((n, k), dtype=torch.int8)
+    f = WeightFormat.of_code(format, group_size, zeros)
+    groups = f.num_groups(k)
+    codes = w.new_empty(f.codes_shape(n, k), dtype=f.codes_dtype)
     return codes, w.new_empty((n, groups), dtype=torch.float16), w.new_empty((n if zeros else 0, groups), dtype=torch.uint8)
 
 
@@ -60,5 +61,5 @@ def reference(codes: Tensor, scales: Tensor, zeros: Tensor | None, in_features: 
 
 
 def cost(n: int, k: int, format: WeightFormat, element_bytes: int = 4) -> dict[str, int]:
-    """Counted flops and bytes: about seven operations a candidate scale, eight of them for int4, sixteen for int8."""
+    """Counted flops and bytes: about seven operations a candidate scale, eight of them for int4, sixteen for int8 and fp8_e4m3."""
     return {"flops": n * k * (56 if format.name == "int4" else 112), "bytes": n * k * element_bytes + format.canonical_bytes(n, k)}

@@ -75,7 +75,7 @@ def _linear_flops(
     rows = 1
     for size in x_shape[:-1]:
         rows *= size
-    return cost(rows, out_features, x_shape[-1], WeightFormat("int4" if format == 4 else "int8", group_size, zeros))["flops"]
+    return cost(rows, out_features, x_shape[-1], WeightFormat.of_code(format, group_size, zeros))["flops"]
 
 
 def _attention_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kw) -> int:
