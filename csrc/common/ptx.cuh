@@ -17,10 +17,10 @@
 
 // The last parameter of a wrapper: where the kernel called it, for the emulator's messages. Nothing on a GPU.
 #if defined(TAUT_EMULATE)
-#define TAUT_SITE_ALONE std::source_location site = std::source_location::current()
-#define TAUT_SITE , TAUT_SITE_ALONE
+#define TAUT_SITE_ONLY std::source_location site = std::source_location::current()
+#define TAUT_SITE , TAUT_SITE_ONLY
 #else
-#define TAUT_SITE_ALONE
+#define TAUT_SITE_ONLY
 #define TAUT_SITE
 #endif
 
@@ -339,7 +339,7 @@ TAUT_DEVICE bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity TAUT_SITE)
 }
 
 // What this thread did to shared memory by ordinary stores (mbarrier_init too) comes before what TMA and wgmma do there.
-TAUT_DEVICE void fence_proxy_async(TAUT_SITE_ALONE) {
+TAUT_DEVICE void fence_proxy_async(TAUT_SITE_ONLY) {
 #if defined(TAUT_EMULATE)
   emulator::fence_proxy_async(site);
 #else
@@ -401,7 +401,7 @@ TAUT_DEVICE void wgmma_pin(uint32_t (&a)[4]) {
 }
 
 // Comes between the last ordinary access to registers (a or d) and the wgmma that uses them.
-TAUT_DEVICE void wgmma_fence(TAUT_SITE_ALONE) {
+TAUT_DEVICE void wgmma_fence(TAUT_SITE_ONLY) {
 #if defined(TAUT_EMULATE)
   emulator::wgmma_fence(site);
 #else
@@ -409,7 +409,7 @@ TAUT_DEVICE void wgmma_fence(TAUT_SITE_ALONE) {
 #endif
 }
 
-TAUT_DEVICE void wgmma_commit(TAUT_SITE_ALONE) {
+TAUT_DEVICE void wgmma_commit(TAUT_SITE_ONLY) {
 #if defined(TAUT_EMULATE)
   emulator::wgmma_commit(site);
 #else
@@ -419,7 +419,7 @@ TAUT_DEVICE void wgmma_commit(TAUT_SITE_ALONE) {
 
 // Waits until at most kPending of the latest groups are in flight: until then neither a nor d may be touched.
 template <int kPending>
-TAUT_DEVICE void wgmma_wait(TAUT_SITE_ALONE) {
+TAUT_DEVICE void wgmma_wait(TAUT_SITE_ONLY) {
 #if defined(TAUT_EMULATE)
   emulator::wgmma_wait(kPending, site);
 #else
