@@ -99,14 +99,12 @@ TAUT_DEVICE void wait(uint64_t* barrier, uint32_t parity) {
 // 8 n of a row of out.
 TAUT_DEVICE void store_piece(const Problem& p, const unsigned char* from, int64_t m, int64_t n) {
   uint16_t* const to = static_cast<uint16_t*>(p.out) + m * p.N + n;
-  const uint4 words = *reinterpret_cast<const uint4*>(from);
   if (p.whole_pieces) {
-    if (n < p.N) *reinterpret_cast<uint4*>(to) = words;
+    if (n < p.N) ptx::st_global_16(to, *reinterpret_cast<const uint4*>(from));
   } else {
-    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-      if (n + i < p.N) to[i] = static_cast<uint16_t>(word[i / 2] >> i % 2 * 16);
+    const int count = n + 8 <= p.N ? 8 : static_cast<int>(p.N - n);
+#pragma unroll 1
+    for (int i = 0; i < count; i++) to[i] = reinterpret_cast<const uint16_t*>(from)[i];
   }
 }
 
