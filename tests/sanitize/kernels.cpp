@@ -73,20 +73,34 @@ void expect(bool condition, const std::string& what) {
 }
 
 std::string describe(const WeightSpec& w) {
-  return "N=" + std::to_string(w.N) + " K=" + std::to_string(w.K) + (w.format == Format::kInt4 ? " int4" : " int8") + " group " + std::to_string(w.group_size) +
-         (w.zeros ? " with zeros" : "");
+  return "N=" + std::to_string(w.N) + " K=" + std::to_string(w.K) +
+         (w.format == Format::kInt4   ? " int4"
+          : w.format == Format::kInt8 ? " int8"
+                                      : " fp8_e4m3") +
+         " group " + std::to_string(w.group_size) + (w.zeros ? " with zeros" : "");
+}
+
+// E4M3 as the OCP specification defines it.
+double e4m3(uint8_t byte) {
+  const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+  const double magnitude = exponent ? std::ldexp(1 + mantissa / 8.0, exponent - 7) : std::ldexp(mantissa, -9);
+  return byte & 0x80 ? -magnitude : magnitude;
 }
 
 // ---- A weight: canonical, packed, and as numbers ----
 
 struct Weight {
   WeightSpec spec;
+  Layout layout;
   Buffer codes, scales, zeros, packed;
 
-  explicit Weight(const WeightSpec& w)
-      : spec(w), codes(w.N * w.code_row_bytes()), scales(w.N * w.num_groups() * 2, 2), zeros(w.zeros ? w.N * w.num_groups() : 0),
-        packed(Rows8{w}.total_bytes(), 16) {  // a mapped checkpoint promises 16-byte alignment, no more
-    for (size_t i = 0; i < codes.bytes(); i++) codes.data()[i] = static_cast<uint8_t>(random_bits());
+  explicit Weight(const WeightSpec& w, Layout order = Layout::kRows8)
+      : spec(w), layout(order), codes(w.N * w.code_row_bytes()), scales(w.N * w.num_groups() * 2, 2), zeros(w.zeros ? w.N * w.num_groups() : 0),
+        packed(order == Layout::kRows8 ? Rows8{w}.total_bytes() : MmaTiles{w}.total_bytes(), 16) {  // a mapped checkpoint promises 16-byte alignment, no more
+    for (size_t i = 0; i < codes.bytes(); i++) {
+      const uint8_t code = static_cast<uint8_t>(random_bits());
+      codes.data()[i] = w.format == Format::kFp8E4M3 && (code & 0x7f) == 0x7f ? 0x7e : code;  // a NaN is no weight
+    }
     if (w.format == Format::kInt4 && w.K % 2)
       for (int64_t n = 0; n < w.N; n++) codes.data()[(n + 1) * w.code_row_bytes() - 1] &= 15;
     for (int64_t i = 0; i < w.N * w.num_groups(); i++) {
@@ -97,7 +111,7 @@ struct Weight {
   void set_scale(int64_t i, uint16_t bits) { std::memcpy(scales.data() + 2 * i, &bits, 2); }
 
   pack_weight::Params params(int threads) const {
-    return {spec, codes.data(), reinterpret_cast<uint16_t*>(scales.data()), spec.zeros ? zeros.data() : nullptr, packed.data(), threads};
+    return {spec, layout, codes.data(), reinterpret_cast<uint16_t*>(scales.data()), spec.zeros ? zeros.data() : nullptr, packed.data(), threads};
   }
   double value(int64_t n, int64_t k) const {
     const int64_t group = n * spec.num_groups() + (spec.group_size ? k / spec.group_size : 0);
@@ -105,15 +119,16 @@ struct Weight {
     std::memcpy(&bits, scales.data() + 2 * group, 2);
     const double scale = fp16_to_float(bits);
     if (spec.format == Format::kInt8) return static_cast<int8_t>(codes.data()[n * spec.K + k]) * scale;
+    if (spec.format == Format::kFp8E4M3) return e4m3(codes.data()[n * spec.K + k]) * scale;
     const int code = codes.data()[n * spec.code_row_bytes() + k / 2] >> (k % 2 * 4) & 15;
     return (code - (spec.zeros ? zeros.data()[group] : 8)) * scale;
   }
 };
 
-void test_pack(const WeightSpec& spec) {
-  Weight weight(spec);
+void test_pack(const WeightSpec& spec, Layout layout) {
+  Weight weight(spec, layout);
   pack_weight::cpu_scalar::pack(weight.params(3));
-  Weight back(spec);
+  Weight back(spec, layout);
   std::memcpy(back.packed.data(), weight.packed.data(), weight.packed.bytes());
   std::memset(back.codes.data(), 0xff, back.codes.bytes());
   std::memset(back.scales.data(), 0xff, back.scales.bytes());
@@ -123,7 +138,7 @@ void test_pack(const WeightSpec& spec) {
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     const int64_t first = spec.N / 3, last = spec.N - spec.N / 4;
     Buffer out((last - first) * spec.K * dtype_bytes(dtype), dtype_bytes(dtype));
-    pack_weight::cpu_scalar::dequantize(spec, weight.packed.data(), first, last, out.data(), dtype, 3);
+    pack_weight::cpu_scalar::dequantize(spec, layout, weight.packed.data(), first, last, out.data(), dtype, 3);
     for (int64_t n = first; n < last; n++)
       for (int64_t k = 0; k < spec.K; k++) {
         alignas(4) uint8_t rounded[4];
@@ -135,17 +150,30 @@ void test_pack(const WeightSpec& spec) {
 
 // ---- quant_linear ----
 
-// int8 activations as op.h defines them, one fp32 operation at a time; q * m * unit.
-std::vector<double> quantized(const std::vector<float>& x) {
+using quant_linear::Activations;
+
+// 8-bit activations as op.h defines them, one fp32 operation at a time; q * m * unit.
+std::vector<double> quantized(const std::vector<float>& x, Activations activations) {
+  if (activations == Activations::kFloat) return {x.begin(), x.end()};
   float row_max = 0;
   for (const float v : x) row_max = std::fmax(row_max, std::fabs(v));
-  const float steps = row_max >= quant_linear::kSmallestRowMax ? 32767.0f / row_max : 0.0f;
+  const bool counts = row_max >= quant_linear::kSmallestRowMax;
+  const float steps = counts ? 32767.0f / row_max : 0.0f;
   std::vector<double> out(x.size());
+  if (activations == Activations::kFp8Row) {
+    const float inverse = counts ? 448.0f / row_max : 0.0f;
+    for (size_t k = 0; k < x.size(); k++) {
+      const float v = x[k] * inverse;  // the nearest multiple of the step between numbers of v's size
+      const double step = std::ldexp(1.0, std::max(std::fabs(v) > 0 ? std::ilogb(v) : -6, -6) - 3);
+      out[k] = std::fmin(std::fmax(std::nearbyint(v / step) * step, -448.0), 448.0) * static_cast<double>(row_max / 448.0f);
+    }
+    return out;
+  }
   for (size_t k0 = 0; k0 < x.size(); k0 += 32) {
     const size_t k1 = std::min(x.size(), k0 + 32);
     float group_max = 0;
     for (size_t k = k0; k < k1; k++) group_max = std::fmax(group_max, std::fabs(x[k]));
-    const float m = std::fmin(std::fmax(std::ceil(group_max * steps), 1.0f), 32767.0f);
+    const float m = activations == Activations::kInt8Row ? 32767.0f : std::fmin(std::fmax(std::ceil(group_max * steps), 1.0f), 32767.0f);
     const float inverse = steps * 127.0f / m;
     for (size_t k = k0; k < k1; k++) {
       const double code = std::fmin(std::fmax(std::nearbyint(x[k] * inverse), -127.0f), 127.0f);
@@ -180,8 +208,12 @@ const QuantizeImpl kQuantizeImpls[] = {
 #include "impls.inc"
 };
 
+bool takes(const LinearImpl& impl, Activations activations) {
+  const bool int8 = activations == Activations::kInt8 || activations == Activations::kInt8Row;
+  return impl.takes == LinearImpl::kTakes_any || (impl.takes == LinearImpl::kTakes_int8 ? int8 : activations == Activations::kFloat);
+}
+
 void test_linear(int64_t M, const WeightSpec& spec, DType dtype, bool with_bias) {
-  using quant_linear::Activations;
   const int64_t N = spec.N, K = spec.K, stride = K + (M % 2 ? 0 : 5), element = dtype_bytes(dtype);
   const Weight weight(spec);
   num_workers = 1;
@@ -201,10 +233,11 @@ void test_linear(int64_t M, const WeightSpec& spec, DType dtype, bool with_bias)
   for (int64_t n = 0; n < N; n++)
     for (int64_t k = 0; k < K; k++) w[n * K + k] = weight.value(n, k);
   const double rounding = dtype == DType::kFloat32 ? 0x1p-24 : dtype == DType::kBFloat16 ? 0x1p-8 : 0x1p-11;
-  for (const Activations activations : {Activations::kFloat, Activations::kInt8}) {
+  for (const Activations activations : {Activations::kFloat, Activations::kInt8, Activations::kInt8Row, Activations::kFp8Row}) {
+    if (quant_linear::refused_activations(spec.format, static_cast<int64_t>(activations))) continue;
     std::vector<double> expected(M * N), allowed(M * N);
     for (int64_t m = 0; m < M; m++) {
-      const std::vector<double> values = activations == Activations::kInt8 ? quantized(rows[m]) : std::vector<double>(rows[m].begin(), rows[m].end());
+      const std::vector<double> values = quantized(rows[m], activations);
       double x_size = 0;
       for (const double v : values) x_size += std::fabs(v);
       for (int64_t n = 0; n < N; n++) {
@@ -216,7 +249,7 @@ void test_linear(int64_t M, const WeightSpec& spec, DType dtype, bool with_bias)
       }
     }
     for (const LinearImpl& impl : kLinearImpls) {
-      if (!impl.can_run || impl.takes == (activations == Activations::kInt8 ? LinearImpl::kTakes_float : LinearImpl::kTakes_int8)) continue;
+      if (!impl.can_run || !takes(impl, activations)) continue;
       const std::string what = std::string(impl.name) + ": M=" + std::to_string(M) + " " + describe(spec) + " dtype " +
                                std::to_string(static_cast<int>(dtype)) + (with_bias ? " bias" : "");
       Buffer serial(M * N * element, element), threaded(M * N * element, element);
@@ -269,8 +302,10 @@ void test_quantize(const WeightSpec& spec, DType dtype) {
       expect(found.codes.same_as(first.codes) && found.scales.same_as(first.scales) && found.zeros.same_as(first.zeros),
              what + ": not the bits of " + first_name);
       for (int64_t n = 0; n < spec.N; n++)
-        for (int64_t k = 0; k < spec.K; k++)  // normal values: a step is at most 8 / 7.5, and clipping costs at most 30%
-          expect(std::fabs(found.value(n, k) - load_float(w.data(), n * stride + k, dtype)) < (spec.format == Format::kInt8 ? 0.03 : 2.0), what + ": far off");
+        for (int64_t k = 0; k < spec.K; k++) {  // normal values: a step of int4 is at most 8 / 7.5, and clipping costs at most 30%
+          const double allowed = spec.format == Format::kInt8 ? 0.03 : spec.format == Format::kFp8E4M3 ? 0.3 : 2.0;
+          expect(std::fabs(found.value(n, k) - load_float(w.data(), n * stride + k, dtype)) < allowed, what + ": far off");
+        }
       if (spec.N > 0) {  // a NaN, in the last element
         Buffer bad(w.bytes(), element);
         std::memcpy(bad.data(), w.data(), w.bytes());
@@ -287,15 +322,15 @@ int run_all() {
   constexpr int64_t kRows[] = {1, 2, 3, 4, 5, 6, 7, 13, 21};
   constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
   int64_t turn = 0;
-  for (const Format format : {Format::kInt4, Format::kInt8})
+  for (const Format format : {Format::kInt4, Format::kInt8, Format::kFp8E4M3})
     for (const bool zeros : {false, true}) {
-      if (zeros && format == Format::kInt8) continue;
+      if (zeros && format != Format::kInt4) continue;
       for (const int64_t group : {32, 64, 128, 0})
         for (const int64_t K : kDepths)
           for (const int64_t N : kWidths) {
             const WeightSpec spec{format, N, K, group, zeros};
             turn++;
-            if (turn % 3 == 0) test_pack(spec);
+            if (turn % 3 == 0) test_pack(spec, turn % 2 ? Layout::kMmaTiles : Layout::kRows8);
             if (turn % 3 == 1) test_quantize(spec, kDTypes[turn / 3 % 3]);
             // every shape of weight meets two row counts; every row count meets every format many times over
             for (const int64_t M : {kRows[turn % 9], kRows[(turn * 4 + 2) % 9]}) test_linear(M, spec, kDTypes[(turn + M) % 3], turn % 2);
@@ -303,6 +338,9 @@ int run_all() {
     }
   test_linear(530, {Format::kInt4, 9, 40, 32, true}, DType::kFloat32, true);  // more rows than a chunk of the tiles
   test_linear(530, {Format::kInt8, 9, 40, 0, false}, DType::kBFloat16, true);
+  test_linear(530, {Format::kFp8E4M3, 9, 40, 128, false}, DType::kFloat16, true);
+  test_pack({Format::kInt4, 150, 200, 128, true}, Layout::kMmaTiles);  // more tiles than one in each direction
+  test_pack({Format::kFp8E4M3, 129, 130, 32, false}, Layout::kMmaTiles);
   std::string ran, missed;
   for (const LinearImpl& impl : kLinearImpls) (impl.can_run ? ran : missed) += std::string(" ") + impl.name;
   std::printf("sanitize: %lld checks passed; quant_linear ran:%s%s%s\n", static_cast<long long>(checks), ran.c_str(),
