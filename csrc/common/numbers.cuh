@@ -41,7 +41,7 @@ decltype(auto) with_dtype(DType dtype, F&& f) {
 }
 
 // A float8 E4M3 (S.EEEE.MMM, bias 7). Its bits, 20 places up, are those of an fp32 that is 2^-120 as large, subnormals included.
-TAUT_DEVICE float e4m3_to_float(uint32_t byte) {
+TAUT_DEVICE float from_e4m3(uint32_t byte) {
   const uint32_t magnitude = byte & 0x7fu;
   const float value = magnitude == 0x7fu ? __uint_as_float(0x7fc00000u) : __uint_as_float(magnitude << 20) * 0x1p120f;
   return byte & 0x80u ? -value : value;
@@ -49,7 +49,7 @@ TAUT_DEVICE float e4m3_to_float(uint32_t byte) {
 
 // To nearest, ties to even; above 448 saturates. NaN and infinities come out as 448: callers deal with them before.
 // WHY not cvt.rn.satfinite.e4m3x2: it needs SM 89, and what calls this is bound by memory.
-TAUT_DEVICE uint32_t float_to_e4m3(float value) {
+TAUT_DEVICE uint32_t to_e4m3(float value) {
   const uint32_t bits = __float_as_uint(value), sign = bits >> 24 & 0x80u;
   const uint32_t magnitude = min(bits & 0x7fffffffu, 0x43e00000u);  // 448
   if (magnitude < 0x3c800000u)                                      // under 2^-6 the step is 2^-9, as that of fp32 at 2^14

@@ -17,8 +17,10 @@
 
 // The last parameter of a wrapper: where the kernel called it, for the emulator's messages. Nothing on a GPU.
 #if defined(TAUT_EMULATE)
-#define TAUT_SITE , std::source_location site = std::source_location::current()
+#define TAUT_SITE_ONLY std::source_location site = std::source_location::current()
+#define TAUT_SITE , TAUT_SITE_ONLY
 #else
+#define TAUT_SITE_ONLY
 #define TAUT_SITE
 #endif
 

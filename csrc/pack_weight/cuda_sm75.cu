@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(Shape shape, const
       for (int i = 0; i < 16; i++) {
         if constexpr (kInt4) values[i] = __fmul_rn(static_cast<float>(static_cast<int>(canonical[2 * h + i / 8] >> (i % 8 * 4) & 15u) - zero), scale);
         else if constexpr (kFormat == Format::kInt8) values[i] = __fmul_rn(static_cast<float>(static_cast<int8_t>(canonical[i / 4] >> (i % 4 * 8))), scale);
-        else values[i] = __fmul_rn(e4m3_to_float(canonical[i / 4] >> (i % 4 * 8) & 255u), scale);
+        else values[i] = __fmul_rn(from_e4m3(canonical[i / 4] >> (i % 4 * 8) & 255u), scale);
       }
       store_row(out + (n - row_begin) * shape.K + at.k, values, shape.K - at.k);
     }

@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(32 * kWarps * kRows) quantize_rows(const T* __
 #pragma unroll
       for (int i = 0; i < kUnit; i++) {
         const float scaled = __fmul_rn(values[i], inverse);
-        if constexpr (kActivations == Activations::kFp8Row) bytes[i] = float_to_e4m3(scaled);
+        if constexpr (kActivations == Activations::kFp8Row) bytes[i] = to_e4m3(scaled);
         else bytes[i] = static_cast<uint32_t>(static_cast<int>(fminf(fmaxf(rintf(scaled), -127.0f), 127.0f))) & 255u;
       }
       if (mine) *reinterpret_cast<uint4*>(codes + m * K8 + unit * kUnit) = in_slots(bytes);

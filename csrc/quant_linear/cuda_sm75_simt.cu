@@ -40,7 +40,7 @@ TAUT_DEVICE float load_x(const Args& p, int64_t m, int k) {
   if (p.activations == Activations::kFloat) return load_number(p.x, m * p.x_row_stride + k, p.dtype);
   const int64_t K8 = int64_t{p.tiles_k} * kTileK;
   const uint32_t code = p.x8.codes[m * K8 + x8_slot(k)];
-  if (p.activations == Activations::kFp8Row) return e4m3_to_float(code);
+  if (p.activations == Activations::kFp8Row) return from_e4m3(code);
   const float multiple = p.activations == Activations::kInt8 ? p.x8.multiple[m * (K8 / 32) + k / 32] : 32767.0f;
   return static_cast<float>(static_cast<int8_t>(code)) * multiple;
 }
@@ -58,7 +58,7 @@ TAUT_DEVICE void dequantize(float (&w)[2][4], const uint4 (&fragments)[2], int s
         w[h][i] = (static_cast<float>(code) - zero[h]) * scale[h];
       } else {
         const uint32_t code = word_of(fragments[step / 2], step % 2 * 2 + h) >> (8 * (i / 2 + i % 2 * 2)) & 255u;
-        w[h][i] = (kFormat == Format::kInt8 ? static_cast<float>(static_cast<int8_t>(code)) : e4m3_to_float(code)) * scale[h];
+        w[h][i] = (kFormat == Format::kInt8 ? static_cast<float>(static_cast<int8_t>(code)) : from_e4m3(code)) * scale[h];
       }
     }
 }

@@ -32,7 +32,7 @@ namespace {
 constexpr int kWarpgroup = 128;
 constexpr uint32_t kSmemBase = 1024;  // where dynamic shared memory begins in the shared window, as on sm_90
 
-std::string at(const char* what, Site site) { return std::string(what) + " at " + site.file + ":" + std::to_string(site.line); }
+std::string at(const char* what, Site site) { return std::string(what) + " at " + site.file_name() + ":" + std::to_string(site.line()); }
 std::string place(const void* p) { return describe(reinterpret_cast<uintptr_t>(p)); }
 
 // ---- mbarrier ---------------------------------------------------------------------------------------------------------
@@ -257,8 +257,8 @@ void retire(int first) {
     const Wgmma& w = wgmma_threads[first].groups.front()[i];
     for (int t = 0; t < kWarpgroup; t++) {
       const Wgmma& other = wgmma_threads[first + t].groups.front()[i];
-      if (other.b != w.b || other.n != w.n || other.bf16 != w.bf16 || other.site.line != w.site.line)
-        fail("%s: thread %d of the warpgroup issued another one, at %s:%d", at("wgmma", w.site).c_str(), t, other.site.file, other.site.line);
+      if (other.b != w.b || other.n != w.n || other.bf16 != w.bf16 || other.site.line() != w.site.line())
+        fail("%s: thread %d of the warpgroup issued another one, %s", at("wgmma", w.site).c_str(), t, at("wgmma", other.site).c_str());
       if (memcmp(other.a, other.a_then, sizeof other.a_then) != 0)
         fail("%s: registers of a changed in thread %d before wgmma.wait_group", at("wgmma", w.site).c_str(), first + t);
       of[t] = &other;
