@@ -593,6 +593,8 @@ Plan make_plan(const CudaParams& p) {
 
 template <int kSm, class T, Format kFormat, bool kGroup32, class Tile>
 void run_tile(const CudaParams& p) {
+  // What every device of the generation gives a block: sm_86, 89 and 120 have 99 KB.
+  static_assert(smem_bytes<kFormat, kGroup32, Tile>() <= (kSm >= 80 ? 99 : 64) * 1024);
   const MmaTiles layout{p.weight};
   const Plan plan = make_plan<kFormat, kGroup32, Tile>(p);
   MmaArgs args{};
@@ -628,12 +630,20 @@ void run_tile(const CudaParams& p) {
 // WHY batch-invariant mode begins at the third: the order in which an output's k are added must be the same for every M.
 template <int kSm>
 struct Tiles {
-  static constexpr int kSmall = kSm >= 80 ? 4 : 2, kLarge = kSm >= 80 ? 3 : 2;
-  using M8 = MmaTile<8, 4, 1, 1, 4, kSmall, 4>;
-  using M16 = MmaTile<16, 4, 2, 1, 2, kSmall, 3>;
-  using M32 = MmaTile<32, 2, 4, 1, 1, kSmall, 3>;
-  using M64 = MmaTile<32, 2, 4, 2, 1, kLarge, 1>;
-  using M128 = MmaTile<64, 2, 4, 2, 1, kLarge, 1>;
+  using M8 = MmaTile<8, 4, 1, 1, 4, 4, 4>;
+  using M16 = MmaTile<16, 4, 2, 1, 2, 4, 3>;
+  using M32 = MmaTile<32, 2, 4, 1, 1, 4, 3>;
+  using M64 = MmaTile<32, 2, 4, 2, 1, 3, 1>;
+  using M128 = MmaTile<64, 2, 4, 2, 1, 3, 1>;
+};
+// Two stages, and registers that hold the next one meanwhile: smaller tiles, or fewer blocks on an SM.
+template <>
+struct Tiles<75> {
+  using M8 = MmaTile<8, 4, 1, 1, 4, 2, 3>;
+  using M16 = MmaTile<16, 4, 2, 1, 2, 2, 2>;
+  using M32 = MmaTile<32, 2, 4, 1, 1, 2, 3>;
+  using M64 = MmaTile<32, 2, 4, 2, 1, 2, 1>;
+  using M128 = M64;
 };
 
 // Calls f.template operator()<Tile>() for the tile of this call.
