@@ -67,6 +67,7 @@ PYBIND11_MODULE(_C, m) {
         d["compiler"] = TAUT_COMPILER;
         d["torch_target"] = "2.11";
         d["architecture"] = TAUT_ARCHITECTURE;
+        d["cuda"] = sizeof(TAUT_CUDA_ARCHS_STRING) > 1 ? py::cast(TAUT_CUDA_ARCHS_STRING) : py::object(py::none());
         return d;
       },
       "How this build was made.");

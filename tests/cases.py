@@ -22,6 +22,7 @@ FORMATS = tuple(
     for group in (32, 64, 128, 0)
 )  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}  # csrc/common/dtypes.h
 # What each activation mode is multiplied with.
 PAIRS = {mode: tuple(format for format in FORMATS if mode in ACCEPTED_ACTIVATIONS[format.name]) for mode in ACTIVATIONS}
 INT4, INT4_ZEROS, INT8, FP8 = (
@@ -67,6 +68,7 @@ class LinearCase:
         return {
             "M": self.M, "N": self.N, "K": self.K, "format": self.format.code, "group_size": self.format.group_size,
             "zeros": int(self.format.zeros), "activations": ACTIVATIONS[self.activations],
+            "dtype": DTYPE_CODES[self.dtype],
         }  # fmt: skip
 
     def make(self) -> LinearInputs:
@@ -120,6 +122,7 @@ ROWS = (0, 1, 2, 3, 4, 5, 6, 7, 13, 20, 21, 33, 70)
 WIDTHS = (1, 7, 17, 100)
 DEPTHS = (1, 31, 33, 75, 576, 1536, 10944)
 MAX_PRODUCTS = 6_000_000  # M * N * K of one case: the scalar impl takes 50 ms for it
+EMULATED_PRODUCTS = {"fast": 6_000_000, "checked": 6_000_000}  # what the CUDA emulator takes, by its mode
 
 
 def linear_cases(activations: str) -> list[LinearCase]:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
+import re
+import zlib
+from pathlib import Path
 
 import pytest
 import torch
 
 import taut
+from cases import EMULATED_PRODUCTS
+from emulator import build, emulated
+from on_gpu import on_gpu
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -19,27 +29,56 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     op = getattr(metafunc.module, "OP", None)
     if op and "impl" in metafunc.fixturenames:
-        metafunc.parametrize("impl", taut.list_impls()[op])
+        metafunc.parametrize("impl", taut.list_impls()[op] + emulated_impls(op))
+
+
+def emulated_impls(op: str) -> list[str]:
+    """Every CUDA impl of an op, in both modes of the emulator.
+
+    WHY from the source: so that tests are collected without the minute it may take to build the emulator, and are skipped,
+    with a reason, where it cannot be built. test_emulator.py holds this against the libraries.
+    """
+    source = ROOT / "csrc" / op / "op_cuda.cpp"
+    names = re.findall(r'^ *\{"(cuda_\w+(?:\.\w+)?)",', source.read_text(), re.M) if source.exists() else []
+    return [f"{name} (emulated, {mode})" for name in names for mode in build.MODES]
 
 
 @pytest.fixture
 def forced(request: pytest.FixtureRequest):
     """``forced(impl, **sizes)``: from here to the end of the test the module's op runs ``impl``, or the test is skipped
-    with the reason why this machine or this call rules it out."""
+    with the reason why this machine or this call rules it out. An emulated impl runs on CPU tensors, on an emulated device
+    that has what it needs; a CUDA impl (listed where there is a GPU) on copies of them on the GPU."""
     op = request.module.OP
-    blocks = []
+    with contextlib.ExitStack() as stack:
 
-    def force(impl: str, **sizes: int) -> None:
-        block = taut.force_impl(op, impl)
-        block.__enter__()
-        blocks.append(block)
-        verdict = next(verdict for verdict in taut.explain(op, **sizes) if verdict.impl == impl)
-        if not verdict.chosen:
-            pytest.skip(f"{impl}: {verdict.reason}")
+        def force(impl: str, **sizes: int) -> None:
+            device = "cpu"
+            if match := re.fullmatch(r"(\S+) \(emulated, (\w+)\)", impl):
+                impl, mode = match.groups()
+                enter_emulator(stack, request, impl, mode, sizes)
+                device = f"emulated {mode}"
+            elif impl.startswith("cuda"):
+                stack.enter_context(on_gpu())
+                device = "cuda"
+            stack.enter_context(taut.force_impl(op, impl))
+            rows = taut._C.explain(op, sizes, device)
+            chosen, reason = next((chosen, reason) for name, chosen, reason in rows if name == impl)
+            if not chosen:
+                pytest.skip(f"{impl}: {reason}")
 
-    yield force
-    for block in reversed(blocks):
-        block.__exit__(None, None, None)
+        yield force
+
+
+def enter_emulator(stack: contextlib.ExitStack, request: pytest.FixtureRequest, impl: str, mode: str, sizes: dict[str, int]) -> None:
+    if reason := build.unavailable():
+        pytest.skip(reason)
+    products = math.prod(sizes.get(name, 1) for name in ("M", "N", "K"))
+    if products > EMULATED_PRODUCTS[mode]:
+        pytest.skip(f"{impl}: {products} products are too many for the {mode} emulator, which takes {EMULATED_PRODUCTS[mode]}")
+    # Another order of threads and blocks in each test, and the same one each time.
+    seed = zlib.crc32(request.node.nodeid.encode())
+    order = tuple(emulated.ORDERS)[seed % len(emulated.ORDERS)]
+    stack.enter_context(emulated.emulated(mode, emulated.sm_of(impl), order=order, seed=seed))
 
 
 @pytest.fixture

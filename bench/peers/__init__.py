@@ -9,7 +9,7 @@ shows where a layer takes microseconds.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..cases import Case
 from ..contenders import Entry, Prepared
@@ -34,6 +34,13 @@ def all_peers() -> list[Peer]:
     from . import ggml, onnxruntime, openvino, torch_int4pack, torch_linear
 
     return [peer for module in (torch_linear, torch_int4pack, onnxruntime, openvino, ggml) for peer in module.PEERS]
+
+
+def cuda_peers() -> list[Any]:
+    """The peers of ``bench/gpu.py``, installed or not: each has ``name``, ``available()`` and ``layer(weight, cold_bytes)``."""
+    from . import cuda_bitsandbytes, cuda_dense, cuda_gemlite, cuda_int4pack
+
+    return [peer for module in (cuda_dense, cuda_int4pack, cuda_bitsandbytes, cuda_gemlite) for peer in module.PEERS]
 
 
 def entry(peer: Peer, case: Case) -> Entry:

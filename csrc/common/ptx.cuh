@@ -9,15 +9,19 @@
 
 #include "common/cuda.cuh"
 
+#if defined(TAUT_EMULATE)
+#include "hopper.h"
+#else
+#include <cuda.h>  // CUtensorMap; libcuda is not linked
+#endif
+
 // The last parameter of a wrapper: where the kernel called it, for the emulator's messages. Nothing on a GPU.
 #if defined(TAUT_EMULATE)
-#define TAUT_SITE \
-  , emulator::Site site = emulator::Site { __builtin_FILE(), __builtin_LINE() }
-#define TAUT_SITE_ONLY \
-  emulator::Site site = emulator::Site { __builtin_FILE(), __builtin_LINE() }
+#define TAUT_SITE_ONLY std::source_location site = std::source_location::current()
+#define TAUT_SITE , TAUT_SITE_ONLY
 #else
-#define TAUT_SITE
 #define TAUT_SITE_ONLY
+#define TAUT_SITE
 #endif
 
 namespace taut::ptx {
@@ -250,6 +254,15 @@ TAUT_DEVICE uint4 ld_global_nc_16(const void* p TAUT_SITE) {
 #endif
 }
 
+// WHY a wrapper: nvcc made four 4-byte stores of an assignment of a uint4 that it had loaded from shared memory.
+TAUT_DEVICE void st_global_16(void* p, uint4 v) {
+#if defined(TAUT_EMULATE)
+  *static_cast<uint4*>(p) = v;
+#else
+  asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};\n" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+#endif
+}
+
 // ---- named barriers: id 1 to 15 (0 is __syncthreads), of `threads` threads, a multiple of 32 --------------------------
 
 TAUT_DEVICE void bar_sync(int id, int threads TAUT_SITE) {
@@ -287,5 +300,227 @@ TAUT_DEVICE void griddep_launch() {
 }
 
 // ==== Hopper, sm_90a: mbarrier, TMA, wgmma, setmaxnreg ====
+
+// ---- mbarrier: 8 bytes of shared memory that count arrivals and bytes ---------------------------------------------------
+// Of a phase with parity 0, 1, 0, ...: it ends when `count` threads have arrived and all the bytes they expected have landed.
+
+TAUT_DEVICE void mbarrier_init(uint64_t* barrier, int count TAUT_SITE) {
+#if defined(TAUT_EMULATE)
+  emulator::mbarrier_init(barrier, count, site);
+#else
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+#endif
+}
+
+// Threads for which `arrives` is false do nothing. WHY not an if: a branch between wgmmas in flight makes ptxas serialize them
+// (C7513); a predicated instruction does not.
+TAUT_DEVICE void mbarrier_arrive(uint64_t* barrier, bool arrives TAUT_SITE) {
+#if defined(TAUT_EMULATE)
+  if (arrives) emulator::mbarrier_arrive(barrier, 0, site);
+#else
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}\n" ::"r"(shared_address(barrier)),
+               "r"(static_cast<uint32_t>(arrives))
+               : "memory");
+#endif
+}
+
+TAUT_DEVICE void mbarrier_arrive_expect_tx(uint64_t* barrier, int bytes TAUT_SITE) {
+#if defined(TAUT_EMULATE)
+  emulator::mbarrier_arrive(barrier, bytes, site);
+#else
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+#endif
+}
+
+// Whether the phase of this parity has ended; may wait a while for it. The emulator waits until it has.
+TAUT_DEVICE bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity TAUT_SITE) {
+#if defined(TAUT_EMULATE)
+  emulator::mbarrier_wait(barrier, parity, site);
+  return true;
+#else
+  uint32_t done;
+  asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
+               : "=r"(done)
+               : "r"(shared_address(barrier)), "r"(parity)
+               : "memory");
+  return done != 0;
+#endif
+}
+
+// What this thread did to shared memory by ordinary stores (mbarrier_init too) comes before what TMA and wgmma do there.
+TAUT_DEVICE void fence_proxy_async(TAUT_SITE_ONLY) {
+#if defined(TAUT_EMULATE)
+  emulator::fence_proxy_async(site);
+#else
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+#endif
+}
+
+// ---- TMA: one thread asks for a copy from global to shared memory; the mbarrier counts its bytes ------------------------
+
+// The box of a tensor map (common/tensor_map.h) whose first element is (inner, outer). What lies outside the tensor is zero.
+TAUT_DEVICE void tma_load_2d(void* dst, const CUtensorMap* map, int inner, int outer, uint64_t* barrier TAUT_SITE) {
+#if defined(TAUT_EMULATE)
+  emulator::tma_load_2d(dst, map, inner, outer, barrier, site);
+#else
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];\n" ::"r"(shared_address(dst)),
+               "l"(map), "r"(shared_address(barrier)), "r"(inner), "r"(outer)
+               : "memory");
+#endif
+}
+
+// A stretch of bytes: both addresses and the size are multiples of 16.
+TAUT_DEVICE void bulk_load(void* dst, const void* src, int bytes, uint64_t* barrier TAUT_SITE) {
+#if defined(TAUT_EMULATE)
+  emulator::bulk_load(dst, src, bytes, barrier, site);
+#else
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(shared_address(dst)), "l"(src), "r"(bytes),
+               "r"(shared_address(barrier))
+               : "memory");
+#endif
+}
+
+TAUT_DEVICE void prefetch_tensor_map(const CUtensorMap* map) {
+#if !defined(TAUT_EMULATE)
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
+#endif
+}
+
+// ---- wgmma: d[64,N] += a[64,16] @ b[N,16]^T by the 128 threads of a warpgroup, asynchronously ---------------------------
+// a and d in registers: warp i of the warpgroup holds rows 16i..16i+15; a as in mma.m16n8k16, d as N/8 fragments of it.
+// b in shared memory: rows of 64 elements (128 bytes), K-major, swizzled by 128 bytes.
+
+// What wgmma wants to know of b: p is 16-byte aligned inside the first row of a tile that is 1024-byte aligned.
+TAUT_DEVICE uint64_t swizzled_128b_descriptor(const void* p) {
+#if defined(TAUT_EMULATE)
+  const uint32_t address = emulator::shared_address(p);
+#else
+  const uint32_t address = shared_address(p);
+#endif
+  // the address, and the 1024 bytes between two groups of 8 rows, in units of 16; the swizzle
+  return uint64_t{(address & 0x3ffff) >> 4} | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+
+// No instruction: the compiler may not move what computes these registers, or what uses them, past this place. WHY: it sees
+// no reason why the A registers of a wgmma should be ready at the fence before it; ptxas does, and serializes (C7513).
+TAUT_DEVICE void wgmma_pin(uint32_t (&a)[4]) {
+#if !defined(TAUT_EMULATE)
+  asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])::"memory");
+#endif
+}
+
+// Comes between the last ordinary access to registers (a or d) and the wgmma that uses them.
+TAUT_DEVICE void wgmma_fence(TAUT_SITE_ONLY) {
+#if defined(TAUT_EMULATE)
+  emulator::wgmma_fence(site);
+#else
+  asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
+#endif
+}
+
+TAUT_DEVICE void wgmma_commit(TAUT_SITE_ONLY) {
+#if defined(TAUT_EMULATE)
+  emulator::wgmma_commit(site);
+#else
+  asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
+#endif
+}
+
+// Waits until at most kPending of the latest groups are in flight: until then neither a nor d may be touched.
+template <int kPending>
+TAUT_DEVICE void wgmma_wait(TAUT_SITE_ONLY) {
+#if defined(TAUT_EMULATE)
+  emulator::wgmma_wait(kPending, site);
+#else
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
+#endif
+}
+
+#define TAUT_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define TAUT_D16(i) TAUT_D4(i), TAUT_D4(i + 4), TAUT_D4(i + 8), TAUT_D4(i + 12)
+#define TAUT_D32 TAUT_D16(0), TAUT_D16(16)
+#define TAUT_D64 TAUT_D32, TAUT_D16(32), TAUT_D16(48)
+#define TAUT_D128 TAUT_D64, TAUT_D16(64), TAUT_D16(80), TAUT_D16(96), TAUT_D16(112)
+#define TAUT_R32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define TAUT_R64 \
+  TAUT_R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define TAUT_R128                                                                                                                                     \
+  TAUT_R64                                                                                                                                            \
+  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99," \
+  "%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define TAUT_WGMMA(type, n, registers, operands, a_and_b)                                                                                             \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" registers "}, " a_and_b ", 1, 1, 1, 0;\n"                         \
+               : operands                                                                                                                             \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define TAUT_WGMMA_OF(type)                                                                                             \
+  if constexpr (kN == 64) TAUT_WGMMA(type, 64, TAUT_R32, TAUT_D32, "{%32,%33,%34,%35}, %36");                           \
+  else if constexpr (kN == 128) TAUT_WGMMA(type, 128, TAUT_R64, TAUT_D64, "{%64,%65,%66,%67}, %68");                    \
+  else TAUT_WGMMA(type, 256, TAUT_R128, TAUT_D128, "{%128,%129,%130,%131}, %132")
+
+// Type: half or __nv_bfloat16; kN: 64, 128 or 256
+template <class Type, int kN>
+TAUT_DEVICE void wgmma_m64k16(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b TAUT_SITE) {
+  static_assert(std::is_same_v<Type, half> || std::is_same_v<Type, __nv_bfloat16>);
+  static_assert(kN == 64 || kN == 128 || kN == 256);
+#if defined(TAUT_EMULATE)
+  emulator::wgmma_m64k16(d, kN, a, b, std::is_same_v<Type, __nv_bfloat16>, site);
+#else
+  if constexpr (std::is_same_v<Type, half>) {
+    TAUT_WGMMA_OF("f16");
+  } else {
+    TAUT_WGMMA_OF("bf16");
+  }
+#endif
+}
+
+#undef TAUT_D4
+#undef TAUT_D16
+#undef TAUT_D32
+#undef TAUT_D64
+#undef TAUT_D128
+#undef TAUT_R32
+#undef TAUT_R64
+#undef TAUT_R128
+#undef TAUT_WGMMA
+#undef TAUT_WGMMA_OF
+
+// ---- the rest of Hopper -------------------------------------------------------------------------------------------------
+
+// The reverse of ldmatrix_x4_trans: lane l gives the address of row l % 8 of matrix l / 8; register i of lane l is written to
+// elements l / 4 of rows 2 * (l % 4) and + 1 of matrix i.
+TAUT_DEVICE void stmatrix_x4_trans(void* row, const uint32_t (&r)[4] TAUT_SITE) {
+#if defined(TAUT_EMULATE)
+  emulator::stmatrix_x4_trans(row, r, site);
+#else
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};\n" ::"r"(shared_address(row)), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+#endif
+}
+
+// Two E4M3 numbers to fp16, exactly; the low byte gives the low half. sm_89
+TAUT_DEVICE uint32_t cvt_f16x2_e4m3x2(uint16_t bytes) {
+#if defined(TAUT_EMULATE)
+  return emulator::cvt_f16x2_e4m3x2(bytes);
+#else
+  uint32_t r;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;\n" : "=r"(r) : "h"(bytes));
+  return r;
+#endif
+}
+
+// A warpgroup gives registers back to the block, or waits for as many; a kernel that does so has __launch_bounds__(n, 1).
+template <int kRegisters>
+TAUT_DEVICE void setmaxnreg_dec() {
+#if !defined(TAUT_EMULATE)
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+#endif
+}
+
+template <int kRegisters>
+TAUT_DEVICE void setmaxnreg_inc() {
+#if !defined(TAUT_EMULATE)
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+#endif
+}
 
 }  // namespace taut::ptx

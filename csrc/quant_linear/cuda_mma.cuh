@@ -14,8 +14,8 @@
 // BOUND     M <= 16: bytes of w. H200, 4.3 TB/s: 18 B a cycle an SM, a tile of int4 (2 KB) every 114 cycles, 456 issue slots on
 //           4 schedulers; the inner loop of a tile takes about 250 (dequantization 150, mma 16, scales 25, copies 40).
 //           Large M: tensor cores; a fragment of w costs about 10 instructions and feeds kWarpM / 8 mma.
-// LIMITS    x fp16 or bf16 (sm_75: fp16); activations float. Any M, N, K, stride; x rows that are not 16-byte aligned are
-//           copied element by element.
+// LIMITS    x fp16 or bf16 (sm_75: fp16); activations float. Any M, N, K, stride; x whose rows are not 16-byte aligned is
+//           copied once (align_rows).
 #pragma once
 
 #include <algorithm>
@@ -46,7 +46,7 @@ struct MmaTile {
 };
 
 struct MmaArgs {
-  const void* x;
+  const void* x;  // rows begin at multiples of 16 bytes, and K is a multiple of 8 (or they are padded to one with zeros)
   const void* bias;
   void* out;
   float* partials;  // one slot per block and end of its stretch: kTileM x kTileN floats in fragment order
@@ -59,7 +59,7 @@ struct MmaArgs {
   int group_tiles_log2;            // groups of at least 64: tile of k >> this is the group
   int tiles_m, steps;              // of the call: tiles along m, units per tile
   int64_t units;
-  bool x_aligned, out_aligned;  // 16-byte chunks can be copied whole
+  bool out_aligned;  // rows of out begin at multiples of 16 bytes
 };
 
 // Where a block's stretch begins, and which block a unit is in.
@@ -173,6 +173,7 @@ TAUT_DEVICE void store_out(const MmaArgs& args, const Accumulators<Tile>& acc, i
       if (args.out_aligned && n + 8 <= args.N) {
         *reinterpret_cast<uint4*>(g_out) = *reinterpret_cast<const uint4*>(s_out);
       } else {
+#pragma unroll 1
         for (int e = 0; e < 8 && n + e < args.N; e++) g_out[e] = s_out[e];
       }
     }
@@ -181,105 +182,121 @@ TAUT_DEVICE void store_out(const MmaArgs& args, const Accumulators<Tile>& acc, i
 
 // ---- Loading a unit ----------------------------------------------------------------------------------------------------
 
-// 16 bytes from global to shared memory; what lies beyond `valid` bytes is zero. kDeferred: the bytes wait in a register
-// (sm_75, where there is no cp.async) until `land`.
+// 16 bytes from global to shared memory, or zeros. kDeferred: the bytes wait in a register (sm_75, where there is no
+// cp.async) until `land`.
 template <bool kDeferred>
-struct Chunk;
-
-template <>
-struct Chunk<false> {
-  TAUT_DEVICE void fetch(void* dst, const void* src, int valid) { ptx::cp_async_16(dst, src, valid); }
-  TAUT_DEVICE void fetch_elements(void* dst, const uint16_t* src, int count) {
-    uint16_t* d = static_cast<uint16_t*>(dst);
-#pragma unroll
-    for (int e = 0; e < 8; e++) d[e] = e < count ? src[e] : uint16_t{0};
-  }
+struct Chunk {
+  TAUT_DEVICE void fetch(void* dst, const void* src, int bytes) { ptx::cp_async_16(dst, src, bytes); }
   TAUT_DEVICE void land(void*) {}
 };
 
 template <>
 struct Chunk<true> {
   uint4 bytes;
-
-  // `valid` is 0 or 16 here: on sm_75 a chunk that ends inside a row of x goes element by element.
-  TAUT_DEVICE void fetch(void*, const void* src, int valid) { bytes = valid ? *static_cast<const uint4*>(src) : make_uint4(0, 0, 0, 0); }
-  TAUT_DEVICE void fetch_elements(void*, const uint16_t* src, int count) {
-    uint32_t e[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) e[i] = i < count ? src[i] : uint16_t{0};
-    bytes = make_uint4(e[0] | e[1] << 16, e[2] | e[3] << 16, e[4] | e[5] << 16, e[6] | e[7] << 16);
-  }
+  TAUT_DEVICE void fetch(void*, const void* src, int size) { bytes = size ? *static_cast<const uint4*>(src) : make_uint4(0, 0, 0, 0); }
   TAUT_DEVICE void land(void* dst) { *static_cast<uint4*>(dst) = bytes; }
 };
 
-template <bool kDeferred, Format kFormat, bool kGroup32, class Tile>
+// A thread's part in filling the stages: it walks along k in a tile, and sources move by constants. Only at the ragged ends
+// of N and K (`whole` is false) is every chunk looked at by itself.
+template <bool kDeferred, Format kFormat, bool kGroup32, bool kZeros, class Tile>
 struct Loader {
   using Stage = StageLayout<kFormat, kGroup32, Tile>;
   static constexpr int per_thread(int chunks) { return (chunks + Tile::kThreads - 1) / Tile::kThreads; }
   static constexpr int kX = per_thread(Stage::kXChunks), kCodes = per_thread(Stage::kCodeChunks), kScales = per_thread(Stage::kScaleChunks),
-                       kZeros = per_thread(Stage::kZeroChunks);
-  Chunk<kDeferred> x[kX], codes[kCodes], scales[kScales], zeros[kZeros];
+                       kZeroPoints = per_thread(Stage::kZeroChunks);
+  // Chunks of a tile of codes, and of the tiles of one n that lie in a stage, which are one piece of memory.
+  static constexpr int kTileChunks = Stage::kTileBytes / 16, kPieceChunks = Tile::kWarpsK * kTileChunks;
+  static_assert(Stage::kXChunks % Tile::kThreads == 0 && Stage::kCodeChunks % Tile::kThreads == 0 && Tile::kThreads % 64 == 0);
+  Chunk<kDeferred> x[kX], codes[kCodes], scales[kScales], zeros[kZeroPoints];
 
-  // Calls f(chunk, destination, index of the chunk in its part) for this thread's chunks of a part.
+  const unsigned char* x_source[kX];  // of the next step; rows past the end of M: any address in x
+  int x_bytes[kX];                    // 16, or 0 for such a row
+  const unsigned char* code_source;   // of the next step, first n, this thread's first chunk
+  int64_t code_n_stride;              // bytes from one n64 to the next
+  int first_n64, k64;                 // tile of n; tile of k of the next step
+
+  // Chunk c of x in a stage: c / 8 counts rows of 128 bytes (panel by panel), c % 8 is moved by the swizzle.
+  TAUT_DEVICE static int x_offset(int c) { return c / 8 * 128 + ((c ^ c / 8) & 7) * 16; }
+
+  // Calls f(chunk number of this thread, index of the chunk in its part) for this thread's chunks of a part.
   template <int kCount, int kChunks, class F>
-  TAUT_DEVICE static void for_chunks(Chunk<kDeferred> (&chunks)[kCount], const F& f) {
+  TAUT_DEVICE static void for_chunks(const F& f) {
 #pragma unroll
     for (int i = 0; i < kCount; i++) {
       const int c = threadIdx.x + i * Tile::kThreads;
-      if (kChunks % Tile::kThreads == 0 || c < kChunks) f(chunks[i], c);
+      if (kChunks % Tile::kThreads == 0 || c < kChunks) f(i, c);
     }
   }
-  TAUT_DEVICE static int x_offset(int c) {  // swizzled
-    const int row = c / 8 % Tile::kTileM, panel = c / 8 / Tile::kTileM;
-    return panel * Tile::kTileM * 128 + row * 128 + ((c ^ row) & 7) * 16;
+
+  TAUT_DEVICE void set_tile(const MmaArgs& args, int tile, int step) {
+    const int m0 = tile % args.tiles_m * Tile::kTileM;
+    first_n64 = tile / args.tiles_m * Tile::kTilesN64, k64 = step * Tile::kWarpsK;
+    for_chunks<kX, Stage::kXChunks>([&](int i, int c) {
+      const int m = m0 + c / 8 % Tile::kTileM, panel = c / 8 / Tile::kTileM;
+      x_bytes[i] = m < args.M ? 16 : 0;
+      x_source[i] = static_cast<const unsigned char*>(args.x) + ((m < args.M ? m * args.x_row_stride : 0) + (k64 + panel) * 64 + c % 8 * 8) * 2;
+    });
+    code_n_stride = static_cast<int64_t>(args.tiles_k) * Stage::kTileBytes;
+    const int n = threadIdx.x / kPieceChunks, rest = threadIdx.x % kPieceChunks;
+    code_source = args.codes + (first_n64 + n) * code_n_stride + static_cast<int64_t>(k64) * Stage::kTileBytes + rest * 16;
   }
 
-  TAUT_DEVICE void fetch(const MmaArgs& args, unsigned char* stage, int tile, int step) {
-    const int m0 = tile % args.tiles_m * Tile::kTileM, first_n64 = tile / args.tiles_m * Tile::kTilesN64, first_k64 = step * Tile::kWarpsK;
-    for_chunks<kX, Stage::kXChunks>(x, [&](Chunk<kDeferred>& chunk, int c) {
-      const int m = m0 + c / 8 % Tile::kTileM, k = (first_k64 + c / 8 / Tile::kTileM) * 64 + c % 8 * 8;
-      const int count = m < args.M ? min(max(args.K - k, 0), 8) : 0;  // elements
-      const uint16_t* src = static_cast<const uint16_t*>(args.x) + (count ? m * args.x_row_stride + k : 0);
-      if (args.x_aligned && (!kDeferred || count % 8 == 0)) chunk.fetch(stage + x_offset(c), src, count * 2);
-      else chunk.fetch_elements(stage + x_offset(c), src, count);
+  // Fills `stage` with the next step, and moves on.
+  TAUT_DEVICE void fetch(const MmaArgs& args, unsigned char* stage) {
+    const bool whole = first_n64 + Tile::kTilesN64 <= args.tiles_n64 && (k64 + Tile::kWarpsK) * 64 <= args.K;
+    if (whole) fetch_chunks<true>(args, stage);
+    else fetch_chunks<false>(args, stage);
+    k64 += Tile::kWarpsK;
+    code_source += Tile::kWarpsK * Stage::kTileBytes;
+#pragma unroll
+    for (int i = 0; i < kX; i++) x_source[i] += Tile::kWarpsK * 128;
+  }
+
+  template <bool kWhole>
+  TAUT_DEVICE void fetch_chunks(const MmaArgs& args, unsigned char* stage) {
+    // Tile `index` of the stage: n outermost. Tiles past the end of N or K are zeros: scale 0, and nobody stores what comes out.
+    const auto n_of = [](int index) { return index / Tile::kWarpsK; };
+    const auto k_of = [](int index) { return index % Tile::kWarpsK; };
+    const auto inside = [&](int index) { return kWhole || (first_n64 + n_of(index) < args.tiles_n64 && k64 + k_of(index) < args.tiles_k); };
+    for_chunks<kX, Stage::kXChunks>([&](int i, int c) {
+      const bool there = kWhole || (k64 + c / 8 / Tile::kTileM) * 64 + c % 8 * 8 < args.K;
+      x[i].fetch(stage + x_offset(threadIdx.x) + i * Tile::kThreads * 16, there ? x_source[i] : static_cast<const unsigned char*>(args.x),
+                 there ? x_bytes[i] : 0);
     });
-    // Tiles past the end of N or K (a block may reach there) are zeros: scale 0, and nobody stores what comes out.
-    const auto tile_of = [&](int index, int& n64, int& k64) {
-      n64 = first_n64 + index % Tile::kTilesN64, k64 = first_k64 + index / Tile::kTilesN64;
-      return n64 < args.tiles_n64 && k64 < args.tiles_k;
+    for_chunks<kCodes, Stage::kCodeChunks>([&](int i, int c) {
+      // Chunk i of this thread lies i * kThreads further on: so many pieces of n, and the rest within its piece.
+      constexpr int kThreads = Tile::kThreads;
+      const unsigned char* source = code_source + i * kThreads / kPieceChunks * code_n_stride + i * kThreads % kPieceChunks * 16;
+      const bool there = inside(c / kTileChunks);
+      codes[i].fetch(stage + Stage::kCodes + c * 16, there ? source : args.codes, there ? 16 : 0);
+    });
+    // Row of 64 scales or zero points: of tile `index`, its group `half` (two in 64 k if groups are of 32).
+    const auto group_row = [&](int index, int half) {
+      const int k = k64 + k_of(index);
+      return static_cast<int64_t>(first_n64 + n_of(index)) * args.groups + (kGroup32 ? k * 2 + half : k >> args.group_tiles_log2);
     };
-    for_chunks<kCodes, Stage::kCodeChunks>(codes, [&](Chunk<kDeferred>& chunk, int c) {
-      constexpr int kPerTile = Stage::kTileBytes / 16;
-      int n64, k64;
-      const bool inside = tile_of(c / kPerTile, n64, k64);
-      const int64_t offset = (static_cast<int64_t>(n64) * args.tiles_k + k64) * Stage::kTileBytes + c % kPerTile * 16;
-      chunk.fetch(stage + Stage::kCodes + c * 16, args.codes + (inside ? offset : 0), inside ? 16 : 0);
+    for_chunks<kScales, Stage::kScaleChunks>([&](int i, int c) {
+      const int index = c / 8 / Stage::kGroupRows;
+      const bool there = inside(index);
+      scales[i].fetch(stage + Stage::kScales + c * 16, args.scales + (there ? group_row(index, c / 8 % Stage::kGroupRows) * 128 + c % 8 * 16 : 0),
+                      there ? 16 : 0);
     });
-    const auto group_of = [&](int n64, int k64, int half) {
-      return static_cast<int64_t>(n64) * args.groups + (kGroup32 ? k64 * 2 + half : k64 >> args.group_tiles_log2);
-    };
-    for_chunks<kScales, Stage::kScaleChunks>(scales, [&](Chunk<kDeferred>& chunk, int c) {
-      int n64, k64;
-      const bool inside = tile_of(c / 8 / Stage::kGroupRows, n64, k64);
-      const int64_t offset = group_of(n64, k64, c / 8 % Stage::kGroupRows) * 128 + c % 8 * 16;
-      chunk.fetch(stage + Stage::kScales + c * 16, args.scales + (inside ? offset : 0), inside ? 16 : 0);
-    });
-    if (kFormat == Format::kInt4 && args.zeros)
-      for_chunks<kZeros, Stage::kZeroChunks>(zeros, [&](Chunk<kDeferred>& chunk, int c) {
-        int n64, k64;
-        const bool inside = tile_of(c / 4 / Stage::kGroupRows, n64, k64);
-        const int64_t offset = group_of(n64, k64, c / 4 % Stage::kGroupRows) * 64 + c % 4 * 16;
-        chunk.fetch(stage + Stage::kZeros + c * 16, args.zeros + (inside ? offset : 0), inside ? 16 : 0);
+    if constexpr (kZeros)
+      for_chunks<kZeroPoints, Stage::kZeroChunks>([&](int i, int c) {
+        const int index = c / 4 / Stage::kGroupRows;
+        const bool there = inside(index);
+        zeros[i].fetch(stage + Stage::kZeros + c * 16, args.zeros + (there ? group_row(index, c / 4 % Stage::kGroupRows) * 64 + c % 4 * 16 : 0),
+                       there ? 16 : 0);
       });
   }
 
-  TAUT_DEVICE void land(const MmaArgs& args, unsigned char* stage) {
+  TAUT_DEVICE void land(unsigned char* stage) {
     if constexpr (kDeferred) {
-      for_chunks<kX, Stage::kXChunks>(x, [&](Chunk<kDeferred>& chunk, int c) { chunk.land(stage + x_offset(c)); });
-      for_chunks<kCodes, Stage::kCodeChunks>(codes, [&](Chunk<kDeferred>& chunk, int c) { chunk.land(stage + Stage::kCodes + c * 16); });
-      for_chunks<kScales, Stage::kScaleChunks>(scales, [&](Chunk<kDeferred>& chunk, int c) { chunk.land(stage + Stage::kScales + c * 16); });
-      if (kFormat == Format::kInt4 && args.zeros)
-        for_chunks<kZeros, Stage::kZeroChunks>(zeros, [&](Chunk<kDeferred>& chunk, int c) { chunk.land(stage + Stage::kZeros + c * 16); });
+      for_chunks<kX, Stage::kXChunks>([&](int i, int c) { x[i].land(stage + x_offset(c)); });
+      for_chunks<kCodes, Stage::kCodeChunks>([&](int i, int c) { codes[i].land(stage + Stage::kCodes + c * 16); });
+      for_chunks<kScales, Stage::kScaleChunks>([&](int i, int c) { scales[i].land(stage + Stage::kScales + c * 16); });
+      if constexpr (kZeros) for_chunks<kZeroPoints, Stage::kZeroChunks>([&](int i, int c) { zeros[i].land(stage + Stage::kZeros + c * 16); });
     }
   }
 };
@@ -296,26 +313,26 @@ TAUT_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
   }
 }
 
-template <Format kFormat>
-TAUT_DEVICE void load_strip(StripCodes<kFormat>& codes, const unsigned char* s_tile, int strip, int lane) {
+// The words of one strip of a tile that belong to group h of kGroups: their first kWords / kGroups are filled.
+template <Format kFormat, int kGroups>
+TAUT_DEVICE void load_strip(StripCodes<kFormat>& codes, const unsigned char* s_tile, int strip, int h, int lane) {
   constexpr int kFragments = StripCodes<kFormat>::kWords / 4;
+  if constexpr (kFormat == Format::kInt4 && kGroups == 2) {
+    const uint2 v = reinterpret_cast<const uint2*>(s_tile)[(strip * 32 + lane) * 2 + h];
+    codes.word[0] = v.x, codes.word[1] = v.y;
+  } else {
 #pragma unroll
-  for (int f = 0; f < kFragments; f++) {
-    const uint4 v = reinterpret_cast<const uint4*>(s_tile)[(strip * kFragments + f) * 32 + lane];
-    codes.word[4 * f] = v.x, codes.word[4 * f + 1] = v.y, codes.word[4 * f + 2] = v.z, codes.word[4 * f + 3] = v.w;
+    for (int f = 0; f < kFragments / kGroups; f++) {
+      const uint4 v = reinterpret_cast<const uint4*>(s_tile)[(strip * kFragments + h + f) * 32 + lane];
+      codes.word[4 * f] = v.x, codes.word[4 * f + 1] = v.y, codes.word[4 * f + 2] = v.z, codes.word[4 * f + 3] = v.w;
+    }
   }
 }
 
-// b[2 * step + half] for the 4 steps of 16 k in a panel, tokens 8j..8j+7 of it.
-TAUT_DEVICE void load_x(uint32_t (&b)[8], const unsigned char* s_panel, int token, int lane) {
+// Registers b0, b1 of steps 2 * half and 2 * half + 1 (of the 4 of 16 k in a panel), tokens `token`..`token` + 7 of it.
+TAUT_DEVICE void load_x(uint32_t (&b)[4], const unsigned char* s_panel, int token, int half, int lane) {
   const int row = token + lane % 8;
-  uint32_t r[4];
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    ptx::ldmatrix_x4(r, s_panel + row * 128 + (((half * 4 + lane / 8) ^ row) & 7) * 16);
-#pragma unroll
-    for (int i = 0; i < 4; i++) b[half * 4 + i] = r[i];
-  }
+  ptx::ldmatrix_x4(b, s_panel + row * 128 + (((half * 4 + lane / 8) ^ row) & 7) * 16);
 }
 
 // fp16 scales, two to a word, and zero points, two to 16 bits: of rows g and g + 8 of each strip of a warp.
@@ -334,96 +351,96 @@ struct ScaleWords {
   TAUT_DEVICE uint32_t pair(int strip) const { return word[strip]; }
 };
 
-template <int kStrips>
+template <bool kZeros, int kStrips>
 struct ZeroWords {
   uint32_t word[kStrips / 2];
-  TAUT_DEVICE ZeroWords() {
-#pragma unroll
-    for (int i = 0; i < kStrips / 2; i++) word[i] = 0x08080808u;
-  }
   TAUT_DEVICE void load(const unsigned char* s) {
+    if constexpr (kZeros) {
 #pragma unroll
-    for (int i = 0; i < kStrips / 2; i++) word[i] = reinterpret_cast<const uint32_t*>(s)[i];
+      for (int i = 0; i < kStrips / 2; i++) word[i] = reinterpret_cast<const uint32_t*>(s)[i];
+    }
   }
-  TAUT_DEVICE uint32_t pair(int strip) const { return word[strip / 2] >> (strip % 2 * 16); }
+  TAUT_DEVICE uint32_t lower(int strip) const { return kZeros ? word[strip / 2] >> (strip % 2 * 16) & 0xff : 8; }
+  TAUT_DEVICE uint32_t upper(int strip) const { return kZeros ? word[strip / 2] >> (strip % 2 * 16 + 8) & 0xff : 8; }
 };
 
-template <int kSm, class T, Format kFormat, bool kGroup32, class Tile>
-TAUT_DEVICE void compute_unit(const MmaArgs& args, const unsigned char* stage, Accumulators<Tile>& acc, int warp_n, int warp_m, int warp_k, int lane) {
+template <int kSm, class T, Format kFormat, bool kGroup32, bool kZeros, class Tile>
+TAUT_DEVICE void compute_unit(const unsigned char* stage, Accumulators<Tile>& acc, int warp_n, int warp_m, int warp_k, int lane) {
   using Stage = StageLayout<kFormat, kGroup32, Tile>;
   constexpr int kTokens8 = Tile::kWarpM / 8, kGroups = Stage::kGroupRows, kSteps = 4 / kGroups;
   // WHY: x fragments of few tokens stay in registers for all strips; of many they are read again for each pair of strips.
   constexpr bool kKeepX = kTokens8 <= 2;
   constexpr int kStrips = kKeepX ? 1 : 2;
-  const int index = warp_k * Tile::kTilesN64 + warp_n * Tile::kWarpN / 64, g = lane / 4;
+  const int index = warp_n * Tile::kWarpN / 64 * Tile::kWarpsK + warp_k, g = lane / 4;
   const int first_strip = warp_n * Tile::kWarpStrips % 4;  // of the tile
   const unsigned char* s_tile = stage + Stage::kCodes + index * Stage::kTileBytes;
   const unsigned char* s_panel = stage + warp_k * Tile::kTileM * 128;
   const int token0 = warp_m * Tile::kWarpM;
 
-  // The scales and zero points of this lane's rows, for each group: [strip][upper half].
-  ScaleWords<Tile::kWarpStrips> scales[kGroups];
-  ZeroWords<Tile::kWarpStrips> zero_points[kGroups];
-#pragma unroll
-  for (int h = 0; h < kGroups; h++) {
-    scales[h].load(stage + Stage::kScales + (index * kGroups + h) * 128 + g * 16 + first_strip * 4);
-    if (kFormat == Format::kInt4 && args.zeros) zero_points[h].load(stage + Stage::kZeros + (index * kGroups + h) * 64 + g * 8 + first_strip * 2);
-  }
-
-  uint32_t kept[kKeepX ? kTokens8 : 1][8];
+  uint32_t kept[kKeepX ? kTokens8 : 1][2][4];
   if constexpr (kKeepX) {
 #pragma unroll
-    for (int j = 0; j < kTokens8; j++) load_x(kept[j], s_panel, token0 + j * 8, lane);
+    for (int j = 0; j < kTokens8; j++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) load_x(kept[j][half], s_panel, token0 + j * 8, half, lane);
   }
 
+  // WHY not unrolled for many tokens: both groups at once would not fit in the registers.
+#pragma unroll(kKeepX ? kGroups : 1)
+  for (int h = 0; h < kGroups; h++) {
+    // The scales and zero points of this lane's rows: [strip][upper half].
+    ScaleWords<Tile::kWarpStrips> scales;
+    ZeroWords<kZeros, Tile::kWarpStrips> zero_points;
+    scales.load(stage + Stage::kScales + (index * kGroups + h) * 128 + g * 16 + first_strip * 4);
+    zero_points.load(stage + Stage::kZeros + (index * kGroups + h) * 64 + g * 8 + first_strip * 2);
 #pragma unroll
-  for (int s0 = 0; s0 < Tile::kWarpStrips; s0 += kStrips) {
-    uint32_t a[kStrips][4][4];
-    float scale[kStrips][kGroups][2];
+    for (int s0 = 0; s0 < Tile::kWarpStrips; s0 += kStrips) {
+      uint32_t a[kStrips][kSteps][4];
+      float scale[kStrips][2];
 #pragma unroll
-    for (int s = 0; s < kStrips; s++) {
-      StripCodes<kFormat> codes;
-      const int strip = Tile::kWarpStrips == 4 ? s0 + s : first_strip + s0 + s;
-      load_strip<kFormat>(codes, s_tile, strip, lane);
+      for (int s = 0; s < kStrips; s++) {
+        StripCodes<kFormat> codes;
+        load_strip<kFormat, kGroups>(codes, s_tile, (Tile::kWarpStrips == 4 ? 0 : first_strip) + s0 + s, h, lane);
+        const uint32_t pair = scales.pair(s0 + s);
+        scale[s][0] = __half2float(__ushort_as_half(static_cast<unsigned short>(pair & 0xffff))) * Dequant<kFormat, T>::kScale;
+        scale[s][1] = __half2float(__ushort_as_half(static_cast<unsigned short>(pair >> 16))) * Dequant<kFormat, T>::kScale;
+        const FragmentZeros zeros = Dequant<kFormat, T>::zeros(zero_points.lower(s0 + s), zero_points.upper(s0 + s));
 #pragma unroll
-      for (int h = 0; h < kGroups; h++) {
-        const uint32_t pair = scales[h].pair(s0 + s);
-        const uint32_t z = zero_points[h].pair(s0 + s);
-        const FragmentZeros zeros = Dequant<kFormat, T>::zeros(z & 0xff, z >> 8 & 0xff);
-        scale[s][h][0] = __half2float(__ushort_as_half(static_cast<unsigned short>(pair & 0xffff))) * Dequant<kFormat, T>::kScale;
-        scale[s][h][1] = __half2float(__ushort_as_half(static_cast<unsigned short>(pair >> 16))) * Dequant<kFormat, T>::kScale;
-#pragma unroll
-        for (int step = 0; step < kSteps; step++) Dequant<kFormat, T>::fragment(codes, h * kSteps + step, zeros, a[s][h * kSteps + step]);
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < kTokens8; j++) {
-      uint32_t b[8];
-      if constexpr (kKeepX) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) b[i] = kept[j][i];
-      } else {
-        load_x(b, s_panel, token0 + j * 8, lane);
+        for (int step = 0; step < kSteps; step++) Dequant<kFormat, T>::fragment(codes, step, zeros, a[s][step]);
       }
 #pragma unroll
-      for (int h = 0; h < kGroups; h++)
+      for (int j = 0; j < kTokens8; j++) {
+        uint32_t b[kSteps / 2][4];
+#pragma unroll
+        for (int half = 0; half < kSteps / 2; half++) {
+          if constexpr (kKeepX) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) b[half][i] = kept[j][h * kSteps / 2 + half][i];
+          } else {
+            load_x(b[half], s_panel, token0 + j * 8, h * kSteps / 2 + half, lane);
+          }
+        }
 #pragma unroll
         for (int s = 0; s < kStrips; s++) {
           float part[4] = {0, 0, 0, 0};
 #pragma unroll
-          for (int step = h * kSteps; step < (h + 1) * kSteps; step++) mma<kSm, T>(part, a[s][step], b[2 * step], b[2 * step + 1]);
+          for (int step = 0; step < kSteps; step++) mma<kSm, T>(part, a[s][step], b[step / 2][step % 2 * 2], b[step / 2][step % 2 * 2 + 1]);
 #pragma unroll
-          for (int i = 0; i < 4; i++) acc.sum[s0 + s][j][i] = fmaf(scale[s][h][i / 2], part[i], acc.sum[s0 + s][j][i]);
+          for (int i = 0; i < 4; i++) acc.sum[s0 + s][j][i] = fmaf(scale[s][i / 2], part[i], acc.sum[s0 + s][j][i]);
         }
+      }
     }
   }
 }
 
 // ---- The kernels -------------------------------------------------------------------------------------------------------
 
-template <int kSm, class T, Format kFormat, bool kGroup32, class Tile>
+template <int kSm, class T, Format kFormat, bool kGroup32, bool kZeros, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) mma_kernel(const MmaArgs args) {
   if constexpr (kCompiledFor<kSm>) {
+#if TAUT_ARCH_AT_LEAST(90)
+    ptx::griddep_launch();  // `combine` may take its place, and wait
+#endif
     constexpr bool kAsync = kSm >= 80;
     constexpr int kStages = Tile::kStages, kStageBytes = (StageLayout<kFormat, kGroup32, Tile>::kBytes + 127) / 128 * 128;
     TAUT_DYNAMIC_SMEM(smem);
@@ -432,7 +449,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) mma_kernel
     const int warp_n = warp % Tile::kWarpsN, warp_m = warp / Tile::kWarpsN % Tile::kWarpsM, warp_k = warp / (Tile::kWarpsN * Tile::kWarpsM);
     const int64_t begin = stretch_begin(blockIdx.x, args.units, gridDim.x), end = stretch_begin(blockIdx.x + 1, args.units, gridDim.x);
 
-    Loader<!kAsync, kFormat, kGroup32, Tile> loader;
+    Loader<!kAsync, kFormat, kGroup32, kZeros, Tile> loader;
     Accumulators<Tile> acc;
     acc.clear();
 
@@ -465,47 +482,58 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) mma_kernel
     int load_tile = static_cast<int>(begin / args.steps), load_step = static_cast<int>(begin % args.steps);
     int64_t to_load = end - begin;
     const auto fetch = [&](int slot) {
-      loader.fetch(args, smem + slot * kStageBytes, load_tile, load_step);
-      if (++load_step == args.steps) load_step = 0, load_tile++;
+      loader.fetch(args, smem + slot * kStageBytes);
+      if (++load_step == args.steps) loader.set_tile(args, ++load_tile, load_step = 0);
       to_load--;
     };
+    loader.set_tile(args, load_tile, load_step);
 
     int tile = load_tile, step = load_step, first_step = load_step, slot = 0;
     if constexpr (kAsync) {
-#pragma unroll
+#pragma unroll 1
       for (int s = 0; s < kStages - 1; s++) {
         if (to_load > 0) fetch(s);
         ptx::cp_async_commit();
       }
     } else if (to_load > 0) {
       fetch(0);
-      loader.land(args, smem);
+      loader.land(smem);
       __syncthreads();
     }
-    for (int64_t unit = begin; unit < end; unit++) {
-      if constexpr (kAsync) {
-        ptx::cp_async_wait<kStages - 2>();
-        __syncthreads();  // this stage is there for all; and all are done with the one that is refilled now
-        if (to_load > 0) fetch(slot == 0 ? kStages - 1 : slot - 1);
-        ptx::cp_async_commit();
+    for (int64_t unit = begin; unit < end;) {
+      const int last_step = static_cast<int>(min(static_cast<int64_t>(args.steps), step + end - unit));
+      unit += last_step - step;
+      for (; step < last_step; step++) {
+        if constexpr (kAsync) {
+          ptx::cp_async_wait<kStages - 2>();
+          __syncthreads();  // this stage is there for all; and all are done with the one that is refilled now
+          if (to_load > 0) fetch(slot == 0 ? kStages - 1 : slot - 1);
+          ptx::cp_async_commit();
+        }
+        const bool more = !kAsync && to_load > 0;
+        if constexpr (!kAsync) {
+          if (more) fetch(slot ^ 1);
+        }
+        compute_unit<kSm, T, kFormat, kGroup32, kZeros, Tile>(smem + slot * kStageBytes, acc, warp_n, warp_m, warp_k, lane);
+        if constexpr (!kAsync) {
+          if (more) loader.land(smem + (slot ^ 1) * kStageBytes);
+          __syncthreads();
+        }
+        slot = slot + 1 == kStages ? 0 : slot + 1;
       }
-      const bool more = !kAsync && to_load > 0;
-      if constexpr (!kAsync) {
-        if (more) fetch(slot ^ 1);
-      }
-      compute_unit<kSm, T, kFormat, kGroup32, Tile>(args, smem + slot * kStageBytes, acc, warp_n, warp_m, warp_k, lane);
-      if constexpr (!kAsync) {
-        if (more) loader.land(args, smem + (slot ^ 1) * kStageBytes);
-        __syncthreads();
-      }
-      slot = slot + 1 == kStages ? 0 : slot + 1;
-      if (++step == args.steps || unit + 1 == end) {
-        finish(tile, first_step, step);
-        if (step == args.steps) step = 0, tile++;
-        first_step = 0;
-      }
+      finish(tile++, first_step, last_step);
+      first_step = step = 0;
     }
     if constexpr (kAsync) ptx::cp_async_wait<0>();
+  }
+}
+
+// Rows of x that cp.async cannot copy (not 16-byte aligned, or K not a multiple of 8), moved to where it can; padding is 0.
+__global__ void __launch_bounds__(256) align_rows(const uint16_t* x, int64_t x_row_stride, int64_t M, int K, uint16_t* aligned, int aligned_k) {
+  for (int64_t i = blockIdx.x * 256ll + threadIdx.x; i < M * aligned_k; i += gridDim.x * 256ll) {
+    const int64_t m = i / aligned_k;
+    const int k = static_cast<int>(i - m * aligned_k);
+    aligned[i] = k < K ? x[m * x_row_stride + k] : uint16_t{0};
   }
 }
 
@@ -513,6 +541,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) mma_kernel
 template <class T, class Tile>
 __global__ void __launch_bounds__(32) combine(const MmaArgs args, int blocks) {
   __shared__ __align__(16) unsigned char s_bytes[EpilogueLayout<Tile>::kStoreBytes];
+#if TAUT_ARCH_AT_LEAST(90)
+  ptx::griddep_wait();
+#endif
   const int tile = blockIdx.x, position = blockIdx.y, lane = threadIdx.x;
   const int64_t first = static_cast<int64_t>(tile) * args.steps;
   const int64_t block_begin = block_of_unit(first, args.units, blocks), block_end = block_of_unit(first + args.steps - 1, args.units, blocks);
@@ -533,9 +564,12 @@ __global__ void __launch_bounds__(32) combine(const MmaArgs args, int blocks) {
 struct Plan {
   int64_t tiles, units, blocks;
   int tiles_m, steps;
-  int64_t workspace_bytes;
-  bool cut;  // some tile is computed by more than one block
+  bool cut;                                // some tile is computed by more than one block
+  bool align;                              // x goes through align_rows
+  int64_t partial_bytes, workspace_bytes;  // the partials, then the aligned rows
 };
+
+inline int aligned_k(const CudaParams& p) { return static_cast<int>((p.weight.K + 7) / 8 * 8); }
 
 template <Format kFormat, bool kGroup32, class Tile>
 Plan make_plan(const CudaParams& p) {
@@ -557,42 +591,65 @@ Plan make_plan(const CudaParams& p) {
     plan.blocks = std::min(resident, std::max(plan.tiles, ceil_div(plan.units, 4)));
   }
   for (int64_t b = 1; b < plan.blocks && !plan.cut; b++) plan.cut = stretch_begin(b, plan.units, plan.blocks) % plan.steps != 0;
-  plan.workspace_bytes = plan.cut ? plan.blocks * 2 * Tile::kTileM * Tile::kTileN * 4 : 0;
+  plan.align = p.weight.K % 8 != 0 || reinterpret_cast<uintptr_t>(p.x) % 16 != 0 || (p.x_row_stride % 8 != 0 && p.M > 1);
+  plan.partial_bytes = plan.cut ? plan.blocks * 2 * Tile::kTileM * Tile::kTileN * 4 : 0;
+  plan.workspace_bytes = plan.partial_bytes + (plan.align ? p.M * aligned_k(p) * 2 : 0);
   return plan;
 }
 
 template <int kSm, class T, Format kFormat, bool kGroup32, class Tile>
 void run_tile(const CudaParams& p) {
+  // What every device of the generation gives a block: sm_86, 89 and 120 have 99 KB.
+  static_assert(smem_bytes<kFormat, kGroup32, Tile>() <= (kSm >= 80 ? 99 : 64) * 1024);
   const MmaTiles layout{p.weight};
   const Plan plan = make_plan<kFormat, kGroup32, Tile>(p);
   MmaArgs args{};
   args.x = p.x, args.bias = p.bias, args.out = p.out, args.partials = static_cast<float*>(p.workspace);
   args.codes = p.packed, args.scales = p.packed + layout.scales_begin(), args.zeros = p.weight.zeros ? p.packed + layout.zeros_begin() : nullptr;
   args.x_row_stride = p.x_row_stride;
-  args.M = static_cast<int>(p.M), args.N = static_cast<int>(p.weight.N), args.K = static_cast<int>(p.weight.K);
+  args.M = static_cast<int>(p.M), args.N = static_cast<int>(p.weight.N), args.K = aligned_k(p);
   args.tiles_n64 = static_cast<int>(layout.num_tiles_n()), args.tiles_k = static_cast<int>(layout.num_tiles_k());
   args.groups = static_cast<int>(layout.num_groups());
   args.group_tiles_log2 = p.weight.group_size == 0 ? 31 : p.weight.group_size == 128 ? 1 : 0;
   args.tiles_m = plan.tiles_m, args.steps = plan.steps, args.units = plan.units;
-  args.x_aligned = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && (p.x_row_stride % 8 == 0 || p.M == 1);
+
   args.out_aligned = reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && p.weight.N % 8 == 0;
-  launch("quant_linear mma", mma_kernel<kSm, T, kFormat, kGroup32, Tile>, dim3(static_cast<unsigned>(plan.blocks)), dim3(Tile::kThreads),
-         smem_bytes<kFormat, kGroup32, Tile>(), p.stream, args);
+  if (plan.align) {
+    auto* rows = reinterpret_cast<uint16_t*>(static_cast<unsigned char*>(p.workspace) + plan.partial_bytes);
+    const int64_t blocks = std::min<int64_t>((p.M * aligned_k(p) + 255) / 256, 8 * p.device->sm_count);
+    launch("quant_linear align_rows", align_rows, dim3(static_cast<unsigned>(blocks)), dim3(256), 0, p.stream, static_cast<const uint16_t*>(p.x),
+           p.x_row_stride, p.M, static_cast<int>(p.weight.K), rows, aligned_k(p));
+    args.x = rows, args.x_row_stride = aligned_k(p);
+  }
+  const auto launch_mma = [&](void (*kernel)(MmaArgs)) {
+    launch("quant_linear mma", kernel, dim3(static_cast<unsigned>(plan.blocks)), dim3(Tile::kThreads), smem_bytes<kFormat, kGroup32, Tile>(), p.stream, args);
+  };
+  if constexpr (kFormat == Format::kInt4)
+    launch_mma(args.zeros ? mma_kernel<kSm, T, kFormat, kGroup32, true, Tile> : mma_kernel<kSm, T, kFormat, kGroup32, false, Tile>);
+  else launch_mma(mma_kernel<kSm, T, kFormat, kGroup32, false, Tile>);
   if (plan.cut)
-    launch("quant_linear combine", combine<T, Tile>, dim3(static_cast<unsigned>(plan.tiles), Tile::kPositions), dim3(32), 0, p.stream, args,
-           static_cast<int>(plan.blocks));
+    launch_dependent(*p.device, "quant_linear combine", combine<T, Tile>, dim3(static_cast<unsigned>(plan.tiles), Tile::kPositions), dim3(32), p.stream, args,
+                     static_cast<int>(plan.blocks));
 }
 
 // Tiles by M. The first two split K between warps: few outputs, so a block's sums are cheap to add up, and x is read by few.
 // WHY batch-invariant mode begins at the third: the order in which an output's k are added must be the same for every M.
 template <int kSm>
 struct Tiles {
-  static constexpr int kSmall = kSm >= 80 ? 4 : 2, kLarge = kSm >= 80 ? 3 : 2;
-  using M8 = MmaTile<8, 4, 1, 1, 4, kSmall, 4>;
-  using M16 = MmaTile<16, 4, 2, 1, 2, kSmall, 3>;
-  using M32 = MmaTile<32, 2, 4, 1, 1, kSmall, 3>;
-  using M64 = MmaTile<64, 2, 4, 1, 1, kLarge, 2>;
-  using M128 = MmaTile<64, 2, 4, 2, 1, kLarge, 1>;
+  using M8 = MmaTile<8, 4, 1, 1, 4, 4, 4>;
+  using M16 = MmaTile<16, 4, 2, 1, 2, 4, 3>;
+  using M32 = MmaTile<32, 2, 4, 1, 1, 4, 3>;
+  using M64 = MmaTile<32, 2, 4, 2, 1, 3, 1>;
+  using M128 = MmaTile<64, 2, 4, 2, 1, 3, 1>;
+};
+// Two stages, and registers that hold the next one meanwhile: smaller tiles, or fewer blocks on an SM.
+template <>
+struct Tiles<75> {
+  using M8 = MmaTile<8, 4, 1, 1, 4, 2, 3>;
+  using M16 = MmaTile<16, 4, 2, 1, 2, 2, 2>;
+  using M32 = MmaTile<32, 2, 4, 1, 1, 2, 3>;
+  using M64 = MmaTile<32, 2, 4, 2, 1, 2, 1>;
+  using M128 = M64;
 };
 
 // Calls f.template operator()<Tile>() for the tile of this call.

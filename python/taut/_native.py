@@ -131,7 +131,7 @@ def explain(op: str, **sizes: int) -> list[Verdict]:
 
 
 _EXPLAIN_SIZES = {
-    "quant_linear": ("M", "N", "K", "format", "group_size", "zeros", "activations"),
+    "quant_linear": ("M", "N", "K", "format", "group_size", "zeros", "activations", "dtype"),
     "quantize_weight": (),
     "roofline": (),
 }
