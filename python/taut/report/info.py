@@ -59,11 +59,12 @@ def words(found: dict[str, Any]) -> list[str]:
     """The description as lines to read."""
     machine = found["machine"]
     features = ", ".join(machine["cpu_features"]) or "none that taut has kernels for"
+    build = ", ".join(f"{key} {value}" for key, value in machine["build"].items() if key not in ("version", "cuda"))
     lines = [
         f"processor: {machine['processor']} ({machine['architecture']}), {machine['cores']} cores usable",
         f"instruction sets taut knows: {features}",
         f"memory: {machine['memory_bytes'] / 1e9:.1f} GB, {found['memory_available_bytes'] / 1e9:.1f} GB free",
-        f"taut {machine['taut']}, {', '.join(f'{key} {value}' for key, value in machine['build'].items() if key not in ('version', 'cuda'))}",
+        f"taut {machine['taut']}, {build}",
         f"torch {machine['torch']}, which uses {machine['threads']} threads; Python {machine['python']}; {machine['system']}",
     ]
     for package, version in (("transformers", machine["transformers"]), ("peft", found["peft"])):
