@@ -406,7 +406,7 @@ def test_opcheck(activations, format, shape, bias):
     inputs = case.make()
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
     b = inputs.bias.requires_grad_() if bias else None
-    args = (x, inputs.packed, b, case.N, format.code, format.group_size, format.zeros, activation_code(activations))
+    args = (x, inputs.packed, b, case.N, format.code, format.group_size, format.zeros, activation_code(activations, format))
     torch.library.opcheck(torch.ops.taut.quant_linear.default, args)
 
 
@@ -469,7 +469,7 @@ BAD_CALLS = {
     "bias is 2-D": ({"bias": torch.zeros(1, 9)}, "bias must be"),
     "bias is bfloat16": ({"bias": torch.zeros(9, dtype=torch.bfloat16)}, "bias must be torch.float32"),
     "bias is elsewhere": ({"bias": torch.zeros(9, device="meta")}, "x is on cpu, bias on meta"),
-    "unknown activations": ({"activations": "int4"}, "unknown activations 'int4'; accepted: float, int8"),
+    "unknown activations": ({"activations": "int4"}, "unknown activations 'int4'; accepted: auto, float, int8, int8_row, fp8_row"),
     "activations of another format": ({"activations": "fp8_row"}, "int4 weights cannot be multiplied with 'fp8_row' activations"),
 }  # fmt: skip
 
