@@ -92,7 +92,8 @@ class Log:
             finished = {line["id"] for line in self.lines if line["kind"] in ("ready", "wrong", "failed", "skipped")}
             self.fatal = {name for name in begun if name not in finished}
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a" if resume else "w")
+        self._file = path.open("w")
+        self._file.writelines(json.dumps(line) + "\n" for line in self.lines)  # anew: the last one may have been cut off
         known = {line.get("id") for line in self.lines if line["kind"] == "failed"}
         for name in sorted(self.fatal - known):
             self.add("failed", id=name, reason="a run ended in it: a crash, or a kernel that did not return")
@@ -166,7 +167,7 @@ class Bench:
             "M": m, "N": weight.n, "K": weight.k, "format": spec.code, "group_size": spec.group_size, "zeros": int(spec.zeros),
             "activations": activation_code(ACTIVATIONS[weight.format.activations]),
         }  # fmt: skip
-        return [(impl, runs) for impl, runs, _ in _native._C.explain(OP, sizes, self.device.torch_device.type)]
+        return [(impl, runs) for impl, runs, _ in _native._C.explain(OP, sizes, self.device.impls)]
 
     def _chosen(self, weight: Weight, m: int) -> str:
         return next((impl for impl, runs in self._verdicts(weight, m) if runs), "")

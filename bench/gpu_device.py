@@ -29,7 +29,7 @@ class CudaDevice:
 
     def __init__(self) -> None:
         properties = torch.cuda.get_device_properties(0)
-        self.torch_device = torch.device("cuda", 0)
+        self.torch_device, self.impls = torch.device("cuda", 0), "cuda"
         self.name: str = properties.name
         self.sm = properties.major * 10 + properties.minor
         self.sm_count: int = properties.multi_processor_count
@@ -150,8 +150,8 @@ class GraphRunner:
 class DryDevice:
     """No device: tensors on the CPU, times that the model predicts. For the code of a benchmark, not for its numbers."""
 
-    def __init__(self, gpu: Gpu) -> None:
-        self.torch_device = torch.device("cpu")
+    def __init__(self, gpu: Gpu, impls: str = "cpu") -> None:
+        self.torch_device, self.impls = torch.device("cpu"), impls  # whose impls run: the CPU's, or those of an emulator
         self.name, self.sm, self.sm_count = f"dry {gpu.name}", gpu.sm, gpu.sm_count
         self.l2_bytes = 1024  # so that tiny weights have copies, too
         self.model: Gpu | None = gpu

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -108,19 +107,34 @@ class Format:
 
 
 @dataclass(frozen=True)
+class Tile:
+    """What a block computes at a time: ``columns`` x ``rows`` of out, ``depth`` of k in a step of its pipeline."""
+
+    columns: int
+    rows: int
+    depth: int
+    warp: tuple[int, int]  # columns and rows of out that one warp (wgmma: one of four of a warpgroup) computes
+    stages: int
+    per_sm: int  # blocks that a multiprocessor holds
+
+    @property
+    def warps(self) -> float:
+        return self.columns / self.warp[0] * self.rows / self.warp[1] * self.depth / 64
+
+
+@dataclass(frozen=True)
 class Kernel:
     """The structure of one kernel, as far as its time depends on it."""
 
     name: str
-    tiles: tuple[tuple[int, int], ...]  # (columns of out, rows of out) that a block computes; the best one for a case is taken
+    source: str  # where it is, and where the numbers below are from
     unit: str  # of the tensor cores: 16, int8, fp8
-    instructions: dict[str, float]  # for a weight, each time a block turns its code into a number; by weight format
-    splits_k: bool  # several blocks may share the k of a tile
-    in_flight_bytes: int = 32 * 1024  # of w that a multiprocessor has asked for at a time
-    warp_columns: int = 64  # columns of out that a warp multiplies with the fragments of x that it loads
-    scales_sums: bool = True  # a group's scale multiplies the fp32 sums of the group; else the numbers of w
+    tiles: tuple[Tile, ...]
+    cuts: str  # how k is shared by blocks: stream (equal stretches of all steps), split (few blocks: k in parts), none
+    best_tile: bool = False  # takes the tile with the fewest rows in its waves; else the first that holds all rows of x
+    wgmma: bool = False  # multiplies by itself what mma.sync does warp by warp, and is fed by a copy engine
+    scales_weights: bool = False  # the scale of a group multiplies w; else the sums, every 64 k or every group of 32
     rounds_x: bool = False  # x is rounded to 8 bits by a kernel of its own
-    wgmma: bool = False
     sms: tuple[int, int] = (75, 999)  # from, to
 
     def refuses(self, gpu: Gpu, format: Format) -> str | None:
@@ -136,32 +150,42 @@ class Kernel:
         return None
 
 
-# Instructions a weight, counted in the inner loops: a word of 8 int4 codes takes 3 shifts, 4 lop3 and 4 hsub2 to become 4 registers
-# of 16-bit numbers; a word of 4 int8 codes 2 lop3 (or prmt), a xor and 2 hsub2 in fp16; fp8 a prmt, 2 lop3, a shift and an hmul2 a pair.
-# A kernel that multiplies by the scale there needs 4 hmul2 a word more (bf16 with the scale's fp16 bits: by way of fp32, 2.5 a weight).
-_CONVERT = {"int4": 11 / 8, "int8": 7 / 4, "fp8": 10 / 4}
-_CONVERT_SCALED = {"int4": 11 / 8 + 2.0, "int8": 7 / 4 + 2.0, "fp8": 10 / 4 + 2.0}
+# Instructions that turn a weight into a number, counted in csrc/common/dequant.cuh. A word of 8 int4 takes 4 lop3, 4 hsub2 or hfma2
+# and one shift in fp16, three in bf16; a word of 4 int8 takes a xor, 2 prmt and 2 hsub2 in fp16, a shift, 4 lop3 and 2 hsub2 in bf16; of
+# 4 fp8, 3 shifts, 2 ands and 2 lop3, and in bf16 2 hmul2 more.
+CONVERT = {
+    ("int4", "f16"): 9 / 8, ("int8", "f16"): 5 / 4, ("fp8", "f16"): 7 / 4,
+    ("int4", "bf16"): 11 / 8, ("int8", "bf16"): 7 / 4, ("fp8", "bf16"): 9 / 4,
+}  # fmt: skip
+# Where the scale multiplies w: one hmul2 a pair in fp16; in bf16 an hmul2 and an hfma2, since an fp16 scale is the sum of two bf16.
+SCALE = {"f16": 1 / 2, "bf16": 1.0}
 
-_ROWS = (8, 16, 32, 64, 128)
+_MMA_TILES = (
+    Tile(64, 8, 256, (64, 8), 4, 4), Tile(128, 16, 128, (64, 16), 4, 3), Tile(128, 32, 64, (32, 32), 4, 3),
+    Tile(128, 64, 64, (32, 64), 3, 2), Tile(128, 128, 64, (32, 64), 3, 1),
+)  # fmt: skip
+_MMA8_TILES = (
+    Tile(32, 8, 256, (32, 8), 4, 4), Tile(32, 16, 256, (32, 16), 4, 4), Tile(64, 32, 256, (64, 32), 3, 2),
+    Tile(64, 64, 128, (64, 32), 4, 3), Tile(128, 128, 64, (64, 64), 4, 2),
+)  # fmt: skip
+_WGMMA_TILES = tuple(Tile(128, rows, 64, (16, rows), 5 if rows == 256 else 8, 1) for rows in (256, 128, 64))
 
-
-def _tiles(columns: Sequence[int], rows: Sequence[int] = _ROWS) -> tuple[tuple[int, int], ...]:
-    return tuple((n, m) for n in columns for m in rows)
-
-
-_WGMMA = Kernel(
-    "cuda_sm90a.wgmma", _tiles((128,), (64, 128, 256)), "16", _CONVERT_SCALED, False, scales_sums=False, wgmma=True, sms=(90, 90)
-)
 KERNELS = (
-    _WGMMA,
-    Kernel("cuda_sm89.fp8", _tiles((64, 128)), "fp8", {"fp8": 0.0}, True, rounds_x=True, sms=(89, 999)),
-    Kernel("cuda_sm80.int8", _tiles((64, 128)), "int8", {"int8": 0.0}, True, rounds_x=True, sms=(80, 999)),
-    Kernel("cuda_sm80.mma", _tiles((64, 128, 256)), "16", _CONVERT, True, sms=(80, 999)),
-    Kernel("cuda_sm75.mma", _tiles((64, 128, 256), _ROWS[:-1]), "16", _CONVERT, True),
+    Kernel(
+        "cuda_sm90a.wgmma", "cuda_sm90a_wgmma.cu", "16", _WGMMA_TILES, "none", best_tile=True, wgmma=True, scales_weights=True, sms=(90, 90)
+    ),
+    Kernel("cuda_sm89.fp8", "cuda_mma8.cuh", "fp8", _MMA8_TILES, "split", rounds_x=True, sms=(89, 999)),
+    Kernel("cuda_sm80.int8", "cuda_mma8.cuh", "int8", _MMA8_TILES, "split", rounds_x=True, sms=(80, 999)),
+    Kernel("cuda_sm80.mma", "cuda_mma.cuh", "16", _MMA_TILES, "stream", sms=(80, 999)),
+    Kernel("cuda_sm75.mma", "cuda_mma.cuh", "16", tuple(replace(tile, stages=2) for tile in _MMA_TILES), "stream", sms=(75, 79)),
 )
 EXPANDED = "cuda_sm75.dense"  # w is turned into 16-bit numbers in memory, and the library's dense product does the rest
 DENSE = "cublas"
 DENSE_TILES = ((64, 8), (64, 32), (64, 64), (128, 64), (128, 128), (128, 256), (256, 128))
+
+
+def _splits(k: int) -> tuple[int, ...]:
+    return tuple(splits for splits in (1, 2, 4, 8, 16) if splits == 1 or k // splits >= 512)
 
 
 @dataclass(frozen=True)
@@ -173,7 +197,7 @@ class Prediction:
     format: str
     impl: str
     tile: tuple[int, int]
-    splits: int
+    blocks: int
     nbytes: int
     operations: int
     bound_us: float
@@ -262,84 +286,99 @@ def predict_dense(gpu: Gpu, m: int, n: int, k: int) -> Prediction:
         l2_us = 2 * k * (m * blocks_n + n * blocks_m) / 2 / (gpu.l2_gb_s * 1e3)
         for splits in _splits(k):
             padded = 2 * blocks_n * tile[0] * blocks_m * tile[1] * k
-            tensor_us = padded / (gpu.tflops_16 * gpu.dense_share * 1e6) * _uneven(gpu, blocks_n * blocks_m * splits)
+            blocks = blocks_n * blocks_m * splits
+            # waves of blocks: the last takes as long as a full one, and multiprocessors without a block do nothing
+            uneven = -(-blocks // gpu.sm_count) * gpu.sm_count / blocks
+            tensor_us = padded / (gpu.tflops_16 * gpu.dense_share * 1e6) * uneven
             parts = {"memory": memory_us, "l2": l2_us, "tensor": tensor_us}
             limit = max(parts, key=parts.__getitem__)
             fixed = LAUNCH_US + FILL_US
             tries.append(
                 Prediction(
-                    gpu.name, f"N{n}_K{k}_M{m}", "bf16", DENSE, tile, splits, nbytes, operations, least, memory_us, l2_us, tensor_us, 0.0,
+                    gpu.name, f"N{n}_K{k}_M{m}", "bf16", DENSE, tile, blocks, nbytes, operations, least, memory_us, l2_us, tensor_us, 0.0,
                     fixed, fixed + parts[limit], limit,
                 )
             )  # fmt: skip
     return min(tries, key=lambda each: each.us)
 
 
-def _uneven(gpu: Gpu, blocks: int) -> float:
-    """By how much waves of blocks are longer than the work: the last takes as long as a full one, and who has no block does nothing."""
-    return -(-blocks // gpu.sm_count) * gpu.sm_count / blocks
-
-
-def predict_kernel(gpu: Gpu, kernel: Kernel, m: int, n: int, k: int, format: str) -> Prediction:
-    """One kernel, with the tile and the split of k that suit the case best."""
-    tries = ((tile, splits) for tile in kernel.tiles for splits in (_splits(k) if kernel.splits_k else (1,)))
-    return min((_with_tile(gpu, kernel, m, n, k, format, *each) for each in tries), key=lambda each: each.us)
-
-
-def _splits(k: int) -> tuple[int, ...]:
-    return tuple(splits for splits in (1, 2, 4, 8, 16) if splits == 1 or k // splits >= 512)
-
-
-def _with_tile(gpu: Gpu, kernel: Kernel, m: int, n: int, k: int, name: str, tile: tuple[int, int], splits: int) -> Prediction:
-    format = Format.parse(name)
+def predict_kernel(gpu: Gpu, kernel: Kernel, m: int, n: int, k: int, name: str) -> Prediction:
+    """One kernel on one case."""
+    format, tile = Format.parse(name), _tile_for(gpu, kernel, m, n)
     weight_bytes = format.packed_bytes(n, k)
     nbytes, operations = work(m, n, k, weight_bytes)
-    least = bound_us(gpu, nbytes, operations, kernel.unit)
-    blocks_n, blocks_m = -(-n // tile[0]), -(-m // tile[1])
-    blocks = blocks_n * blocks_m * splits
-    uneven = _uneven(gpu, blocks)
-    x_bytes = m * k * (1 if kernel.rounds_x else 2)
+    blocks_n, blocks_m = -(-n // tile.columns), -(-m // tile.rows)
+    tiles, steps = blocks_n * blocks_m, -(-k // tile.depth)
+    if kernel.cuts == "stream":  # equal stretches of at least four steps
+        blocks = min(gpu.sm_count * tile.per_sm, max(tiles, -(-tiles * steps // 4)))
+        longest, partial_tiles = -(-tiles * steps // blocks), 0 if tiles % blocks == 0 else blocks
+    else:
+        splits = max(1, min(gpu.sm_count // tiles, steps // tile.stages, 16)) if kernel.cuts == "split" else 1
+        blocks, longest, partial_tiles = tiles * splits, -(-steps // splits), tiles * splits if splits > 1 else 0
+    # Steps of the multiprocessor that has the most of them, over its fair share.
+    uneven = -(-blocks // gpu.sm_count) * longest * gpu.sm_count / (tiles * steps)
+
+    x_bytes, weight_size = m * k * (1 if kernel.rounds_x else 2), 0.5 if format.weights == "int4" else 1.0
     # Blocks that share columns of w run one after the other; where the x between them fills the cache, w comes from memory again.
     passes = max(1.0, min(blocks_m, x_bytes / (CACHE_SHARE * gpu.l2_mib * 2**20)))
-    asked_for = min(blocks, gpu.sm_count) * kernel.in_flight_bytes / (LATENCY_US * 1e3)
+    held = min(tile.per_sm, -(-blocks // gpu.sm_count)) * (tile.stages - 1) * tile.columns * tile.depth * weight_size
+    asked_for = min(blocks, gpu.sm_count) * held / (LATENCY_US * 1e3)
     memory_us = (weight_bytes * passes + nbytes - weight_bytes) / (min(gpu.hbm_gb_s * REACH, asked_for) * 1e3)
-    partial_bytes = 2 * 4 * splits * m * n if splits > 1 else 0  # fp32, written and read again
+    partial_bytes = 2 * 4 * partial_tiles * tile.columns * tile.rows  # fp32, written and read again
     l2_us = (x_bytes * blocks_n + weight_bytes * blocks_m + 2 * m * n + partial_bytes) / (gpu.l2_gb_s * 1e3)
     share = gpu.dense_share * (1.0 if kernel.wgmma else gpu.mma_share)
-    padded = 2 * blocks_n * tile[0] * blocks_m * tile[1] * k
+    padded = 2 * tiles * tile.columns * tile.rows * steps * tile.depth
     tensor_us = padded / (_tensor_rate(gpu, kernel.unit) * share * 1e6) * uneven
-    issue_us = _instructions(kernel, format, tile, blocks_n, blocks_m, k) * uneven / (ISSUE_PER_CLOCK * gpu.sm_count * gpu.ghz * 1e3)
+    issued = instructions(kernel, format, tile) * tiles * steps
+    issue_us = issued * uneven / (ISSUE_PER_CLOCK * gpu.sm_count * gpu.ghz * 1e3)
+
     parts = {"memory": memory_us, "l2": l2_us, "tensor": tensor_us, "issue": issue_us}
     limit = max(parts, key=parts.__getitem__)
     fixed = LAUNCH_US + FILL_US
-    if splits > 1:  # a second launch adds the partial sums up
+    if partial_tiles:  # a second launch adds the partial sums up
         fixed += LAUNCH_US + FILL_US / 2
     if kernel.rounds_x:  # and one before rounds x
         fixed += LAUNCH_US + FILL_US
     us = fixed + parts[limit] + OVERLAP * (sum(parts.values()) - parts[limit])
     return Prediction(
-        gpu.name, f"N{n}_K{k}_M{m}", name, kernel.name, tile, splits, nbytes, operations, least, memory_us, l2_us, tensor_us, issue_us,
-        fixed, us, limit,
+        gpu.name, f"N{n}_K{k}_M{m}", name, kernel.name, (tile.columns, tile.rows), blocks, nbytes, operations,
+        bound_us(gpu, nbytes, operations, kernel.unit), memory_us, l2_us, tensor_us, issue_us, fixed, us, limit,
     )  # fmt: skip
 
 
-def _instructions(kernel: Kernel, format: Format, tile: tuple[int, int], blocks_n: int, blocks_m: int, k: int) -> float:
-    """Instructions of warps that a call issues in its inner loops."""
-    columns, rows = blocks_n * tile[0], blocks_m * tile[1]
-    convert = kernel.instructions[format.weights] * columns * k * blocks_m / 32
+def _tile_for(gpu: Gpu, kernel: Kernel, m: int, n: int) -> Tile:
+    if kernel.best_tile:
+
+        def wave_rows(tile: Tile) -> int:
+            tiles = -(-n // tile.columns) * -(-m // tile.rows)
+            return -(-tiles // gpu.sm_count) * (tile.rows + 16)
+
+        return min(kernel.tiles, key=wave_rows)
+    tile = next((tile for tile in kernel.tiles if tile.rows >= m), kernel.tiles[-1])
+    if kernel.cuts == "split" and m > 32:  # the larger tile where it keeps every multiprocessor busy
+        few = -(-n // kernel.tiles[-1].columns) * -(-m // kernel.tiles[-1].rows) < gpu.sm_count
+        tile = kernel.tiles[-2 if few else -1]
+    return tile
+
+
+def instructions(kernel: Kernel, format: Format, tile: Tile) -> float:
+    """Instructions that the warps of a block issue in one step of its pipeline."""
+    columns, rows = tile.warp
+    strips, tokens = columns / 16, rows / 8
+    pieces = 1 if format.weights == "int4" else 2  # of 16 bytes a lane, of a strip of 64 k
+    groups = 2 if format.group == 32 else 1  # that 64 k meet
+    dtype = format.activations if kernel.unit == "16" else ""
+    convert = CONVERT[format.weights, dtype] * columns * 64 / 32 if dtype else 0.0
     if kernel.wgmma:
-        return convert  # its matrix instructions and copies of x are a few for thousands of these
-    depth = 16 if kernel.unit == "16" else 32
-    multiply = (columns / 16) * (rows / 8) * (k / depth)
-    load_x = (
-        (columns / kernel.warp_columns) * (rows / 16) * (k / depth) if rows >= 16 else (columns / kernel.warp_columns) * (k / (2 * depth))
-    )
-    load_w = (
-        columns * k * blocks_m * (0.5 if format.weights == "int4" else 1) / 512 * 2
-    )  # 16 bytes a lane, into shared memory and out of it
-    groups = math.ceil(k / format.group) if format.group and kernel.scales_sums else 1
-    scale = 2 * columns * rows / 32 * groups  # a multiply-add, and a zero for the next group's sum
-    return convert + multiply + load_x + load_w + scale
+        scale = SCALE[dtype] * columns * 64 / 32 if format.group else 0.0
+        # 4 warpgroup instructions with their fences, the barriers, the codes and scales out of shared memory; 8 warps
+        return tile.columns / columns * (convert + scale + 4 * 3 + 8 + pieces + 10 * groups)
+    # codes, scales and x out of shared memory; x anew for each pair of strips where it does not stay in registers
+    load = strips * (pieces + 4 * groups) + 2 * tokens * (1 if rows <= 16 else max(1.0, strips / 2))
+    multiply = strips * tokens * (4 if kernel.unit == "16" else 2)
+    promote = strips * tokens * 4 * groups if kernel.unit == "16" else strips * tokens * 8 * groups if format.group else 0.0
+    copied = (tile.rows * tile.depth * (2 if kernel.unit == "16" else 1) + tile.columns * tile.depth * pieces / 2) / (16 * 32)
+    return tile.warps * (convert + load + multiply + promote + 12) + 3 * copied
 
 
 def predictions(
@@ -362,8 +401,9 @@ def to_json(found: Sequence[Prediction]) -> str:
     assumed = {"reach": REACH, "overlap": OVERLAP, "launch_us": LAUNCH_US, "fill_us": FILL_US, "issue_per_clock": ISSUE_PER_CLOCK}
     lines = []
     for each in found:
-        row = {key: round(value, 3) if isinstance(value, float) else value for key, value in asdict(each).items() if key != "device"}
-        lines.append(json.dumps({**row, "bound_share": round(each.bound_share, 3), "ratio": round(each.ratio or 0.0, 3)}))
+        names = ("case", "format", "impl", "limit", "bound_us", "memory_us", "l2_us", "tensor_us", "issue_us", "us", "dense_us", "ratio")
+        values = ((name, getattr(each, name)) for name in names)
+        lines.append(json.dumps({name: round(value, 2) if isinstance(value, float) else value for name, value in values}))
     head = json.dumps({"device": asdict(gpu), "assumed": assumed, "measured": False})
     return head[:-1] + ', "predictions": [\n ' + ",\n ".join(lines) + "\n]}\n"
 
@@ -379,12 +419,12 @@ def render(found: Sequence[Prediction]) -> str:
             lines.append(f"\n{each.device}, {each.format}, N={n} K={k} ({SHAPES.get((n, k), 'another layer')})")
             lines.append(
                 f"{'M':>6} {'bound us':>9} {'predicted':>9} {'of bound':>8} {'GB/s':>6} {'TFLOP/s':>8} {'limit':>7} "
-                f"{'dense us':>9} {'x dense':>7}  impl, tile, splits"
+                f"{'dense us':>9} {'x dense':>7}  impl, tile, blocks"
             )
         lines.append(
             f"{m:>6} {each.bound_us:>9.1f} {each.us:>9.1f} {each.bound_share:>8.0%} {each.nbytes / each.us / 1e3:>6.0f} "
             f"{each.operations / each.us / 1e6:>8.1f} {each.limit:>7} {each.dense_us or 0:>9.1f} {each.ratio or 0:>7.2f}  "
-            f"{each.impl} {each.tile[0]}x{each.tile[1]}" + (f" /{each.splits}" if each.splits > 1 else "")
+            f"{each.impl} {each.tile[0]}x{each.tile[1]}, {each.blocks}"
         )
     return "\n".join(lines)
 

@@ -445,10 +445,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("scripts/gpu: torch sees no CUDA device; --dry-run goes through the same steps without one", file=sys.stderr)
         return 2
     run = Run(args.out.absolute(), args.budget, args.dry_run)
-    print(
-        f"{facts.get('name', 'no GPU')}, torch {facts['torch']} (CUDA {facts['cuda']}), Python {sys.version.split()[0]}, results in {run.out}",
-        flush=True,
-    )
+    versions = f"torch {facts['torch']} (CUDA {facts['cuda']}), Python {sys.version.split()[0]}"
+    print(f"{facts.get('name', 'no GPU')}, {versions}, results in {run.out}", flush=True)
     if args.installed:
         steps = [step for step in steps if step != "build"]
     else:

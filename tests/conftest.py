@@ -15,6 +15,7 @@ import torch
 import taut
 from cases import EMULATED_PRODUCTS
 from emulator import build, emulated
+from on_gpu import on_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,7 +47,7 @@ def emulated_impls(op: str) -> list[str]:
 def forced(request: pytest.FixtureRequest):
     """``forced(impl, **sizes)``: from here to the end of the test the module's op runs ``impl``, or the test is skipped
     with the reason why this machine or this call rules it out. An emulated impl runs on CPU tensors, on an emulated device
-    that has what it needs."""
+    that has what it needs; a CUDA impl (listed where there is a GPU) on copies of them on the GPU."""
     op = request.module.OP
     with contextlib.ExitStack() as stack:
 
@@ -56,6 +57,9 @@ def forced(request: pytest.FixtureRequest):
                 impl, mode = match.groups()
                 enter_emulator(stack, request, impl, mode, sizes)
                 device = f"emulated {mode}"
+            elif impl.startswith("cuda"):
+                stack.enter_context(on_gpu())
+                device = "cuda"
             stack.enter_context(taut.force_impl(op, impl))
             rows = taut._C.explain(op, sizes, device)
             chosen, reason = next((chosen, reason) for name, chosen, reason in rows if name == impl)

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "common/cuda.cuh"
+#include "common/device.h"
 
 namespace taut {
 
@@ -14,6 +15,11 @@ namespace taut {
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, int smem_bytes, void* /*stream*/, A&&... args) {
   emulator::launch(name, kernel, grid, block, smem_bytes, std::forward<A>(args)...);
+}
+
+template <class... P, class... A>
+void launch_dependent(const Device&, const char* name, void (*kernel)(P...), dim3 grid, dim3 block, void* stream, A&&... args) {
+  launch(name, kernel, grid, block, 0, stream, std::forward<A>(args)...);
 }
 
 #else
@@ -31,6 +37,19 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, int s
     check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes), name);
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = smem_bytes, config.stream = static_cast<cudaStream_t>(stream);
+  check_cuda(cudaLaunchKernelEx(&config, kernel, P(std::forward<A>(args))...), name);
+}
+
+// A kernel that begins while the one before it in the stream still runs, from its griddep_launch on, where the device can do
+// that (sm_90): its launch costs no time of its own. It must griddep_wait before it reads or writes anything.
+template <class... P, class... A>
+void launch_dependent(const Device& device, const char* name, void (*kernel)(P...), dim3 grid, dim3 block, void* stream, A&&... args) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.stream = static_cast<cudaStream_t>(stream);
+  if (device.sm >= 90) config.attrs = &early, config.numAttrs = 1;
   check_cuda(cudaLaunchKernelEx(&config, kernel, P(std::forward<A>(args))...), name);
 }
 

@@ -254,6 +254,15 @@ TAUT_DEVICE uint4 ld_global_nc_16(const void* p TAUT_SITE) {
 #endif
 }
 
+// WHY a wrapper: nvcc made four 4-byte stores of an assignment of a uint4 that it had loaded from shared memory.
+TAUT_DEVICE void st_global_16(void* p, uint4 v) {
+#if defined(TAUT_EMULATE)
+  *static_cast<uint4*>(p) = v;
+#else
+  asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};\n" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+#endif
+}
+
 // ---- named barriers: id 1 to 15 (0 is __syncthreads), of `threads` threads, a multiple of 32 --------------------------
 
 TAUT_DEVICE void bar_sync(int id, int threads TAUT_SITE) {

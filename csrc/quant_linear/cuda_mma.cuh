@@ -438,6 +438,9 @@ TAUT_DEVICE void compute_unit(const unsigned char* stage, Accumulators<Tile>& ac
 template <int kSm, class T, Format kFormat, bool kGroup32, bool kZeros, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) mma_kernel(const MmaArgs args) {
   if constexpr (kCompiledFor<kSm>) {
+#if TAUT_ARCH_AT_LEAST(90)
+    ptx::griddep_launch();  // `combine` may take its place, and wait
+#endif
     constexpr bool kAsync = kSm >= 80;
     constexpr int kStages = Tile::kStages, kStageBytes = (StageLayout<kFormat, kGroup32, Tile>::kBytes + 127) / 128 * 128;
     TAUT_DYNAMIC_SMEM(smem);
@@ -538,6 +541,9 @@ __global__ void __launch_bounds__(256) align_rows(const uint16_t* x, int64_t x_r
 template <class T, class Tile>
 __global__ void __launch_bounds__(32) combine(const MmaArgs args, int blocks) {
   __shared__ __align__(16) unsigned char s_bytes[EpilogueLayout<Tile>::kStoreBytes];
+#if TAUT_ARCH_AT_LEAST(90)
+  ptx::griddep_wait();
+#endif
   const int tile = blockIdx.x, position = blockIdx.y, lane = threadIdx.x;
   const int64_t first = static_cast<int64_t>(tile) * args.steps;
   const int64_t block_begin = block_of_unit(first, args.units, blocks), block_end = block_of_unit(first + args.steps - 1, args.units, blocks);
@@ -593,6 +599,8 @@ Plan make_plan(const CudaParams& p) {
 
 template <int kSm, class T, Format kFormat, bool kGroup32, class Tile>
 void run_tile(const CudaParams& p) {
+  // What every device of the generation gives a block: sm_86, 89 and 120 have 99 KB.
+  static_assert(smem_bytes<kFormat, kGroup32, Tile>() <= (kSm >= 80 ? 99 : 64) * 1024);
   const MmaTiles layout{p.weight};
   const Plan plan = make_plan<kFormat, kGroup32, Tile>(p);
   MmaArgs args{};
@@ -620,20 +628,28 @@ void run_tile(const CudaParams& p) {
     launch_mma(args.zeros ? mma_kernel<kSm, T, kFormat, kGroup32, true, Tile> : mma_kernel<kSm, T, kFormat, kGroup32, false, Tile>);
   else launch_mma(mma_kernel<kSm, T, kFormat, kGroup32, false, Tile>);
   if (plan.cut)
-    launch("quant_linear combine", combine<T, Tile>, dim3(static_cast<unsigned>(plan.tiles), Tile::kPositions), dim3(32), 0, p.stream, args,
-           static_cast<int>(plan.blocks));
+    launch_dependent(*p.device, "quant_linear combine", combine<T, Tile>, dim3(static_cast<unsigned>(plan.tiles), Tile::kPositions), dim3(32), p.stream, args,
+                     static_cast<int>(plan.blocks));
 }
 
 // Tiles by M. The first two split K between warps: few outputs, so a block's sums are cheap to add up, and x is read by few.
 // WHY batch-invariant mode begins at the third: the order in which an output's k are added must be the same for every M.
 template <int kSm>
 struct Tiles {
-  static constexpr int kSmall = kSm >= 80 ? 4 : 2, kLarge = kSm >= 80 ? 3 : 2;
-  using M8 = MmaTile<8, 4, 1, 1, 4, kSmall, 4>;
-  using M16 = MmaTile<16, 4, 2, 1, 2, kSmall, 3>;
-  using M32 = MmaTile<32, 2, 4, 1, 1, kSmall, 3>;
-  using M64 = MmaTile<32, 2, 4, 2, 1, kLarge, 1>;
-  using M128 = MmaTile<64, 2, 4, 2, 1, kLarge, 1>;
+  using M8 = MmaTile<8, 4, 1, 1, 4, 4, 4>;
+  using M16 = MmaTile<16, 4, 2, 1, 2, 4, 3>;
+  using M32 = MmaTile<32, 2, 4, 1, 1, 4, 3>;
+  using M64 = MmaTile<32, 2, 4, 2, 1, 3, 1>;
+  using M128 = MmaTile<64, 2, 4, 2, 1, 3, 1>;
+};
+// Two stages, and registers that hold the next one meanwhile: smaller tiles, or fewer blocks on an SM.
+template <>
+struct Tiles<75> {
+  using M8 = MmaTile<8, 4, 1, 1, 4, 2, 3>;
+  using M16 = MmaTile<16, 4, 2, 1, 2, 2, 2>;
+  using M32 = MmaTile<32, 2, 4, 1, 1, 2, 3>;
+  using M64 = MmaTile<32, 2, 4, 2, 1, 2, 1>;
+  using M128 = M64;
 };
 
 // Calls f.template operator()<Tile>() for the tile of this call.

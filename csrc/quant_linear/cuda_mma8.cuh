@@ -45,7 +45,7 @@ struct Mma8Args {
   int64_t M, N;
   int tiles_n, tiles_k, groups;
   int group_shift;        // of the index of 32 k, to its row of scales
-  int blocks_m, blocks_n, steps, splits;
+  int blocks_m, band_shift, steps, splits;
   float unit_factor;      // of row_unit: 32767 where no multiples are stored
   DType dtype;
 };
@@ -86,14 +86,14 @@ struct Mma8Stage {
   }
 };
 
-// Which tile of the output a block makes: 8 rows of tiles are walked column by column, so that blocks that run at the same time share w and x in L2.
+// Which tile of the output a block makes. A band of up to 8 rows of tiles is walked column by column, so that blocks that run at the same
+// time share w and x in L2. WHY a power of two: what shifts can give is not kept in registers over the loop, what a division gives is.
 struct Mma8Block {
   int m, n;
 };
 TAUT_DEVICE Mma8Block mma8_block_place(const Mma8Args& p) {
-  constexpr int kRows = 8;
-  const int band = blockIdx.x / (kRows * p.blocks_n), within = blockIdx.x % (kRows * p.blocks_n), rows = min(p.blocks_m - band * kRows, kRows);
-  return {band * kRows + within % rows, within / rows};
+  const int x = static_cast<int>(blockIdx.x);
+  return {(static_cast<int>(blockIdx.z) << p.band_shift) + (x & ((1 << p.band_shift) - 1)), x >> p.band_shift};
 }
 
 // The last step of 8 outputs of row m, from column n on: the sums' factors, bias, rounding.
@@ -166,22 +166,22 @@ struct Mma8 {
 
   const Mma8Args& p;
   unsigned char* const smem;
-  const int64_t m0, n0;
+  const Mma8Block block;
   const int thread = threadIdx.x, lane = thread % 32, g = lane / 4, t = lane % 4;
   const int warp_k = thread / 32 % Shape::kWarpsK, warp_m = thread / 32 / Shape::kWarpsK % Shape::kWarpsM;
   const int warp_n = thread / 32 / Shape::kWarpsK / Shape::kWarpsM;
-  const int tile_n = static_cast<int>(n0 / 64), first_strip = static_cast<int>(n0 % 64) / 16;  // of the warps with warp_n = 0
-  const int rows = static_cast<int>(min(p.M - m0, int64_t{Shape::kBlockM}));                   // of x that exist
+  // Of the warps with warp_n = 0; the rows of x that exist.
+  const int tile_n = block.n * (Shape::kBlockN / 16) / 4, first_strip = block.n * (Shape::kBlockN / 16) % 4;
+  const int rows = static_cast<int>(min(p.M - int64_t{block.m} * Shape::kBlockM, int64_t{Shape::kBlockM}));
   // Where this thread's chunks of w and x begin, for k = 0.
   const uint8_t* const g_w = p.codes + int64_t{tile_n} * p.tiles_k * 4096 + first_strip * 1024 + thread * 16;
-  const uint8_t* const g_x = p.x.codes + (m0 + thread / kRowChunks) * p.tiles_k * 64 + thread % kRowChunks * 16;
+  const uint8_t* const g_x = p.x.codes + (int64_t{block.m} * Shape::kBlockM + thread / kRowChunks) * p.tiles_k * 64 + thread % kRowChunks * 16;
   Sum sums[kStrips][kColumns][4] = {};
 
-  TAUT_DEVICE Mma8(const Mma8Args& args, unsigned char* memory, Mma8Block block)
-      : p(args), smem(memory), m0(int64_t{block.m} * Shape::kBlockM), n0(int64_t{block.n} * Shape::kBlockN) {}
+  TAUT_DEVICE Mma8(const Mma8Args& args, unsigned char* memory, Mma8Block place) : p(args), smem(memory), block(place) {}
 
-  // What lies outside of w or x is filled with zeros. WHY addresses that are one base and uniform steps: one of its own for every chunk,
-  // kept over the loop, would take 40 registers.
+  // What lies outside of w or x is filled with zeros; its address, where nothing is read, may be anything.
+  // WHY addresses that are one base and uniform steps: one of its own for every chunk, kept over the loop, would take 40 registers.
   TAUT_DEVICE void load_stage(int step) const {
     unsigned char* const stage = smem + step % Shape::kStages * Stage::kBytes;
     const int tile_k0 = step * Shape::kWarpsK, last_k = p.tiles_k - 1;
@@ -191,7 +191,7 @@ struct Mma8 {
 #pragma unroll
       for (int k = 0; k < Shape::kWarpsK; k++) {
         const bool exists = tile_k0 + k <= last_k && tile_n + warp < p.tiles_n;
-        const uint8_t* const source = g_w + (exists ? int64_t{warp} * p.tiles_k + tile_k0 + k : 0) * 4096;
+        const uint8_t* const source = g_w + (int64_t{warp} * p.tiles_k + tile_k0 + k) * 4096;
 #pragma unroll
         for (int pass = 0; pass < kStripChunks / kThreads; pass++)
           ptx::cp_async_16(stage + ((warp * Shape::kWarpsK + k) * kStripChunks + pass * kThreads + thread) * 16, source + pass * kThreads * 16, exists ? 16 : 0);
@@ -201,9 +201,8 @@ struct Mma8 {
     const int x_rows = tile_k0 + thread % kRowChunks / 4 <= last_k ? rows - thread / kRowChunks : 0;
 #pragma unroll
     for (int pass = 0; pass < Shape::kBlockM / kPassRows; pass++) {
-      const bool exists = pass * kPassRows < x_rows;
-      const int64_t source = int64_t{tile_k0} * 64 + int64_t{pass * kPassRows} * p.tiles_k * 64;
-      ptx::cp_async_16(s_x + pass * kPassRows * Stage::kRowBytes, exists ? g_x + source : p.x.codes, exists ? 16 : 0);
+      const int64_t source = (int64_t{tile_k0} + int64_t{pass * kPassRows} * p.tiles_k) * 64;
+      ptx::cp_async_16(s_x + pass * kPassRows * Stage::kRowBytes, g_x + source, pass * kPassRows < x_rows ? 16 : 0);
     }
 
     if constexpr (Stage::kScaleRows > 0) {
@@ -213,7 +212,7 @@ struct Mma8 {
         const int k = tile_k0 + tile % Shape::kWarpsK, n = tile_n + tile / Shape::kWarpsK;
         const bool exists = k <= last_k && n < p.tiles_n;
         const int64_t source = (int64_t{n} * p.groups + ((2 * k + row) >> p.group_shift)) * 128 + chunk % 8 * 16;
-        if (chunk < kScaleChunks) ptx::cp_async_16(stage + Stage::kScalesBegin + chunk * 16, p.scales + (exists ? source : 0), exists ? 16 : 0);
+        if (chunk < kScaleChunks) ptx::cp_async_16(stage + Stage::kScalesBegin + chunk * 16, p.scales + source, exists ? 16 : 0);
       }
     }
 
@@ -223,32 +222,32 @@ struct Mma8 {
         for (int i0 = 0; i0 < Shape::kBlockM * kRowMultiples; i0 += kThreads) {
           const int k32 = (i0 + thread) % kRowMultiples, token = (i0 + thread) / kRowMultiples;
           const bool exists = token < rows && tile_k0 + k32 / 2 <= last_k;
-          const int64_t source = (m0 + token) * (2 * p.tiles_k) + 2 * tile_k0 + k32;
+          const int64_t source = (int64_t{block.m} * Shape::kBlockM + token) * (2 * p.tiles_k) + 2 * tile_k0 + k32;
           if (token < Shape::kBlockM)
-            ptx::cp_async_4(stage + Stage::kMultiplesBegin + (k32 * Shape::kBlockM + token) * 4, p.x.multiple + (exists ? source : 0), exists ? 4 : 0);
+            ptx::cp_async_4(stage + Stage::kMultiplesBegin + (k32 * Shape::kBlockM + token) * 4, p.x.multiple + source, exists ? 4 : 0);
         }
       }
     }
   }
 
-  // The scales of a lane's rows, g + 16 * strip and g + 8 + 16 * strip, for row `row` of the k-tile's scales.
-  TAUT_DEVICE void load_scales(float (&scales)[kStrips][2], const unsigned char* stage, int row) const {
+  // The scales of a lane's rows for row `row` of the k-tile's scales: of strip i, those of g (low half) and g + 8.
+  TAUT_DEVICE void load_scales(uint32_t (&scales)[kStrips], const unsigned char* stage, int row) const {
     const unsigned char* source = stage + Stage::kScalesBegin + ((warp_n * Shape::kWarpsK + warp_k) * Stage::kScaleRows + row) * 128 + g * 16;
     static_assert(kStrips == 4 || (kStrips == 2 && Shape::kWarpsN == 1));
-    uint32_t words[kStrips];
     if constexpr (kStrips == 4) {
       const uint4 v = *reinterpret_cast<const uint4*>(source);
-      words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+      scales[0] = v.x, scales[1] = v.y, scales[2] = v.z, scales[3] = v.w;
     } else {
       const uint2 v = *reinterpret_cast<const uint2*>(source + first_strip * 4);
-      words[0] = v.x, words[1] = v.y;
+      scales[0] = v.x, scales[1] = v.y;
     }
-#pragma unroll
-    for (int strip = 0; strip < kStrips; strip++) {
-      __half2 pair;
-      memcpy(static_cast<void*>(&pair), &words[strip], 4);
-      scales[strip][0] = __low2float(pair), scales[strip][1] = __high2float(pair);
-    }
+  }
+
+  // A lane's registers a0..a3 of 32 k: half `half` of the k-tile.
+  TAUT_DEVICE void load_w(uint32_t (&a)[4], const unsigned char* stage, int strip, int half) const {
+    const int chunk = (warp_n * Shape::kWarpsK + warp_k) * kStripChunks + strip * 64 + half * 32 + lane;
+    const uint4 v = *reinterpret_cast<const uint4*>(stage + chunk * 16);
+    a[0] = v.x, a[1] = v.y, a[2] = v.z, a[3] = v.w;
   }
 
   // This warp's k-tile of a stage.
@@ -258,55 +257,75 @@ struct Mma8 {
 #pragma unroll
     for (int j = 0; j < kColumns; j++) ptx::ldmatrix_x4(b[j], s_x + j * 8 * Stage::kRowBytes);
 
-    float scales[Stage::kScaleRows > 0 ? Stage::kScaleRows : 1][kStrips][2];
+    if constexpr (kPromote == Promote::kNever) {
 #pragma unroll
-    for (int row = 0; row < Stage::kScaleRows; row++) load_scales(scales[row], stage, row);
-
-    const uint4* const s_w = reinterpret_cast<const uint4*>(stage) + (warp_n * Shape::kWarpsK + warp_k) * kStrips * 64 + lane;
+      for (int strip = 0; strip < kStrips; strip++)
 #pragma unroll
-    for (int strip = 0; strip < kStrips; strip++) {
-      uint32_t a[2][4];
+        for (int half = 0; half < 2; half++) {
+          uint32_t a[4];
+          load_w(a, stage, strip, half);
 #pragma unroll
-      for (int f = 0; f < 2; f++) {
-        const uint4 v = s_w[strip * 64 + f * 32];
-        a[f][0] = v.x, a[f][1] = v.y, a[f][2] = v.z, a[f][3] = v.w;
-      }
+          for (int j = 0; j < kColumns; j++) Mma::mma(sums[strip][j], a, b[j][2 * half], b[j][2 * half + 1]);
+        }
+    } else if constexpr (kPromote == Promote::kEvery64) {
+      uint32_t scale_pairs[kStrips];
+      load_scales(scale_pairs, stage, 0);
 #pragma unroll
-      for (int j = 0; j < kColumns; j++) {
-        if constexpr (kPromote == Promote::kNever) {
-          Mma::mma(sums[strip][j], a[0], b[j][0], b[j][1]);
-          Mma::mma(sums[strip][j], a[1], b[j][2], b[j][3]);
-        } else if constexpr (kPromote == Promote::kEvery64) {
+      for (int strip = 0; strip < kStrips; strip++) {
+        uint32_t a[2][4];
+        load_w(a[0], stage, strip, 0), load_w(a[1], stage, strip, 1);
+        const float2 scales = unpack_scales(scale_pairs[strip]);
+#pragma unroll
+        for (int j = 0; j < kColumns; j++) {
           typename Mma::Sum part[4] = {Mma::kStart, Mma::kStart, Mma::kStart, Mma::kStart};
           Mma::mma(part, a[0], b[j][0], b[j][1]);
           Mma::mma(part, a[1], b[j][2], b[j][3]);
 #pragma unroll
-          for (int i = 0; i < 4; i++) sums[strip][j][i] = __fmaf_rn(Mma::promoted(part[i]), scales[0][strip][i / 2], sums[strip][j][i]);
-        } else {
+          for (int i = 0; i < 4; i++) sums[strip][j][i] = __fmaf_rn(Mma::promoted(part[i]), i < 2 ? scales.x : scales.y, sums[strip][j][i]);
+        }
+      }
+    } else {
 #pragma unroll
-          for (int f = 0; f < 2; f++) {
+      for (int half = 0; half < 2; half++) {
+        uint32_t scale_pairs[kStrips];
+        load_scales(scale_pairs, stage, half);
+#pragma unroll
+        for (int strip = 0; strip < kStrips; strip++) {
+          uint32_t a[4];
+          load_w(a, stage, strip, half);
+          const float2 scales = unpack_scales(scale_pairs[strip]);
+#pragma unroll
+          for (int j = 0; j < kColumns; j++) {
             typename Mma::Sum part[4] = {Mma::kStart, Mma::kStart, Mma::kStart, Mma::kStart};
-            Mma::mma(part, a[f], b[j][2 * f], b[j][2 * f + 1]);
-            float multiples[2] = {1, 1};  // of tokens 2t and 2t + 1
-            if constexpr (Stage::kMayHaveMultiples) {
-              if (p.x.multiple) {
-                const float2 v = *reinterpret_cast<const float2*>(stage + Stage::kMultiplesBegin +
-                                                                  ((2 * warp_k + f) * Shape::kBlockM + warp_m * Shape::kTokens + j * 8 + 2 * t) * 4);
-                multiples[0] = v.x, multiples[1] = v.y;
-              }
-            }
+            Mma::mma(part, a, b[j][2 * half], b[j][2 * half + 1]);
+            const float2 multiples = load_multiples(stage, half, j);
+            const float factors[4] = {scales.x * multiples.x, scales.x * multiples.y, scales.y * multiples.x, scales.y * multiples.y};
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-              sums[strip][j][i] = __fmaf_rn(Mma::promoted(part[i]), __fmul_rn(scales[f][strip][i / 2], multiples[i % 2]), sums[strip][j][i]);
+            for (int i = 0; i < 4; i++) sums[strip][j][i] = __fmaf_rn(Mma::promoted(part[i]), factors[i], sums[strip][j][i]);
           }
         }
       }
     }
   }
 
+  TAUT_DEVICE static float2 unpack_scales(uint32_t pair) {
+    __half2 scales;
+    memcpy(static_cast<void*>(&scales), &pair, 4);
+    return __half22float2(scales);
+  }
+
+  // The multiples of tokens 2t and 2t + 1 of 8, for half a k-tile.
+  TAUT_DEVICE float2 load_multiples(const unsigned char* stage, int half, int column) const {
+    if constexpr (Stage::kMayHaveMultiples) {
+      const int at = (2 * warp_k + half) * Shape::kBlockM + warp_m * Shape::kTokens + column * 8 + 2 * t;
+      if (p.x.multiple) return *reinterpret_cast<const float2*>(stage + Stage::kMultiplesBegin + at * 4);
+    }
+    return make_float2(1, 1);
+  }
+
   // Steps [begin, end) of K.
   TAUT_DEVICE void multiply_steps(int begin, int end) {
-#pragma unroll
+#pragma unroll 1
     for (int s = 0; s < Shape::kStages - 1; s++) {
       if (begin + s < end) load_stage(begin + s);
       ptx::cp_async_commit();
@@ -338,7 +357,7 @@ struct Mma8 {
     constexpr int kPerRow = Shape::kBlockN / 8;
     for (int i = thread; i < Shape::kBlockM * kPerRow; i += kThreads) {
       const int token = i / kPerRow, column = i % kPerRow * 8;
-      const int64_t m = m0 + token, n = n0 + column;
+      const int64_t m = int64_t{block.m} * Shape::kBlockM + token, n = int64_t{block.n} * Shape::kBlockN + column;
       if (m >= p.M || n >= p.N) continue;
       Sum total[8];
       load_sums(total, s_sums + token * Stage::kSumStride + column);
@@ -358,7 +377,9 @@ struct Mma8 {
 template <class Mma, class Shape, Promote kPromote>
 TAUT_DEVICE void mma8_block(const Mma8Args& p) {
   TAUT_DYNAMIC_SMEM(smem);
-  Mma8<Mma, Shape, kPromote> block(p, smem, mma8_block_place(p));
+  const Mma8Block place = mma8_block_place(p);
+  if (place.m >= p.blocks_m) return;  // of the last band
+  Mma8<Mma, Shape, kPromote> block(p, smem, place);
   const int split = blockIdx.y;
   block.multiply_steps(static_cast<int>(int64_t{p.steps} * split / p.splits), static_cast<int>(int64_t{p.steps} * (split + 1) / p.splits));
   block.store(split);
@@ -390,9 +411,9 @@ __global__ void __launch_bounds__(kReduceThreads) mma8_reduce(const Mma8Args p) 
 using Mma8Shape8 = Mma8Shape<2, 8, 1, 1, 4, 4, 4>;
 using Mma8Shape16 = Mma8Shape<2, 16, 1, 1, 4, 4, 4>;
 using Mma8Shape32 = Mma8Shape<4, 32, 1, 1, 4, 3, 2>;
-using Mma8Shape64 = Mma8Shape<4, 32, 1, 2, 2, 4, 3>;
+using Mma8Shape64 = Mma8Shape<4, 32, 1, 2, 2, 4, 2>;
 template <Promote kPromote>
-using Mma8Shape128 = std::conditional_t<kPromote == Promote::kNever, Mma8Shape<4, 64, 2, 2, 1, 4, 2>, Mma8Shape<4, 32, 2, 4, 1, 4, 2>>;
+using Mma8Shape128 = std::conditional_t<kPromote == Promote::kNever, Mma8Shape<4, 64, 2, 2, 1, 4, 2>, Mma8Shape<4, 32, 2, 4, 1, 4, 1>>;
 
 template <Promote kPromote, class F>
 decltype(auto) with_mma8_shape(int tokens, F&& f) {
@@ -404,6 +425,8 @@ decltype(auto) with_mma8_shape(int tokens, F&& f) {
     default: return f(Mma8Shape128<kPromote>{});
   }
 }
+
+constexpr int64_t kMma8MaxM = 1 << 23;  // 65535 bands of 8 rows of the smallest tiles for many tokens
 
 struct Mma8Plan {
   int tokens, blocks_m, blocks_n, steps, splits;
@@ -442,6 +465,7 @@ template <class Sum, Promote kPromote, class KernelOf>
 void mma8_run(const char* name, const CudaParams& p, const KernelOf& kernel_of) {
   if (p.M == 0 || p.weight.N == 0) return;
   const Mma8Plan plan = mma8_plan<kPromote>(p);
+  const int band_shift = plan.blocks_m >= 8 ? 3 : plan.blocks_m >= 4 ? 2 : plan.blocks_m >= 2 ? 1 : 0;
   const MmaTiles layout{p.weight};
   const int64_t group = p.weight.group_size;
   const Mma8Args args{p.packed,
@@ -457,12 +481,12 @@ void mma8_run(const char* name, const CudaParams& p, const KernelOf& kernel_of) 
                       static_cast<int>(layout.num_groups()),
                       group == 32 ? 0 : group == 64 ? 1 : group == 128 ? 2 : 31,
                       plan.blocks_m,
-                      plan.blocks_n,
+                      band_shift,
                       plan.steps,
                       plan.splits,
                       p.activations == Activations::kInt8Row ? 32767.0f : 1.0f,
                       p.dtype};
-  const dim3 grid(static_cast<unsigned>(int64_t{plan.blocks_m} * plan.blocks_n), plan.splits);
+  const dim3 grid(plan.blocks_n << band_shift, plan.splits, (plan.blocks_m + (1 << band_shift) - 1) >> band_shift);
   with_mma8_shape<kPromote>(plan.tokens, [&]<class Shape>(Shape shape) {
     const auto [kernel, shared_bytes] = kernel_of(shape);
     launch(name, kernel, grid, dim3(Shape::kThreads), shared_bytes, p.stream, args);

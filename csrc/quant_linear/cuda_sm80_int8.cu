@@ -4,7 +4,7 @@
 // WORK      cuda_mma8.cuh: a 4-stage cp.async pipeline, warps of 16-64 n x 8-64 m, K split among warps and blocks for few tokens
 // BOUND     M <= 32: DRAM, N*K bytes of w. M large: the int8 tensor cores; a scale every 64 k costs 8 fp32 instructions for two mma of 4096
 //           multiply-adds, every 32 k with multiples 12 for one, which then is the bound
-// LIMITS    SM 80 and newer, int8 weights, int8 activations; any N, K, M and group
+// LIMITS    SM 80 and newer, int8 weights, int8 activations; any N, K and group, M up to 2^23
 #include "quant_linear/cuda_mma8.cuh"
 
 namespace taut::quant_linear::cuda_sm80_int8 {
@@ -34,6 +34,7 @@ void run_with(const CudaParams& p) {
 
 const char* supported(const CudaParams& p) {
   if (p.device->sm < 80) return "it needs SM 80: int8 tensor cores of 16x8x32";
+  if (p.M > kMma8MaxM) return "it takes at most 2^23 rows of x";
   if (p.weight.format != Format::kInt8) return "it computes with int8 weights";
   const bool int8 = p.activations == Activations::kInt8 || p.activations == Activations::kInt8Row;
   return int8 ? nullptr : "it computes with int8 activations";

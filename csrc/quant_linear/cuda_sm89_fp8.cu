@@ -4,7 +4,7 @@
 // WORK      cuda_mma8.cuh: a 4-stage cp.async pipeline, warps of 16-64 n x 8-64 m, K split among warps and blocks for few tokens
 // BOUND     M <= 32: DRAM, N*K bytes of w. M large: the fp8 tensor cores; a scale every 64 k costs 4 fp32 instructions for two mma of 4096
 //           multiply-adds
-// LIMITS    SM 89 and newer, fp8_e4m3 weights, fp8_row activations; any N, K, M and group
+// LIMITS    SM 89 and newer, fp8_e4m3 weights, fp8_row activations; any N, K and group, M up to 2^23
 #include "quant_linear/cuda_mma8.cuh"
 
 namespace taut::quant_linear::cuda_sm89_fp8 {
@@ -28,6 +28,7 @@ void run_with(const CudaParams& p) {
 
 const char* supported(const CudaParams& p) {
   if (p.device->sm < 89) return "it needs SM 89: fp8 tensor cores";
+  if (p.M > kMma8MaxM) return "it takes at most 2^23 rows of x";
   if (p.weight.format != Format::kFp8E4M3) return "it computes with fp8_e4m3 weights";
   return p.activations == Activations::kFp8Row ? nullptr : "it computes with fp8_row activations";
 }

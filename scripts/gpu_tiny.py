@@ -1,0 +1,72 @@
+"""Small ragged calls of every CUDA impl, checked against float64: what compute-sanitizer watches. ``--cpu``: the CPU's impls instead.
+
+It ends with a line ``tiny: ...`` and exit code 0, or 1 if a result was wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from bench.contenders import Skip
+from bench.gpu_problem import ACTIVATIONS, TOLERANCES, Weight, max_error, own_layer, own_packed, rows_of_x
+
+import taut
+from taut import _native
+from taut.formats import activation_code
+
+OP = "quant_linear"
+# n, k, format, rows of x: ragged in every direction, with one pipeline of copies that wraps around, and one call of many blocks
+CASES = (
+    (65, 128, "int4_g32_z_{0}", (1, 9)),
+    (130, 640, "int4_g128_{0}", (3, 33)),
+    (67, 192, "int8_row_{0}", (5, 70)),
+    (129, 256, "fp8_g64_{0}", (2, 17)),
+    (70, 384, "int8_g64_a8row", (1, 40)),
+    (66, 256, "fp8_row_f8row", (1, 40)),
+    (257, 512, "int4_row_{0}", (130,)),
+)
+
+
+def calls(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, float, float]]:
+    """Name, error and tolerance of each call."""
+    for n, k, name, rows in CASES:
+        try:
+            weight = Weight(n, k, name.format("bf16" if dtype == torch.bfloat16 else "f16"), device, dtype)
+            spec = weight.spec
+            activations = activation_code(ACTIVATIONS[weight.format.activations])
+        except (Skip, ValueError) as reason:
+            print(f"{name}: {reason}")
+            continue
+        packed = own_packed(weight, 0)
+        for m in rows:
+            sizes = {"M": m, "N": n, "K": k, "format": spec.code, "group_size": spec.group_size, "zeros": int(spec.zeros)}
+            sizes["activations"] = activations
+            x = rows_of_x(weight, m)
+            for impl, _, _ in _native._C.explain(OP, sizes, device.type):
+                with taut.force_impl(OP, impl):
+                    if not any(row[:2] == (impl, True) for row in _native._C.explain(OP, sizes, device.type)):
+                        continue
+                    error = max_error(own_layer(weight, packed, impl, False).call(x, 0), x, weight.dense)
+                yield f"{impl} N{n}_K{k}_M{m} {weight.name}", error, TOLERANCES[weight.format.activations]
+
+
+def main() -> int:
+    device = torch.device("cpu" if "--cpu" in sys.argv[1:] else "cuda")
+    bf16 = device.type == "cpu" or torch.cuda.get_device_capability() >= (8, 0)
+    wrong = done = 0
+    for name, error, tolerance in calls(device, torch.bfloat16 if bf16 else torch.float16):
+        done += 1
+        if not error <= tolerance:
+            wrong += 1
+            print(f"WRONG {name}: off by {error:.2g} of the largest result")
+    print(f"tiny: {done} calls, {wrong} wrong")
+    return 1 if wrong or not done else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
