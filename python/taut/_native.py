@@ -84,8 +84,8 @@ def cpu_features() -> dict[str, bool]:
     return _C.cpu_features()
 
 
-def build_info() -> dict[str, Any]:
-    """Version, compiler, architecture, the oldest torch this build serves, and the GPUs its CUDA kernels are for, if it has any."""
+def build_info() -> dict[str, str | None]:
+    """Version, compiler, architecture, the oldest torch this build serves, and the GPUs ``cuda`` it has code for (None: none)."""
     return _C.build_info()
 
 
