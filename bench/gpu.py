@@ -84,19 +84,19 @@ class Log:
     def __init__(self, path: Path, resume: bool) -> None:
         self.path, self.lines = path, []
         self.over: set[str] = set()  # races that ended
-        self.fatal: set[str] = set()  # entries that began and never ended: what another run died of
+        self.barred: set[str] = set()  # entries that failed, were wrong, or began and never ended: what another run died of
         if resume and path.exists():
             self.lines = gpu_table.read_lines(path)
             self.over = {line["id"] for line in self.lines if line["kind"] == "end"}
             begun = [line["id"] for line in self.lines if line["kind"] == "begin"]
             finished = {line["id"] for line in self.lines if line["kind"] in ("ready", "wrong", "failed", "skipped")}
-            self.fatal = {name for name in begun if name not in finished}
+            self.barred = {name for name in begun if name not in finished}
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("w")
         self._file.writelines(json.dumps(line) + "\n" for line in self.lines)  # anew: the last one may have been cut off
-        known = {line.get("id") for line in self.lines if line["kind"] == "failed"}
-        for name in sorted(self.fatal - known):
+        for name in sorted(self.barred):
             self.add("failed", id=name, reason="a run ended in it: a crash, or a kernel that did not return")
+        self.barred |= {line["id"] for line in self.lines if line["kind"] in ("failed", "wrong")}
 
     def add(self, kind: str, **fields: Any) -> dict[str, Any]:
         line = {"kind": kind, **fields}
@@ -151,7 +151,7 @@ class Bench:
                 layers.append(peer.layer(weight, cold_bytes))
             except Skip as reason:
                 self.skip(f"{peer.name}/{weight.name}", str(reason))
-            except (RuntimeError, ImportError, TypeError, AttributeError) as error:  # another project's package, of another version
+            except Exception as error:  # WHY any: another project's package, perhaps of another version, is no reason to stop
                 self._check_alive()
                 self.skip(f"{peer.name}/{weight.name}", f"{type(error).__name__}: {_first_line(error)}")
         packed = own_packed(weight, cold_bytes)
@@ -187,29 +187,33 @@ class Bench:
         name = f"{OP}/{case}/{weight.name}"
         if name in self.log.over:
             return
-        x = rows_of_x(weight, m)
+        x, pool = rows_of_x(weight, m), self.device.new_pool()
         reference: torch.Tensor | None = None
         ready = []
         for layer in layers:
             id = f"{OP}/{case}/{layer.format}/{layer.impl}"
-            if id in self.log.fatal or layer.refuses(m) or (not layer.peer and not self._takes_part(weight, layer, chosen, m)):
+            if id in self.log.barred or layer.refuses(m) or (not layer.peer and not self._takes_part(weight, layer, chosen, m)):
                 continue
             self.log.add("begin", id=id)
             expected = self._expected(layer, weight, m)
-            try:
+
+            def call(copy: int, layer: Layer = layer) -> torch.Tensor:
                 with self._forced(layer, chosen):
-                    out = layer.call(x, 0)
-                    found = self._check(layer, weight, x, out, reference, m)
-                    if found.get("wrong"):
-                        self.log.add("wrong", id=id, reason=found["wrong"])
-                        print(f"WRONG {id}: {found['wrong']}", flush=True)
-                        continue
-                    if reference is None and layer.impl == model.DENSE:
-                        reference = out
-                    runner = self.device.runner(lambda copy, layer=layer: layer.call(x, copy), layer.copies, expected)
+                    return layer.call(x, copy)
+
+            try:
+                out = call(0)
+                found = self._check(layer, weight, x, out, call(layer.copies - 1), reference)
+                if found.get("wrong"):
+                    self.log.add("wrong", id=id, reason=found["wrong"])
+                    print(f"WRONG {id}: {found['wrong']}", flush=True)
+                    continue
+                if reference is None and layer.impl == model.DENSE:
+                    reference = out
+                runner = self.device.runner(call, layer.copies, expected, pool)
                 self.log.add("ready", id=id)
                 ready.append((layer, id, found, runner, expected))
-            except RuntimeError as error:
+            except Exception as error:  # WHY any: the others are still to be timed
                 self.log.add("failed", id=id, reason=_first_line(error))
                 print(f"FAILED {id}: {_first_line(error)}", flush=True)
                 self._check_alive()
@@ -244,7 +248,7 @@ class Bench:
         return contextlib.nullcontext() if layer.peer or layer.impl == chosen else taut.force_impl(OP, layer.impl)
 
     def _check(
-        self, layer: Layer, weight: Weight, x: torch.Tensor, out: torch.Tensor, reference: torch.Tensor | None, m: int
+        self, layer: Layer, weight: Weight, x: torch.Tensor, out: torch.Tensor, again: torch.Tensor, reference: torch.Tensor | None
     ) -> dict[str, Any]:
         activations = weight.format.activations
         error = max_error(out, x, weight.dense if layer.dense is None else layer.dense)
@@ -256,7 +260,7 @@ class Bench:
             found["norm_error"] = norm = norm_error(out, reference)
             if not norm <= _NORM_TOLERANCES[activations]:
                 found["wrong"] = f"differs from cuBLAS by {norm:.2g} of its norm"
-        if not layer.peer and not torch.equal(out, layer.call(x, layer.copies - 1)):
+        if not layer.peer and not torch.equal(out, again):
             found["wrong"] = "two runs differ"
         return found
 

@@ -36,6 +36,11 @@ class CudaDevice:
         self.l2_bytes: int = properties.L2_cache_size
         self.model = model_of(self.name)
         self.dtype = torch.bfloat16 if self.sm >= 80 else torch.float16
+        self._stream = torch.cuda.Stream()  # one for all: a library keeps a workspace for each
+
+    def new_pool(self) -> Any:
+        """Memory that the graphs of one race share: they never run at the same time."""
+        return torch.cuda.graph_pool_handle()
 
     def free_bytes(self) -> int:
         torch.cuda.empty_cache()
@@ -51,8 +56,8 @@ class CudaDevice:
             return {}
         return dict(zip(names, (part.strip() for part in answer.strip().split(",")), strict=False))
 
-    def runner(self, call: Callable[[int], Any], copies: int, expected_us: float | None) -> GraphRunner:
-        return GraphRunner(call, copies)
+    def runner(self, call: Callable[[int], Any], copies: int, expected_us: float | None, pool: Any) -> GraphRunner:
+        return GraphRunner(call, copies, self._stream, pool)
 
     def best_seconds(self, call: Callable[[], Any], tries: int) -> float:
         """The shortest of single calls, by events."""
@@ -104,12 +109,11 @@ class GraphRunner:
     Where a contender cannot be captured, its launches come from Python one by one, and ``graph`` is False.
     """
 
-    def __init__(self, call: Callable[[int], Any], copies: int) -> None:
+    def __init__(self, call: Callable[[int], Any], copies: int, stream: torch.cuda.Stream, pool: Any) -> None:
         self._call, self._copies = call, copies
         self.samples: list[Sample] = []
         self.spent = 0.0
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             call(0)
@@ -121,17 +125,25 @@ class GraphRunner:
         once = max(self._start.elapsed_time(self._end) * 1e-3 / 3, 1e-6)
         rounds = max(1, min(_MOST_LAUNCHES // copies, round(_GRAPH_SECONDS / once / copies)))
         self.launches = rounds * copies
-        self.graph = False
-        replay = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(replay, stream=stream):
-                self._launch()
-            self._replay, self.graph = replay.replay, True
-        except RuntimeError:
-            torch.cuda.synchronize()
-            self._replay = self._launch
+            self._replay, self.graph = self._captured(stream, pool).replay, True
+        except Exception:  # WHY any: whoever cannot be captured is timed all the same
+            self._replay, self.graph = self._launch, False
+        torch.cuda.synchronize()
         self._replay()
         torch.cuda.synchronize()
+
+    def _captured(self, stream: torch.cuda.Stream, pool: Any) -> torch.cuda.CUDAGraph:
+        # WHY not `with torch.cuda.graph(...)`: it gives all cached memory back first, which here costs more than the measurement
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            graph.capture_begin(pool)
+            try:
+                self._launch()
+            finally:
+                graph.capture_end()
+        return graph
 
     def _launch(self) -> None:
         for index in range(self.launches):
@@ -157,13 +169,16 @@ class DryDevice:
         self.model: Gpu | None = gpu
         self.dtype = torch.bfloat16 if gpu.sm >= 80 else torch.float16
 
+    def new_pool(self) -> None:
+        return None
+
     def free_bytes(self) -> int:
         return 1 << 30
 
     def facts(self) -> dict[str, Any]:
         return {"dry_run": True}
 
-    def runner(self, call: Callable[[int], Any], copies: int, expected_us: float | None) -> DryRunner:
+    def runner(self, call: Callable[[int], Any], copies: int, expected_us: float | None, pool: None) -> DryRunner:
         return DryRunner(call, copies, expected_us or 1.0)
 
     def ceilings(self) -> dict[str, float]:

@@ -335,8 +335,8 @@ def predict_kernel(gpu: Gpu, kernel: Kernel, m: int, n: int, k: int, name: str) 
     parts = {"memory": memory_us, "l2": l2_us, "tensor": tensor_us, "issue": issue_us}
     limit = max(parts, key=parts.__getitem__)
     fixed = LAUNCH_US + FILL_US
-    if partial_tiles:  # a second launch adds the partial sums up
-        fixed += LAUNCH_US + FILL_US / 2
+    if partial_tiles:  # a second kernel adds the partial sums up; from sm_90 on it is there before the first ends
+        fixed += FILL_US / 2 + (0.0 if kernel.cuts == "stream" and gpu.sm >= 90 else LAUNCH_US)
     if kernel.rounds_x:  # and one before rounds x
         fixed += LAUNCH_US + FILL_US
     us = fixed + parts[limit] + OVERLAP * (sum(parts.values()) - parts[limit])

@@ -13,6 +13,7 @@ machine with network fills that folder. A taut wheel among them is used where th
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
@@ -36,20 +37,10 @@ MOST_STARTS = 8
 TESTS = ("tests/test_quant_linear.py", "tests/test_pack_weight.py", "tests/test_quant_linear_module.py", "tests/test_cuda_device.py")
 # Needed to import taut and to run its tests; a machine with torch has numpy and more.
 WHEELS = (
-    "psutil",
-    "rich",
-    "markdown-it-py",
-    "mdurl",
-    "pygments",
-    "safetensors",
-    "pytest",
-    "pluggy",
-    "iniconfig",
-    "packaging",
-    "hypothesis",
-    "sortedcontainers",
-)
-PEER_WHEELS = ("bitsandbytes",)  # GemLite comes as a source archive: unpack it in the wheels folder
+    "psutil", "rich", "markdown-it-py", "mdurl", "pygments", "safetensors",
+    "pytest", "pytest-xdist", "execnet", "pluggy", "iniconfig", "packaging", "hypothesis", "sortedcontainers",
+)  # fmt: skip
+PEER_WHEELS = ("bitsandbytes", "tqdm")  # GemLite comes as a source archive: unpack it in the wheels folder
 LAST_LINES = 8
 
 
@@ -170,23 +161,31 @@ def arch_of(sm: int) -> str:
 
 
 def unpack_wheels(folder: Path, site: Path) -> list[str]:
-    """Unpacks wheels, and source archives of pure Python packages, where Python finds them. WHY not pip: it may be missing, and
-    wants every requirement. A wheel of taut is left alone here. Gives the names."""
+    """Unpacks what Python does not have yet of the wheels, and source archives of pure Python packages, in a folder; gives their
+    names. WHY not pip: it may be missing, and wants every requirement. A wheel of taut is left alone here."""
     names = []
-    for path in sorted(folder.glob("*.whl")):
-        if not path.name.startswith("taut-"):
+    for path in sorted([*folder.glob("*.whl"), *folder.glob("*.tar.gz")]):
+        if path.name.startswith("taut-"):
+            continue
+        if path.suffix == ".whl":
             with zipfile.ZipFile(path) as archive:
-                archive.extractall(site)
-            names.append(path.name.split("-")[0])
-    for path in sorted(folder.glob("*.tar.gz")):
-        with tarfile.open(path) as archive:
+                tops = {member.split("/")[0] for member in archive.namelist() if not re.match(r"[^/]*\.(dist-info|data)/", member)}
+                if wanted := not _all_here(tops):
+                    archive.extractall(site)
+        else:
             name = path.name.rpartition("-")[0].replace("-", "_")
-            members = [member for member in archive.getmembers() if member.name.split("/")[1:2] == [name]]
-            for member in members:
-                member.name = member.name.split("/", 1)[1]
-            archive.extractall(site, members, filter="data")
-            names.append(name)
+            if wanted := not _all_here({name}):
+                with tarfile.open(path) as archive:
+                    members = [member for member in archive.getmembers() if member.name.split("/")[1:2] == [name]]
+                    for member in members:
+                        member.name = member.name.split("/", 1)[1]
+                    archive.extractall(site, members, filter="data")
+        names += [path.name.split("-")[0]] if wanted else []
     return names
+
+
+def _all_here(tops: set[str]) -> bool:
+    return all(importlib.util.find_spec(top.partition(".")[0]) for top in tops)
 
 
 def wheels_folder() -> Path:
@@ -201,8 +200,8 @@ def fetch_wheels(folder: Path) -> int:
     binary = ["--only-binary=:all:", "--python-version", "3.12", "--implementation", "cp", *platforms]
     failed = subprocess.run([*pip, *binary, *WHEELS, *PEER_WHEELS], check=False).returncode
     failed = subprocess.run([*pip, "--no-binary", "gemlite", "--no-build-isolation", "gemlite"], check=False).returncode or failed
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    print(f"{len(list(folder.iterdir()))} files, {size / 1e6:.0f} MB in {folder}")
+    sizes = [path.stat().st_size for path in folder.iterdir()]
+    print(f"{len(sizes)} files, {sum(sizes) / 1e6:.0f} MB in {folder}")
     return failed
 
 
@@ -287,7 +286,8 @@ def tests(run: Run) -> Outcome:
         command = ["tests/test_formats.py"]
     else:
         command = [path for path in TESTS if (ROOT / path).exists()] + ["-k", "cuda and not emulated"]
-        run.environment["TAUT_TEST_EMULATED"] = "0"
+    if _importable(run, "xdist"):
+        command += ["-n", str(min(6, os.cpu_count() or 1))]
     code = run.execute(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-rfE", *command], "tests.log", run.limit("tests")
     )

@@ -17,10 +17,13 @@ FP32_ROUNDING, FP32_TINY = ROUNDING[torch.float32]
 
 TILE_ROWS = 8  # a strip of the Rows8 layout
 
+# Impls of quant_linear that round a dequantized weight to the dtype of x, as a dense layer would have it.
+ROUND_WEIGHTS = ("cuda_sm90a.wgmma", "cuda_sm75.dense")
+
 
 def assert_matches(
     out: Tensor, reference: Tensor, plain: Tensor, magnitude: Tensor, walk: Tensor, *, dtype: torch.dtype, depth: int = 1,
-    independent: bool = True, context: str = "",
+    rounds_weight: bool = False, independent: bool = True, context: str = "",
 ) -> None:  # fmt: skip
     """``out [M, N]`` against ``reference`` (float64), judged by ``plain``, the same computation by torch in float32.
 
@@ -36,6 +39,10 @@ def assert_matches(
     told that is a standard deviation of at most u * walk / sqrt(3); five of them are allowed where that is more.
     Then one rounding to ``dtype``: relative ROUNDING[dtype][0] of the result, or half a subnormal step. Products and sums
     below the normal range of fp32 lose half a step each: depth * 2^-150.
+
+    ``rounds_weight``: the kernel multiplies by weights rounded to ``dtype``, as a dense layer of dequantized weights does. Each
+    term then has an error of its own of at most ROUNDING[dtype][0], all told at most that of magnitude, and, being independent,
+    a standard deviation of at most that of sqrt(sum t_k^2) / sqrt(3): five of those are allowed.
 
     Rows and columns. An error that is within the bound everywhere but leans one way or sits in one row is still a fault.
     Rounding errors spread evenly in their bound have a mean square of 1/3 of the bound's; its standard deviation over n
@@ -60,6 +67,8 @@ def assert_matches(
     c = max(2.0, float((plain_error / (FP32_ROUNDING * magnitude).clamp(min=1e-300)).max()))
     relative, tiny = ROUNDING[dtype]
     sum_bound = FP32_ROUNDING * torch.maximum(2 * c * magnitude, 5 / math.sqrt(3) * walk) + depth * FP32_TINY
+    if rounds_weight:
+        sum_bound += relative * torch.minimum(magnitude, 5 / math.sqrt(3) * walk / math.sqrt(depth))
     bound = sum_bound + torch.clamp(relative * (reference.abs() + sum_bound), min=tiny)
     bound = torch.where(finite, bound, 1.0)
     share = error / bound
@@ -102,8 +111,8 @@ def assert_linear(out: Tensor, x: Tensor, inputs: LinearInputs, case: LinearCase
     magnitude = values.abs() @ terms.T + bias.double().abs()
     walk = (case.K * (values**2 @ (terms**2).T)).sqrt()
     assert_matches(
-        out, reference, plain, magnitude.nan_to_num(), walk.nan_to_num(), dtype=case.dtype, depth=case.K + 2, independent=independent,
-        context=f"{impl} on {case}, seed {case.seed}",
+        out, reference, plain, magnitude.nan_to_num(), walk.nan_to_num(), dtype=case.dtype, depth=case.K + 2,
+        rounds_weight=impl.startswith(ROUND_WEIGHTS), independent=independent, context=f"{impl} on {case}, seed {case.seed}",
     )  # fmt: skip
 
 

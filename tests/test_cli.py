@@ -202,7 +202,7 @@ BAD = {
     "unknown format": (["quantize", "MODEL", "OUT", "--weights", "int3"], "'int3'; accepted: int4, int8"),
     "group that does not fit": (["quantize", "MODEL", "OUT", "--group-size", "48"], "48 does not fit; accepted: 32, 64, 128"),
     "zeros for int8": (["quantize", "MODEL", "OUT", "--weights", "int8", "--zeros"], "zeros=True is for int4 only"),
-    "unknown activations": (["quantize", "MODEL", "OUT", "--activations", "fp4"], "'fp4'; accepted: float, int8"),
+    "unknown activations": (["quantize", "MODEL", "OUT", "--activations", "fp4"], "'fp4'; accepted: auto, float, int8, int8_row, fp8_row"),
     "pattern without a module": (["quantize", "MODEL", "OUT", "--skip", "nonsense"], "'nonsense' matches no module"),
     "everything skipped": (["quantize", "MODEL", "OUT", "--skip", "*"], "nothing to swap"),
     "unknown dtype": (["quantize", "MODEL", "OUT", "--dtype", "int7"], "'int7'; accepted: auto"),

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "emulator"))
-
-import build
+from emulator import build
 
 ORDERS = ("fifo", "lifo", "random")
-SOURCE = Path(build.HERE) / "hopper_selftest.cu"
+SOURCE = build.HERE / "hopper_selftest.cu"
 # What the checked mode says of each fault: in every thread order one of these. The order is that of the enum in SOURCE.
 FAULTS = {
     "NoEmptyWait": "more than 1 arrivals|in flight there|data race|nobody can run",
@@ -39,7 +35,8 @@ FAULTS = {
 }
 # Seen without instrumentation too.
 ALSO_FAST = {
-    "TooManyBytes", "NoWgmmaWait", "AOverwritten", "AccumulatorsWritten", "NoWgmmaFence", "MisalignedCopy", "OneWarpLess", "DescriptorOutside",
+    "TooManyBytes", "NoWgmmaWait", "AOverwritten", "AccumulatorsWritten", "NoWgmmaFence", "MisalignedCopy", "OneWarpLess",
+    "DescriptorOutside",
 }  # fmt: skip
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
 

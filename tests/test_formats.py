@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cases import FORMATS
-from taut.formats import WeightFormat, activation_code
+from taut.formats import WeightFormat, activation_code, resolve_activations
 
 
 @pytest.mark.parametrize(
@@ -31,20 +31,31 @@ def test_refuses(arguments, message):
 
 
 def test_activation_modes():
-    assert [activation_code(name) for name in ("float", "int8", "int8_row", "fp8_row")] == [0, 1, 2, 3]
-    with pytest.raises(ValueError, match="unknown activations 'fp8'; accepted: float, int8, int8_row, fp8_row"):
-        activation_code("fp8")
+    int8, fp8 = WeightFormat("int8"), WeightFormat("fp8_e4m3")
+    assert [activation_code(name, int8) for name in ("float", "int8", "int8_row")] == [0, 1, 2]
+    assert activation_code("fp8_row", fp8) == 3
+    with pytest.raises(ValueError, match="unknown activations 'fp8'; accepted: auto, float, int8, int8_row, fp8_row"):
+        activation_code("fp8", int8)
+
+
+def test_what_auto_means():
+    int4, fp8 = WeightFormat("int4"), WeightFormat("fp8_e4m3")
+    assert [resolve_activations("auto", int4, device) for device in ("cpu", "meta", "cuda")] == ["int8", "int8", "float"]
+    assert [resolve_activations("auto", fp8, device) for device in ("cpu", "cuda")] == ["float", "float"]
+    assert resolve_activations("int8", int4, "cuda") == "int8"
 
 
 @pytest.mark.parametrize(
     ("name", "accepted"), [("int4", "float, int8"), ("int8", "float, int8, int8_row"), ("fp8_e4m3", "float, fp8_row")], ids=str
 )
 def test_activations_a_format_takes(name, accepted):
-    for activations in ("float", "int8", "int8_row", "fp8_row"):
-        if activations in accepted.split(", "):
+    for activations in ("auto", "float", "int8", "int8_row", "fp8_row"):
+        if activations in accepted.split(", ") or activations == "auto":
             activation_code(activations, WeightFormat(name))
         else:
-            with pytest.raises(ValueError, match=f"{name} weights cannot be multiplied with '{activations}' .*; accepted: {accepted}$"):
+            with pytest.raises(
+                ValueError, match=f"{name} weights cannot be multiplied with '{activations}' .*; accepted: auto, {accepted}$"
+            ):
                 activation_code(activations, WeightFormat(name))
 
 

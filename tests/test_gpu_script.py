@@ -260,6 +260,8 @@ def test_resuming_leaves_out_what_the_run_died_of_and_what_is_done(tmp_path: Pat
     assert [line["id"] for line in failed] == [lines[died]["id"]]
     ends = [line["id"] for line in again if line["kind"] == "end"]
     assert len(ends) == len(set(ends)) == 6
+    code, third = dry(tmp_path, "--format", "int4_g128_bf16", "--no-peers", "--resume")  # nothing is left to do
+    assert sum(line["kind"] == "linear" for line in third) == sum(line["kind"] == "linear" for line in again)
     assert not any(line["kind"] == "linear" and line["id"] == lines[died]["id"] for line in again)
 
 
@@ -393,19 +395,20 @@ def test_wheels_are_unpacked_without_pip(tmp_path: Path) -> None:
     wheels, site = tmp_path / "wheels", tmp_path / "site"
     wheels.mkdir()
     site.mkdir()
-    for name in ("some-1.0-py3-none-any.whl", "taut-0.1.0-cp312-cp312-linux_x86_64.whl"):
+    for name in ("some-1.0-py3-none-any.whl", "taut-0.1.0-cp312-cp312-linux_x86_64.whl", "torch-9.0-py3-none-any.whl"):
         with zipfile.ZipFile(wheels / name, "w") as archive:
             archive.writestr(f"{name.split('-')[0]}/__init__.py", "")
+            archive.writestr(f"{name.split('-')[0]}.dist-info/METADATA", "")
     source = tmp_path / "other-2.0"
     (source / "other").mkdir(parents=True)
     (source / "other" / "core.py").write_text("")
     (source / "setup.py").write_text("")
     with tarfile.open(wheels / "other-2.0.tar.gz", "w:gz") as archive:
         archive.add(source, arcname="other-2.0")
-    assert script.unpack_wheels(wheels, site) == ["some", "other"]
+    assert script.unpack_wheels(wheels, site) == ["other", "some"]  # torch is here already
     assert (site / "some" / "__init__.py").exists()
     assert (site / "other" / "core.py").exists()
-    assert not (site / "taut").exists() and not (site / "setup.py").exists()
+    assert not any((site / name).exists() for name in ("taut", "torch", "setup.py"))
     assert script.unpack_wheels(tmp_path / "nothing", site) == []
 
 

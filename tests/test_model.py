@@ -55,7 +55,8 @@ def test_one_token_on_the_mma_kernel() -> None:
     assert found.issue_us == pytest.approx(1040 * 7168 * uneven / (4 * 132 * 1830))
     assert found.limit == "memory"
     rest = found.l2_us + found.tensor_us + found.issue_us
-    assert found.us == pytest.approx(1.5 + 1.0 + 1.5 + 0.5 + found.memory_us + 0.15 * rest)
+    # a launch, the first and last bytes' way, half of that again for the second kernel, whose launch is hidden on sm_90
+    assert found.us == pytest.approx(1.5 + 1.0 + 0.5 + found.memory_us + 0.15 * rest)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_more_work_takes_longer(impl: str, shape: tuple[int, int]) -> None:
     assert all(later.bound_us > each.bound_us for each, later in itertools.pairwise(times))
     same = [(each, later) for each, later in itertools.pairwise(times) if each.tile == later.tile]
     assert all(later.us > 0.97 * each.us for each, later in same)
-    assert times[-1].us > 8 * times[0].us
+    assert times[-1].us > 5 * times[0].us  # 16 times the rows
 
 
 def test_a_better_device_is_never_slower() -> None:

@@ -114,14 +114,18 @@ def test_no_outputs(impl, format, forced):
 
 @each_kind
 def test_a_row_does_not_depend_on_its_batch(impl, format, activations, forced):
-    case = LinearCase(29, 23, 350, format, activations, bias=True)
-    forced(impl, **case.sizes())
-    inputs = case.make()
-    whole = run(case, inputs)
-    for rows in (1, 2, 3, 4, 5, 6, 7, 12, 21):
-        for start in (0, 8):
-            part = run(case, inputs, inputs.x[start : start + rows])
-            assert_same_bits(part, whole[start : start + rows], f"{impl} on {case}: rows {start} to {start + rows} alone and in the batch")
+    """CPU kernels promise it always, CUDA kernels in ``taut.batch_invariant()``."""
+    cuda = impl.startswith("cuda")
+    whole_rows, counts = (150, (1, 9, 20, 40, 64, 65, 100)) if cuda else (29, (1, 2, 3, 4, 5, 6, 7, 12, 21))
+    case = LinearCase(whole_rows, 23, 350, format, activations, torch.float16 if cuda else torch.float32, bias=True)
+    with taut.batch_invariant():
+        forced(impl, **case.sizes())
+        inputs = case.make()
+        whole = run(case, inputs)
+        for rows in counts:
+            for start in (0, 8):
+                part = run(case, inputs, inputs.x[start : start + rows])
+                assert_same_bits(part, whole[start : start + rows], f"{impl} on {case}: rows {start} to {start + rows} alone and in the batch")
 
 
 @pytest.mark.parametrize("rows", (1, 3, 70))
@@ -406,7 +410,7 @@ def test_opcheck(activations, format, shape, bias):
     inputs = case.make()
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
     b = inputs.bias.requires_grad_() if bias else None
-    args = (x, inputs.packed, b, case.N, format.code, format.group_size, format.zeros, activation_code(activations))
+    args = (x, inputs.packed, b, case.N, format.code, format.group_size, format.zeros, activation_code(activations, format))
     torch.library.opcheck(torch.ops.taut.quant_linear.default, args)
 
 
@@ -469,7 +473,7 @@ BAD_CALLS = {
     "bias is 2-D": ({"bias": torch.zeros(1, 9)}, "bias must be"),
     "bias is bfloat16": ({"bias": torch.zeros(9, dtype=torch.bfloat16)}, "bias must be torch.float32"),
     "bias is elsewhere": ({"bias": torch.zeros(9, device="meta")}, "x is on cpu, bias on meta"),
-    "unknown activations": ({"activations": "int4"}, "unknown activations 'int4'; accepted: float, int8"),
+    "unknown activations": ({"activations": "int4"}, "unknown activations 'int4'; accepted: auto, float, int8, int8_row, fp8_row"),
     "activations of another format": ({"activations": "fp8_row"}, "int4 weights cannot be multiplied with 'fp8_row' activations"),
 }  # fmt: skip
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import taut
-from taut import QuantLinear, WeightFormat
+from checks import assert_same_bits
+from taut import QuantLinear, WeightFormat, _native
+from taut.formats import ACCEPTED_ACTIVATIONS, resolve_activations
 from taut.ops import quant_linear as op
 
 N, K = 40, 75
@@ -21,11 +26,12 @@ FORMATS = [
     WeightFormat("int4", 0),
     WeightFormat("int8", 0),
     WeightFormat("int8", 32),
+    WeightFormat("fp8_e4m3", 64),
 ]
 
 
 def make(
-    format: WeightFormat = FORMATS[0], activations: str = "int8", bias: bool = True, dtype: torch.dtype = torch.float32
+    format: WeightFormat = FORMATS[0], activations: str = "auto", bias: bool = True, dtype: torch.dtype = torch.float32
 ) -> QuantLinear:
     torch.manual_seed(0)
     return QuantLinear.from_float(nn.Linear(K, N, bias=bias).to(dtype), format, activations)
@@ -41,8 +47,15 @@ def assert_same_module(a: QuantLinear, b: QuantLinear) -> None:
     assert torch.equal(a(inputs()), b(inputs()))
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=str)
-@pytest.mark.parametrize("activations", ["float", "int8"])
+def assert_same_state(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert set(a) == set(b)
+    for key, value in a.items():
+        assert_same_bits(value.cpu(), b[key].cpu(), key)
+
+
+@pytest.mark.parametrize(
+    ("format", "activations"), [(format, mode) for format in FORMATS for mode in ("auto", *ACCEPTED_ACTIVATIONS[format.name])], ids=str
+)
 def test_forward_is_the_op(format, activations):
     module = make(format, activations)
     x = inputs(torch.float32, 2, 3)
@@ -50,7 +63,8 @@ def test_forward_is_the_op(format, activations):
     assert out.shape == (2, 3, N)
     assert out.dtype == torch.float32
     assert torch.equal(out, op.quant_linear(x, module.packed, module.bias, N, format, activations))
-    exact = op.reference(x.reshape(-1, K), module.dequantize().double(), module.bias.detach(), activations)
+    mode = resolve_activations(activations, format, "cpu")
+    exact = op.reference(x.reshape(-1, K), module.dequantize().double(), module.bias.detach(), mode)
     torch.testing.assert_close(out.reshape(-1, N).double(), exact, rtol=1e-4, atol=1e-4)
 
 
@@ -65,8 +79,7 @@ def test_state_dict_is_canonical_and_loads_bit_exactly(format):
     other = QuantLinear(K, N, format=format)
     assert not other.load_state_dict(state, strict=True).missing_keys
     assert_same_module(module, other)
-    again = other.state_dict()
-    assert all(torch.equal(again[key], value) for key, value in state.items())
+    assert_same_state(other.state_dict(), state)
 
 
 def test_meta_module_is_filled_by_assign():
@@ -119,12 +132,13 @@ def test_deepcopy_and_pickle():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("finalized", [True, False])
-def test_casting_leaves_what_is_stored(dtype, finalized):
-    module = make(FORMATS[1])
+@pytest.mark.parametrize("format", (FORMATS[1], FORMATS[-1]), ids=str)
+def test_casting_leaves_what_is_stored(format, dtype, finalized):
+    module = make(format)
     state = module.state_dict()
     if not finalized:
         with torch.device("meta"):
-            module = QuantLinear(K, N, format=FORMATS[1])
+            module = QuantLinear(K, N, format=format)
         for key, value in state.items():
             setattr(module, key, nn.Parameter(value, requires_grad=key == "bias"))
     module.to(dtype)
@@ -133,7 +147,8 @@ def test_casting_leaves_what_is_stored(dtype, finalized):
     assert out.dtype == dtype
     after = module.state_dict()
     assert after["scales"].dtype == torch.float16
-    assert all(torch.equal(after[key], state[key]) for key in ("qweight", "scales", "zeros"))
+    assert_same_state({**after, "bias": state["bias"]}, state)
+    assert_same_state({**module.type(torch.float32).state_dict(), "bias": state["bias"]}, state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -189,7 +204,7 @@ def test_compile_and_export_have_no_graph_break():
 def test_weight_bytes_and_repr():
     module = make(FORMATS[0])
     assert module.weight_bytes == FORMATS[0].layout_bytes(N, K) == module.packed.numel()
-    assert "in_features=75, out_features=40, bias=True, weight=int4 group 32, activations=int8" in repr(module)
+    assert "in_features=75, out_features=40, bias=True, weight=int4 group 32, activations=auto" in repr(module)
     with torch.device("meta"):
         assert QuantLinear(K, N, format=FORMATS[0]).weight_bytes == FORMATS[0].canonical_bytes(N, K)
 
@@ -253,7 +268,8 @@ def test_opcheck():
     for format in FORMATS:
         module = make(format)
         for bias in (None, module.bias.detach().requires_grad_()):
-            torch.library.opcheck(torch.ops.taut.quant_linear.default, (inputs().requires_grad_(), module.packed, bias, *module._call))
+            call = inputs().requires_grad_(), module.packed, bias, *module._calls["cpu"]
+            torch.library.opcheck(torch.ops.taut.quant_linear.default, call)
 
 
 def test_a_weight_read_inside_a_compiled_graph_is_the_dequantized_one():
@@ -274,3 +290,148 @@ def test_an_int8_code_of_minus_128_means_what_the_format_says():
     module.load_state_dict(state)
     assert module.state_dict()["qweight"][3, 4] == -128
     assert module.dequantize()[3, 4] == -128 * state["scales"][3, 0].float()
+
+
+# ---- Devices ----
+
+
+@pytest.fixture
+def other_device(monkeypatch):
+    """``with other_device():`` the CPU stands in for a CUDA device: packed weights are in MmaTiles, and the op that reads them is
+    a plain product here. Everything about moving a module between layouts can be tested so, without a GPU."""
+
+    def quant_linear(x, packed, bias, n, code, group, zeros, activations):
+        w = torch.ops.taut.dequantize_weight(packed, n, x.shape[-1], code, group, zeros, _native.MMA_TILES, 0, n, x.dtype)
+        return nn.functional.linear(x, w, bias)
+
+    real = torch.ops.taut
+    ops = SimpleNamespace(
+        pack_weight=real.pack_weight, unpack_weight=real.unpack_weight, dequantize_weight=real.dequantize_weight,
+        quantize_weight=real.quantize_weight, quant_linear=quant_linear,
+    )  # fmt: skip
+
+    @contextmanager
+    def block():
+        with monkeypatch.context() as patch:
+            patch.setattr(_native, "layout_for", lambda device_type: _native.MMA_TILES)
+            patch.setattr(_native, "ops_for", lambda device_type: ops)
+            yield
+
+    return block
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_moving_packs_again(format, other_device):
+    module, x = make(format, "float"), inputs()
+    state, expected, size = module.state_dict(), module(x), module.weight_bytes
+    with other_device():
+        module.cpu()
+        assert module.weight_bytes == module.packed.numel() == format.layout_bytes(N, K, _native.MMA_TILES)
+        assert_same_state(module.state_dict(), state)
+        torch.testing.assert_close(module(x), expected)
+        assert torch.equal(module.half().float().dequantize(), module.dequantize())
+        assert_same_state({**module.state_dict(), "bias": state["bias"]}, state)
+    module.to("cpu")
+    assert module.weight_bytes == size
+    assert_same_state({**module.state_dict(), "bias": state["bias"]}, state)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_loading_packs_for_the_device(format, other_device):
+    state = make(format).state_dict()
+    with other_device():
+        module = QuantLinear(K, N, format=format, activations="float")
+        module.load_state_dict(state)
+        assert module.weight_bytes == format.layout_bytes(N, K, _native.MMA_TILES)
+        assert_same_state(module.state_dict(), state)
+        assert_same_state(make(format).state_dict(), state)  # from_float
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_bytes_moved_past_the_module_are_packed_again(format, other_device):
+    """Unpickling with map_location moves ``packed`` as it is, and so do libraries that place buffers one by one."""
+    module, x = make(format, "float"), inputs()
+    state, expected, weight = module.state_dict(), module(x), module.dequantize()
+    with other_device():
+        there = copy.deepcopy(module)
+        torch.testing.assert_close(there(x), expected)
+        assert_same_state(there.state_dict(), state)
+        stored = pickle.dumps(there)
+        assert torch.equal(copy.deepcopy(module).dequantize(), weight)
+    back = pickle.loads(stored)
+    assert back.packed.numel() == format.layout_bytes(N, K, _native.MMA_TILES)
+    assert torch.equal(back(x), expected)
+    assert_same_module(back, module)
+    assert_same_state(pickle.loads(stored).state_dict(), state)
+
+
+def test_meta_and_back(other_device):
+    module = make(FORMATS[1])
+    state = module.state_dict()
+    with other_device():
+        module.to("meta")
+        assert module(torch.empty(3, K, device="meta")).shape == (3, N)
+    module.to_empty(device="cpu")
+    assert module.packed.numel() == FORMATS[1].layout_bytes(N, K)
+    module.load_state_dict(state)
+    assert_same_module(module, make(FORMATS[1]))
+
+
+def test_a_failed_move_loses_nothing(other_device, monkeypatch):
+    module = make(FORMATS[1])
+    state = module.state_dict()
+    with other_device():
+        with monkeypatch.context() as patch:
+            patch.setattr("taut.nn.quant_linear.repack", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory left")))
+            with pytest.raises(torch.OutOfMemoryError):
+                module.cpu()
+        module.cpu()
+    module.cpu()
+    assert_same_state(module.state_dict(), state)
+
+
+def test_mixed_devices_are_a_value_error():
+    module = make()
+    module.bias = nn.Parameter(torch.empty(N, device="meta"))
+    with pytest.raises(ValueError, match="x is on cpu, the bias of this QuantLinear on meta: move one of them"):
+        module(inputs())
+
+
+def test_cuda_without_kernels_is_a_value_error(monkeypatch):
+    """What a CUDA tensor meets where the library is missing; a fake tensor, since there may be no GPU."""
+    monkeypatch.setattr(_native, "_WHY_NO_CUDA", "this build of taut has no CUDA kernels")
+    module = make()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(3, K, device="cuda")
+        with pytest.raises(ValueError, match="x is on cuda:0, the weight of this QuantLinear on cpu"):
+            module(x)
+        with pytest.raises(ValueError, match="taut cannot compute on cuda tensors: this build of taut has no CUDA kernels"):
+            taut.ops.quant_linear.quant_linear(x, torch.empty(10, dtype=torch.uint8, device="cuda"), None, N, FORMATS[0])
+
+
+needs_cuda = pytest.mark.skipif(bool(_native.why_not("cuda")), reason=_native.why_not("cuda"))
+
+
+@needs_cuda
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_to_cuda_and_back(format):
+    module, x = make(format), inputs(torch.float16)
+    state, expected = module.state_dict(), make(format, "float").half()(x).float()
+    module.to("cuda", torch.float16)
+    assert module.packed.is_cuda
+    assert module.weight.device.type == "cuda"
+    assert_same_state({**module.state_dict(), "bias": state["bias"]}, state)
+    torch.testing.assert_close(module(x.cuda()).float().cpu(), expected, rtol=2e-2, atol=2e-2)
+    with pytest.raises(ValueError, match="x is on cpu, the weight of this QuantLinear on cuda:0"):
+        module(x)
+    fresh = QuantLinear(K, N, format=format).to("cuda", torch.float16)
+    fresh.load_state_dict(state)
+    assert fresh.packed.is_cuda
+    assert_same_bits(fresh(x.cuda()).cpu(), module(x.cuda()).cpu(), "loaded on the device")
+    quantized = QuantLinear.from_float(nn.Linear(K, N).cuda(), format)
+    assert quantized.packed.is_cuda
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    assert_same_state(torch.load(file, map_location="cpu", weights_only=False).state_dict(), module.state_dict())
+    assert_same_state({**module.cpu().state_dict(), "bias": state["bias"]}, state)

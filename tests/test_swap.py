@@ -63,7 +63,7 @@ def test_swaps_every_linear_and_reports_it():
     seen = []
     report = taut.swap(model, "int8", progress=lambda done, total, name: seen.append((done, total, name)))
     assert list(formats(model)) == ["layers.0.attn", "layers.0.mlp", "layers.1.attn", "layers.1.mlp", "head"]
-    assert set(formats(model).values()) == {"int8 per row, int8"}
+    assert set(formats(model).values()) == {"int8 per row, auto"}
     assert seen[0] == (0, 5, "layers.0.attn")
     assert seen[-1] == (5, 5, "")
     assert [entry.name for entry in report.swapped] == list(formats(model))
@@ -118,8 +118,8 @@ def test_rules_and_skip():
         rules={"layers.0.*": {"weights": "int8"}, "layers.1.mlp": {"activations": "float"}, "*.attn": None},
     )  # fmt: skip
     assert formats(model) == {
-        "layers.0.attn": "int8 per row, int8",  # the first rule that matches wins; int4's group and zeros are not int8's
-        "layers.0.mlp": "int8 per row, int8",
+        "layers.0.attn": "int8 per row, auto",  # the first rule that matches wins; int4's group and zeros are not int8's
+        "layers.0.mlp": "int8 per row, auto",
         "layers.1.mlp": "int4 group 128 with zeros, float",
     }
     assert kept(report)["layers.1.attn"] == "left alone by rule '*.attn'"
@@ -200,7 +200,7 @@ def test_a_second_swap_takes_the_rest():
     model = Model()
     taut.swap(model, "int8", skip=["head"])
     report = taut.swap(model, "int4")
-    assert formats(model)["head"] == "int4 group 32, int8"
+    assert formats(model)["head"] == "int4 group 32, auto"
     assert kept(report)["layers.0.attn"] == "already low-bit"
     with pytest.raises(ValueError, match="nothing to swap"):
         taut.swap(model)
@@ -220,13 +220,13 @@ def test_other_copies_keep_the_float_weights():
     [
         ({"weights": "int3"}, "unknown weight format 'int3'; accepted: int4, int8"),
         ({"weights": 4}, "unknown weight format 4"),
-        ({"weights": None}, "weights must be 'int4' or 'int8'"),
+        ({"weights": None}, "weights must be one of int4, int8, fp8_e4m3"),
         ({"group_size": 48}, "group_size 48 does not fit; accepted: 32, 64, 128"),
         ({"group_size": "32"}, "group_size must be"),
         ({"group_size": True}, "group_size"),
         ({"weights": "int8", "zeros": True}, "int4 only"),
         ({"zeros": 1}, "zeros must be True or False"),
-        ({"activations": "int4"}, "unknown activations 'int4'; accepted: float, int8"),
+        ({"activations": "int4"}, "unknown activations 'int4'; accepted: auto, float, int8"),
         ({"activations": None}, "activations must be one of"),
         ({"skip": "head"}, "skip must be a list"),
         ({"skip": [3]}, "skip must be a list"),

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import taut
-from taut import QuantLinear
+from checks import assert_same_bits
+from taut import QuantLinear, _native
 from taut.integrations import transformers as ours
 from tiny_models import byte_tokenizer, tiny_llama, write_checkpoint, write_gguf
 
@@ -32,6 +33,8 @@ FORMATS = [
     {"weights": "int4", "group_size": 0, "activations": "float"},
     {"weights": "int8"},
     {"weights": "int8", "group_size": 128, "activations": "float"},
+    {"weights": "int8", "activations": "int8_row"},
+    {"weights": "fp8_e4m3"},
 ]
 
 
@@ -77,7 +80,7 @@ def assert_same_model(a: nn.Module, b: nn.Module) -> None:
     assert list(ours) == list(theirs)
     for key, value in ours.items():
         assert value.dtype == theirs[key].dtype, key
-        assert torch.equal(value, theirs[key]), key
+        assert_same_bits(value, theirs[key], key)
     if hasattr(a, "lm_head"):
         assert torch.equal(logits(a), logits(b))
 
@@ -114,7 +117,7 @@ def test_config_round_trips_through_json(settings):
         ({"weights": None}, "weights must be"),
         ({"group_size": 16}, "group_size 16 does not fit; accepted: 32, 64, 128"),
         ({"weights": "int8", "zeros": True}, "int4 only"),
-        ({"activations": "fp8"}, "unknown activations 'fp8'; accepted: float, int8"),
+        ({"activations": "fp8"}, "unknown activations 'fp8'; accepted: auto, float, int8"),
         ({"skip": "lm_head"}, "skip must be a list"),
         ({"rules": {"mlp": {"bits": 4}}}, "rule 'mlp': unknown key 'bits'"),
         ({"rules": []}, "rules must map"),
@@ -261,9 +264,9 @@ def test_rules_per_module(checkpoint, tmp_path):
     )  # fmt: skip
     found = formats(model)
     assert len(found) == 9
-    assert found["model.layers.0.mlp.down_proj"] == found["model.layers.1.mlp.down_proj"] == "int8 per row, int8"
+    assert found["model.layers.0.mlp.down_proj"] == found["model.layers.1.mlp.down_proj"] == "int8 per row, auto"
     assert found["model.layers.0.mlp.up_proj"] == "int4 group 128 with zeros, float"
-    assert found["model.layers.1.mlp.up_proj"] == found[Q_PROJ] == "int4 group 128, int8"
+    assert found["model.layers.1.mlp.up_proj"] == found[Q_PROJ] == "int4 group 128, auto"
     assert kept(model)["model.layers.0.self_attn.k_proj"] == "left alone by rule 'k_proj'"
     assert kept(model)["model.layers.1.self_attn.v_proj"] == "left alone by skip 'layers.1.self_attn'"
     model.save_pretrained(tmp_path)
@@ -289,7 +292,7 @@ def test_the_report_counts_every_byte_once(saved, checkpoint):
 def test_a_tied_head_by_rule_gets_low_bits_of_its_own(checkpoint, tmp_path):
     model = reload(checkpoint)
     taut.swap(model, "int4", rules={"lm_head": {"weights": "int8"}})
-    assert formats(model)["lm_head"] == "int8 per row, int8"
+    assert formats(model)["lm_head"] == "int8 per row, auto"
     assert type(model.model.embed_tokens.weight) is nn.Parameter
     taut.save(model, tmp_path / "a")
     assert_same_model(reload(tmp_path / "a"), model)
@@ -307,7 +310,7 @@ def test_an_untied_head_is_kept_unless_a_rule_names_it(tmp_path):
     folder = untied(tmp_path)
     assert "output head is left in float by default" in kept(load(folder))["lm_head"]
     model = load(folder, rules={"lm_head": {"weights": "int8"}})
-    assert formats(model)["lm_head"] == "int8 per row, int8"
+    assert formats(model)["lm_head"] == "int8 per row, auto"
     model.save_pretrained(tmp_path / "a")
     assert_same_model(reload(tmp_path / "a"), model)
 
@@ -380,7 +383,7 @@ def test_swapped_twice_is_saved_as_it_is(checkpoint, tmp_path):
     model = reload(checkpoint)
     taut.swap(model, "int8", skip=["mlp"])
     taut.swap(model, "int4")
-    assert sorted(set(formats(model).values())) == ["int4 group 32, int8", "int8 per row, int8"]
+    assert sorted(set(formats(model).values())) == ["int4 group 32, auto", "int8 per row, auto"]
     taut.save(model, tmp_path / "a")
     assert_same_model(reload(tmp_path / "a"), model)
 
@@ -519,14 +522,15 @@ def test_weights_that_cannot_be_quantized(tmp_path, value):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"device_map": "cuda"}, "device_map names 'cuda:0': this taut has kernels for the CPU only"),
+        ({"device_map": "cuda"}, "device_map names 'cuda:0', where taut cannot compute: no kernels here"),
         ({"device_map": {"": 0}}, "device_map names '0'"),
         ({"device_map": {"model": "cpu", "lm_head": "disk"}}, "names the disk: taut .* does not offload"),
         ({"dtype": torch.float64}, "dtype must be float32, bfloat16 or float16, got torch.float64"),
     ],
 )
 @pytest.mark.parametrize("quantized", [False, True])
-def test_where_and_what_it_cannot_load(checkpoint, saved, arguments, message, quantized):
+def test_where_and_what_it_cannot_load(checkpoint, saved, arguments, message, quantized, monkeypatch):
+    monkeypatch.setattr(_native, "_WHY_NO_CUDA", "no kernels here")
     with pytest.raises(ValueError, match=message):
         if quantized:
             reload(saved, **arguments)
@@ -538,6 +542,37 @@ def test_where_and_what_it_cannot_load(checkpoint, saved, arguments, message, qu
 def test_device_maps_that_mean_the_cpu(saved, device_map):
     pytest.importorskip("accelerate")
     assert_same_model(reload(saved, device_map=device_map), reload(saved))
+
+
+def test_device_maps_where_there_is_cuda(monkeypatch):
+    monkeypatch.setattr(_native, "_WHY_NO_CUDA", "")
+    quantizer = ours.TautQuantizer(taut.Config())
+    for device_map in ("cuda", 0, "auto", {"": torch.device("cuda:1")}, {"model.embed": 0, "model.layers": "cuda:1"}):
+        quantizer.validate_environment(device_map=device_map)
+        assert quantizer.update_device_map(device_map) == device_map
+    with pytest.raises(ValueError, match="spreads the model over the CPU and CUDA: taut does not offload"):
+        quantizer.validate_environment(device_map={"model.embed": 0, "lm_head": "cpu"})
+    with pytest.raises(ValueError, match="device_map names 'xpu', where taut cannot compute"):
+        quantizer.validate_environment(device_map={"": "xpu"})
+
+
+@pytest.mark.skipif(bool(_native.why_not("cuda")), reason=_native.why_not("cuda"))
+@pytest.mark.parametrize("settings", FORMATS, ids=str)
+def test_on_cuda(checkpoint, tmp_path, settings):
+    """Quantized as it is loaded there, swapped there, moved there and reloaded there: one model."""
+    pytest.importorskip("accelerate")
+    config = taut.Config(**settings)
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=config, device_map="cuda", dtype=torch.float16)
+    swapped = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float16).cuda()
+    report = taut.swap(swapped, **settings)
+    assert not any("cannot compute" in entry.reason for entry in report.kept)
+    moved = load(checkpoint, dtype=torch.float16, **settings).cuda()
+    taut.save(moved, tmp_path / "a")
+    models = [loaded, swapped, moved, reload(tmp_path / "a", device_map="cuda")]
+    assert all(module.packed.is_cuda for model in models for module in model.modules() if isinstance(module, QuantLinear))
+    with torch.no_grad():
+        results = [model(IDS.cuda()).logits for model in models]
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_a_pattern_that_matches_nothing(checkpoint):

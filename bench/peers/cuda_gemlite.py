@@ -9,9 +9,9 @@ import torch
 from ..contenders import Skip, copies_for
 from ..gpu_problem import Layer, Weight
 
-# It tunes itself at the first call of each kernel and shape, which takes minutes over all of them; of each of its kernels (for
-# vectors, for few rows, for many) two sizes must do.
-_TIMED_ROWS = (1, 8, 64, 1024)
+# It tunes itself at the first call of each kernel and shape, which takes minutes over all of them: one layer, and one or two
+# sizes of each of its kernels (for vectors, for few rows, for many) must do.
+_TIMED_LAYER, _TIMED_ROWS = (28672, 4096), (1, 8, 64, 1024)
 
 
 class GemLite:
@@ -24,6 +24,8 @@ class GemLite:
         format = weight.format
         if format.weights != "int4" or not format.group or format.activations not in ("bf16", "f16"):
             raise Skip("it is timed beside int4 in groups")
+        if (weight.n, weight.k) != _TIMED_LAYER:
+            raise Skip("it is timed on one layer only: it tunes itself for each")
         from gemlite.helper import A16Wn
 
         zeros = torch.full_like(weight.scales, 8) if weight.zeros is None else weight.zeros.to(weight.scales.dtype)

@@ -442,19 +442,18 @@ TAUT_DEVICE void wgmma_wait(TAUT_SITE_ONLY) {
 #define TAUT_D64 TAUT_D32, TAUT_D16(32), TAUT_D16(48)
 #define TAUT_D128 TAUT_D64, TAUT_D16(64), TAUT_D16(80), TAUT_D16(96), TAUT_D16(112)
 #define TAUT_R32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define TAUT_R64 \
-  TAUT_R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define TAUT_R64 TAUT_R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define TAUT_R128                                                                                                                                     \
   TAUT_R64                                                                                                                                            \
   ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99," \
   "%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-#define TAUT_WGMMA(type, n, registers, operands, a_and_b)                                                                                             \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" registers "}, " a_and_b ", 1, 1, 1, 0;\n"                         \
-               : operands                                                                                                                             \
+#define TAUT_WGMMA(type, n, registers, operands, a_and_b)                                                                     \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" registers "}, " a_and_b ", 1, 1, 1, 0;\n" \
+               : operands                                                                                                     \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-#define TAUT_WGMMA_OF(type)                                                                                             \
-  if constexpr (kN == 64) TAUT_WGMMA(type, 64, TAUT_R32, TAUT_D32, "{%32,%33,%34,%35}, %36");                           \
-  else if constexpr (kN == 128) TAUT_WGMMA(type, 128, TAUT_R64, TAUT_D64, "{%64,%65,%66,%67}, %68");                    \
+#define TAUT_WGMMA_OF(type)                                                                          \
+  if constexpr (kN == 64) TAUT_WGMMA(type, 64, TAUT_R32, TAUT_D32, "{%32,%33,%34,%35}, %36");        \
+  else if constexpr (kN == 128) TAUT_WGMMA(type, 128, TAUT_R64, TAUT_D64, "{%64,%65,%66,%67}, %68"); \
   else TAUT_WGMMA(type, 256, TAUT_R128, TAUT_D128, "{%128,%129,%130,%131}, %132")
 
 // Type: half or __nv_bfloat16; kN: 64, 128 or 256

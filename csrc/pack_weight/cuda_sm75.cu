@@ -143,9 +143,9 @@ TAUT_DEVICE void from_tile_words(uint32_t (&c)[4], const uint32_t (&w)[4]) {
 }
 
 template <bool kInt4>
-__global__ void __launch_bounds__(kThreads) pack_kernel(Shape shape, const uint8_t* __restrict__ codes /* [N, code_row_bytes] */,
-                                                       const uint16_t* __restrict__ scales /* [N, groups] */,
-                                                       const uint8_t* __restrict__ zeros /* [N, groups] */, uint8_t* __restrict__ packed) {
+__global__ void __launch_bounds__(kThreads)
+    pack_kernel(Shape shape, const uint8_t* __restrict__ codes /* [N, code_row_bytes] */, const uint16_t* __restrict__ scales /* [N, groups] */,
+                const uint8_t* __restrict__ zeros /* [N, groups] */, uint8_t* __restrict__ packed) {
   for (uint32_t f = blockIdx.x * kWarps + threadIdx.x / 32; f < shape.tiles_n * shape.tiles_k * kFragmentsPerTile<kInt4>; f += gridDim.x * kWarps) {
     const Place at = place<kInt4>(shape, f);
     uint32_t canonical[4], words[4];
@@ -175,8 +175,9 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(Shape shape, const uint8
 }
 
 template <bool kInt4>
-__global__ void __launch_bounds__(kThreads) unpack_kernel(Shape shape, const uint8_t* __restrict__ packed, uint8_t* __restrict__ codes /* [N, code_row_bytes] */,
-                                                         uint16_t* __restrict__ scales /* [N, groups] */, uint8_t* __restrict__ zeros /* [N, groups] */) {
+__global__ void __launch_bounds__(kThreads)
+    unpack_kernel(Shape shape, const uint8_t* __restrict__ packed, uint8_t* __restrict__ codes /* [N, code_row_bytes] */,
+                  uint16_t* __restrict__ scales /* [N, groups] */, uint8_t* __restrict__ zeros /* [N, groups] */) {
   for (uint32_t f = blockIdx.x * kWarps + threadIdx.x / 32; f < shape.tiles_n * shape.tiles_k * kFragmentsPerTile<kInt4>; f += gridDim.x * kWarps) {
     const Place at = place<kInt4>(shape, f);
     const uint4 v = reinterpret_cast<const uint4*>(packed)[int64_t{f} * 32 + threadIdx.x % 32];
@@ -225,8 +226,8 @@ TAUT_DEVICE void store_row(T* out, const float (&values)[16], int64_t valid) {
 }
 
 template <Format kFormat, class T>
-__global__ void __launch_bounds__(kThreads) dequantize_kernel(Shape shape, const uint8_t* __restrict__ packed, int64_t row_begin, int64_t row_end,
-                                                             T* __restrict__ out /* [row_end - row_begin, K] */) {
+__global__ void __launch_bounds__(kThreads)
+    dequantize_kernel(Shape shape, const uint8_t* __restrict__ packed, int64_t row_begin, int64_t row_end, T* __restrict__ out /* [row_end - row_begin, K] */) {
   constexpr bool kInt4 = kFormat == Format::kInt4;
   const uint32_t per_tile_row = shape.tiles_k * kFragmentsPerTile<kInt4>;
   const uint32_t first = static_cast<uint32_t>(row_begin / MmaTiles::kTileN) * per_tile_row;
@@ -284,7 +285,8 @@ void dequantize(const WeightSpec& w, const uint8_t* packed, int64_t row_begin, i
                         : w.format == Format::kInt8 ? dequantize_kernel<Format::kInt8, T>
                                                     : dequantize_kernel<Format::kFp8E4M3, T>;
     // A first row inside a tile may touch one tile more than the count of rows says: the stride covers it.
-    launch("dequantize_weight", kernel, grid_for(w, row_end - row_begin), dim3(kThreads), 0, stream, Shape(w), packed, row_begin, row_end, static_cast<T*>(out));
+    launch("dequantize_weight", kernel, grid_for(w, row_end - row_begin), dim3(kThreads), 0, stream, Shape(w), packed, row_begin, row_end,
+           static_cast<T*>(out));
   });
 }
 

@@ -39,14 +39,14 @@ struct Mma8Args {
   const uint8_t* codes;   // of w: the sections of MmaTiles
   const uint8_t* scales;  // [tiles_n][groups] rows of 128 bytes
   QuantizedRows x;
-  const void* bias;       // [N] or nullptr
-  void* out;              // [M, N]
-  uint8_t* partials;      // [splits][M][tiles_n * 64] 32-bit sums, where splits > 1
+  const void* bias;   // [N] or nullptr
+  void* out;          // [M, N]
+  uint8_t* partials;  // [splits][M][tiles_n * 64] 32-bit sums, where splits > 1
   int64_t M, N;
   int tiles_n, tiles_k, groups;
-  int group_shift;        // of the index of 32 k, to its row of scales
+  int group_shift;  // of the index of 32 k, to its row of scales
   int blocks_m, band_shift, steps, splits;
-  float unit_factor;      // of row_unit: 32767 where no multiples are stored
+  float unit_factor;  // of row_unit: 32767 where no multiples are stored
   DType dtype;
 };
 
@@ -77,7 +77,7 @@ struct Mma8Stage {
   static constexpr int kBytes = kMultiplesBegin + (kMayHaveMultiples ? Shape::kWarpsK * 2 * Shape::kBlockM * 4 : 0);
   // After the last step the same memory holds the sums, [kWarpsK][kBlockM][kSumStride]. WHY + 4: no two lanes of a store meet in a bank.
   static constexpr int kSumStride = Shape::kBlockN + 4;
-  static constexpr int kSharedBytes = std::max(Shape::kStages * kBytes, Shape::kWarpsK * Shape::kBlockM * kSumStride * 4);
+  static constexpr int kSharedBytes = std::max(Shape::kStages * kBytes, Shape::kWarpsK* Shape::kBlockM * kSumStride * 4);
 
   // Byte of 16-byte chunk `chunk` of row `token` of x.
   TAUT_DEVICE static int x_offset(int token, int chunk) {
@@ -96,7 +96,31 @@ TAUT_DEVICE Mma8Block mma8_block_place(const Mma8Args& p) {
   return {(static_cast<int>(blockIdx.z) << p.band_shift) + (x & ((1 << p.band_shift) - 1)), x >> p.band_shift};
 }
 
-// The last step of 8 outputs of row m, from column n on: the sums' factors, bias, rounding.
+// 8 outputs of row m, from column n on.
+template <class T>
+TAUT_DEVICE void mma8_write(const Mma8Args& p, int64_t m, int64_t n, float (&values)[8]) {
+  if (p.bias) {
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+      if (n + i < p.N) values[i] += to_float(static_cast<const T*>(p.bias)[n + i]);
+  }
+  T numbers[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++) numbers[i] = from_float<T>(values[i]);
+  T* const out = static_cast<T*>(p.out) + m * p.N + n;
+  if (p.N % 8 == 0) {
+    uint4 bits[sizeof(T) / 2];
+    memcpy(bits, numbers, sizeof bits);
+#pragma unroll
+    for (int v = 0; v < static_cast<int>(sizeof(T) / 2); v++) reinterpret_cast<uint4*>(out)[v] = bits[v];
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+      if (n + i < p.N) out[i] = numbers[i];
+  }
+}
+
+// The last step of 8 outputs: the sums' factors, bias, rounding.
 template <Promote kPromote, class Sum>
 TAUT_DEVICE void mma8_finish(const Mma8Args& p, int64_t m, int64_t n, const Sum (&sums)[8]) {
   const float unit = p.x.row_unit[m] * p.unit_factor;
@@ -107,30 +131,10 @@ TAUT_DEVICE void mma8_finish(const Mma8Args& p, int64_t m, int64_t n, const Sum 
     if constexpr (kPromote == Promote::kNever)  // a row of w has one scale; n % 8 = 0
       values[i] *= __half2float(reinterpret_cast<const __half*>(p.scales)[n / 64 * 64 + i * 8 + n % 64 / 8]);
     values[i] *= unit;
-    if (p.bias && n + i < p.N) values[i] += load_number(p.bias, n + i, p.dtype);
   }
-  const int64_t at = m * p.N + n;
-  if (p.N % 8 != 0) {
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-      if (n + i < p.N) store_number(p.out, at + i, p.dtype, values[i]);
-  } else if (p.dtype == DType::kFloat32) {
-    float4* const out = reinterpret_cast<float4*>(static_cast<float*>(p.out) + at);
-    out[0] = make_float4(values[0], values[1], values[2], values[3]), out[1] = make_float4(values[4], values[5], values[6], values[7]);
-  } else {
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      if (p.dtype == DType::kBFloat16) {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
-        memcpy(&words[i], &pair, 4);
-      } else {
-        const __half2 pair = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
-        memcpy(&words[i], &pair, 4);
-      }
-    }
-    *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.out) + at) = make_uint4(words[0], words[1], words[2], words[3]);
-  }
+  if (p.dtype == DType::kFloat32) mma8_write<float>(p, m, n, values);
+  else if (p.dtype == DType::kBFloat16) mma8_write<__nv_bfloat16>(p, m, n, values);
+  else mma8_write<__half>(p, m, n, values);
 }
 
 // 8 sums at a 16-byte aligned place.
@@ -158,7 +162,7 @@ struct Mma8 {
   using Sum = std::conditional_t<kPromote == Promote::kNever, typename Mma::Sum, float>;
   static constexpr int kStrips = Shape::kStrips, kColumns = Shape::kTokens / 8, kThreads = Shape::kThreads;
 
-  static constexpr int kStripChunks = kStrips * 64;                                    // 16-byte chunks of a warp's strips of a k-tile
+  static constexpr int kStripChunks = kStrips * 64;                                            // 16-byte chunks of a warp's strips of a k-tile
   static constexpr int kRowChunks = Stage::kRowBytes / 16, kPassRows = kThreads / kRowChunks;  // of x; rows that all threads load at once
   static constexpr int kScaleChunks = Shape::kWarpsN * Shape::kWarpsK * Stage::kScaleRows * 8;
   static constexpr int kRowMultiples = 2 * Shape::kWarpsK;
@@ -182,7 +186,7 @@ struct Mma8 {
 
   // What lies outside of w or x is filled with zeros; its address, where nothing is read, may be anything.
   // WHY addresses that are one base and uniform steps: one of its own for every chunk, kept over the loop, would take 40 registers.
-  TAUT_DEVICE void load_stage(int step) const {
+  TAUT_DEVICE void load_w_stage(int step) const {
     unsigned char* const stage = smem + step % Shape::kStages * Stage::kBytes;
     const int tile_k0 = step * Shape::kWarpsK, last_k = p.tiles_k - 1;
 
@@ -194,16 +198,9 @@ struct Mma8 {
         const uint8_t* const source = g_w + (int64_t{warp} * p.tiles_k + tile_k0 + k) * 4096;
 #pragma unroll
         for (int pass = 0; pass < kStripChunks / kThreads; pass++)
-          ptx::cp_async_16(stage + ((warp * Shape::kWarpsK + k) * kStripChunks + pass * kThreads + thread) * 16, source + pass * kThreads * 16, exists ? 16 : 0);
+          ptx::cp_async_16(stage + ((warp * Shape::kWarpsK + k) * kStripChunks + pass * kThreads + thread) * 16, source + pass * kThreads * 16,
+                           exists ? 16 : 0);
       }
-
-    unsigned char* const s_x = stage + Stage::kXBegin + Stage::x_offset(thread / kRowChunks, thread % kRowChunks);
-    const int x_rows = tile_k0 + thread % kRowChunks / 4 <= last_k ? rows - thread / kRowChunks : 0;
-#pragma unroll
-    for (int pass = 0; pass < Shape::kBlockM / kPassRows; pass++) {
-      const int64_t source = (int64_t{tile_k0} + int64_t{pass * kPassRows} * p.tiles_k) * 64;
-      ptx::cp_async_16(s_x + pass * kPassRows * Stage::kRowBytes, g_x + source, pass * kPassRows < x_rows ? 16 : 0);
-    }
 
     if constexpr (Stage::kScaleRows > 0) {
 #pragma unroll
@@ -214,6 +211,19 @@ struct Mma8 {
         const int64_t source = (int64_t{n} * p.groups + ((2 * k + row) >> p.group_shift)) * 128 + chunk % 8 * 16;
         if (chunk < kScaleChunks) ptx::cp_async_16(stage + Stage::kScalesBegin + chunk * 16, p.scales + source, exists ? 16 : 0);
       }
+    }
+  }
+
+  TAUT_DEVICE void load_x_stage(int step) const {
+    unsigned char* const stage = smem + step % Shape::kStages * Stage::kBytes;
+    const int tile_k0 = step * Shape::kWarpsK, last_k = p.tiles_k - 1;
+
+    unsigned char* const s_x = stage + Stage::kXBegin + Stage::x_offset(thread / kRowChunks, thread % kRowChunks);
+    const int x_rows = tile_k0 + thread % kRowChunks / 4 <= last_k ? rows - thread / kRowChunks : 0;
+#pragma unroll
+    for (int pass = 0; pass < Shape::kBlockM / kPassRows; pass++) {
+      const int64_t source = (int64_t{tile_k0} + int64_t{pass * kPassRows} * p.tiles_k) * 64;
+      ptx::cp_async_16(s_x + pass * kPassRows * Stage::kRowBytes, g_x + source, pass * kPassRows < x_rows ? 16 : 0);
     }
 
     if constexpr (Stage::kMayHaveMultiples) {
@@ -326,14 +336,20 @@ struct Mma8 {
   // Steps [begin, end) of K.
   TAUT_DEVICE void multiply_steps(int begin, int end) {
 #pragma unroll 1
+    for (int step = begin; step < min(begin + Shape::kStages - 1, end); step++) load_w_stage(step);
+#if TAUT_ARCH_AT_LEAST(90)
+    ptx::griddep_launch();  // mma8_reduce may take its place, and wait
+    ptx::griddep_wait();    // for quantize_rows, behind whose back the first of w was asked for
+#endif
+#pragma unroll 1
     for (int s = 0; s < Shape::kStages - 1; s++) {
-      if (begin + s < end) load_stage(begin + s);
-      ptx::cp_async_commit();
+      if (begin + s < end) load_x_stage(begin + s);
+      ptx::cp_async_commit();  // the first group holds all of w so far
     }
     for (int step = begin; step < end; step++) {
       ptx::cp_async_wait<Shape::kStages - 2>();
       __syncthreads();  // this step's stage is there for all warps, and all have left the one before, which is filled next
-      if (step + Shape::kStages - 1 < end) load_stage(step + Shape::kStages - 1);
+      if (step + Shape::kStages - 1 < end) load_w_stage(step + Shape::kStages - 1), load_x_stage(step + Shape::kStages - 1);
       ptx::cp_async_commit();
       multiply(smem + step % Shape::kStages * Stage::kBytes);
     }
@@ -390,6 +406,9 @@ constexpr int kReduceThreads = 128;
 // The sums of the splits, in order, finished as a block would have.
 template <class Sum, Promote kPromote>
 __global__ void __launch_bounds__(kReduceThreads) mma8_reduce(const Mma8Args p) {
+#if TAUT_ARCH_AT_LEAST(90)
+  ptx::griddep_wait();
+#endif
   const int64_t columns = int64_t{p.tiles_n} * 64, i = (int64_t{blockIdx.x} * kReduceThreads + threadIdx.x) * 8, m = i / columns, n = i % columns;
   if (m >= p.M || n >= p.N) return;
   Sum total[8] = {};
@@ -479,7 +498,10 @@ void mma8_run(const char* name, const CudaParams& p, const KernelOf& kernel_of) 
                       static_cast<int>(layout.num_tiles_n()),
                       static_cast<int>(layout.num_tiles_k()),
                       static_cast<int>(layout.num_groups()),
-                      group == 32 ? 0 : group == 64 ? 1 : group == 128 ? 2 : 31,
+                      group == 32    ? 0
+                      : group == 64  ? 1
+                      : group == 128 ? 2
+                                     : 31,
                       plan.blocks_m,
                       band_shift,
                       plan.steps,
@@ -489,11 +511,12 @@ void mma8_run(const char* name, const CudaParams& p, const KernelOf& kernel_of) 
   const dim3 grid(plan.blocks_n << band_shift, plan.splits, (plan.blocks_m + (1 << band_shift) - 1) >> band_shift);
   with_mma8_shape<kPromote>(plan.tokens, [&]<class Shape>(Shape shape) {
     const auto [kernel, shared_bytes] = kernel_of(shape);
-    launch(name, kernel, grid, dim3(Shape::kThreads), shared_bytes, p.stream, args);
+    launch_dependent(*p.device, name, kernel, grid, dim3(Shape::kThreads), shared_bytes, p.stream, args);
   });
   if (plan.splits > 1) {
     const int64_t threads = p.M * args.tiles_n * 8;
-    launch(name, mma8_reduce<Sum, kPromote>, dim3(static_cast<unsigned>((threads + kReduceThreads - 1) / kReduceThreads)), dim3(kReduceThreads), 0, p.stream, args);
+    const dim3 reduce_grid(static_cast<unsigned>((threads + kReduceThreads - 1) / kReduceThreads));
+    launch_dependent(*p.device, name, mma8_reduce<Sum, kPromote>, reduce_grid, dim3(kReduceThreads), 0, p.stream, args);
   }
 }
 

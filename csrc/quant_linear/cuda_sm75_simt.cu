@@ -19,17 +19,17 @@ namespace {
 constexpr int kWarps = 8, kTileK = 64;
 
 struct Args {
-  const void* x;               // [M, K] of dtype, for float activations
+  const void* x;  // [M, K] of dtype, for float activations
   int64_t x_row_stride;
-  QuantizedRows x8;            // for the others
-  const uint8_t* codes;        // MmaTiles' sections
+  QuantizedRows x8;      // for the others
+  const uint8_t* codes;  // MmaTiles' sections
   const __half* scales;
-  const uint8_t* zeros;        // or nullptr
-  const void* bias;            // or nullptr
+  const uint8_t* zeros;  // or nullptr
+  const void* bias;      // or nullptr
   void* out;
   int64_t M, N;
   int K, tiles_k, groups;
-  int group_shift;             // of a half k-tile's index, to its group
+  int group_shift;  // of a half k-tile's index, to its group
   DType dtype;
   Activations activations;
 };
@@ -66,7 +66,7 @@ TAUT_DEVICE void dequantize(float (&w)[2][4], const uint4 (&fragments)[2], int s
 template <Format kFormat, int kTokens>
 __global__ void __launch_bounds__(kWarps * 32) simt(Args p) {
   __shared__ __align__(16) float s_x[kWarps][kTokens][kTileK];
-  float* const s_sums = &s_x[0][0][0];  // [kWarps][kTokens][16], once s_x has been read
+  float* const s_sums = &s_x[0][0][0];                             // [kWarps][kTokens][16], once s_x has been read
   constexpr int kStripWords = kFormat == Format::kInt4 ? 32 : 64;  // 16-byte words of a strip's k-tile
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int64_t n0 = int64_t{blockIdx.x} * MmaTiles::kStripN, tile_n = n0 / MmaTiles::kTileN;
@@ -151,7 +151,10 @@ void run(const CudaParams& p) {
                   static_cast<int>(w.K),
                   static_cast<int>(layout.num_tiles_k()),
                   static_cast<int>(layout.num_groups()),
-                  w.group_size == 32 ? 0 : w.group_size == 64 ? 1 : w.group_size == 128 ? 2 : 31,
+                  w.group_size == 32    ? 0
+                  : w.group_size == 64  ? 1
+                  : w.group_size == 128 ? 2
+                                        : 31,
                   p.dtype,
                   p.activations};
   const auto with_tokens = [&]<int kTokens>(std::integral_constant<int, kTokens>) {

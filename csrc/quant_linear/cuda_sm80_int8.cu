@@ -25,9 +25,8 @@ Promote promote_of(const CudaParams& p) {
 
 template <class Sum, Promote kPromote>
 void run_with(const CudaParams& p) {
-  mma8_run<Sum, kPromote>("quant_linear int8", p, []<class Shape>(Shape) {
-    return std::pair{&int8_kernel<Shape, kPromote>, Mma8Stage<Int8Mma, Shape, kPromote>::kSharedBytes};
-  });
+  mma8_run<Sum, kPromote>("quant_linear int8", p,
+                          []<class Shape>(Shape) { return std::pair{&int8_kernel<Shape, kPromote>, Mma8Stage<Int8Mma, Shape, kPromote>::kSharedBytes}; });
 }
 
 }  // namespace

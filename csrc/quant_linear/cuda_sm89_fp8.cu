@@ -19,9 +19,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm) fp8_kern
 
 template <Promote kPromote>
 void run_with(const CudaParams& p) {
-  mma8_run<float, kPromote>("quant_linear fp8", p, []<class Shape>(Shape) {
-    return std::pair{&fp8_kernel<Shape, kPromote>, Mma8Stage<Fp8Mma, Shape, kPromote>::kSharedBytes};
-  });
+  mma8_run<float, kPromote>("quant_linear fp8", p,
+                            []<class Shape>(Shape) { return std::pair{&fp8_kernel<Shape, kPromote>, Mma8Stage<Fp8Mma, Shape, kPromote>::kSharedBytes}; });
 }
 
 }  // namespace
@@ -33,7 +32,9 @@ const char* supported(const CudaParams& p) {
   return p.activations == Activations::kFp8Row ? nullptr : "it computes with fp8_row activations";
 }
 
-int64_t workspace_bytes(const CudaParams& p) { return p.weight.group_size == 32 ? mma8_workspace_bytes<Promote::kEvery32>(p) : mma8_workspace_bytes<Promote::kEvery64>(p); }
+int64_t workspace_bytes(const CudaParams& p) {
+  return p.weight.group_size == 32 ? mma8_workspace_bytes<Promote::kEvery32>(p) : mma8_workspace_bytes<Promote::kEvery64>(p);
+}
 
 void run(const CudaParams& p) {
   if (p.weight.group_size == 32) run_with<Promote::kEvery32>(p);

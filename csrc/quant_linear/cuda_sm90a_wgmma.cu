@@ -15,9 +15,9 @@
 //           a second kernel adds them up. All sums in a fixed order: bitwise repeatable.
 // BOUND     tensor cores: 64 * kTokens * 16 multiply-adds a wgmma, at 2048 a cycle and SM: kTokens / 2 cycles, 4 kTokens cycles a
 //           k-step. Beside it, at kTokens = 256 and int4: 36.5 KB a k-step into shared memory (36 bytes a cycle; L2 has some 33 to
-//           give when all SMs ask: at most 0.9 of the peak), 64 bytes a cycle of B out of it (of 128), and 88 to 198 instructions a
-//           k-step and warp, 2 warps a scheduler: 17 to 39% of its slots. kTokens = 128: 40 bytes a cycle, 34 to 77% of the slots.
-//           kTokens = 64: 51 bytes, 64 to 153%: some 390 cycles for 256.
+//           give when all SMs ask: at most 0.9 of the peak), 64 bytes a cycle of B out of it (of 128), and 83 to 197 instructions a
+//           k-step and warp (counted in the SASS), 2 warps a scheduler: 16 to 38% of its slots. kTokens = 128: 40 bytes a cycle,
+//           32 to 77% of the slots. kTokens = 64: 51 bytes, 65 to 154%: some 390 cycles for 256.
 // LIMITS    sm_90 alone (the "a" instructions exist nowhere else); fp16 and bf16; rows of x 16-byte aligned (TMA). Tiles and
 //           splits depend on M: batch-invariant calls are refused. Weighed on paper, not built: two blocks of a cluster that share
 //           x by multicast (20 instead of 36 bytes a cycle); tiles of 256 n x 128 m (24, but twice the dequantization).
@@ -32,8 +32,8 @@
 namespace taut::quant_linear::cuda_sm90a_wgmma {
 namespace {
 
-constexpr int kConsumers = 2;                        // warpgroups, each with an n-tile of 64
-constexpr int kThreads = 128 * (1 + kConsumers);     // the producer's warpgroup comes last
+constexpr int kConsumers = 2;                     // warpgroups, each with an n-tile of 64
+constexpr int kThreads = 128 * (1 + kConsumers);  // the producer's warpgroup comes last
 constexpr int kStepK = 64;
 constexpr int kMaxScaleBytes = 256, kMaxZeroBytes = 128;  // of an n-tile in a k-step: two groups of 32 k
 constexpr int kChunkTokens = 64;                          // of out that are transposed at a time
@@ -102,8 +102,7 @@ struct Ring {
 };
 
 TAUT_DEVICE void wait(uint64_t* barrier, uint32_t parity) {
-  while (!ptx::mbarrier_try_wait(barrier, parity)) {
-  }
+  while (!ptx::mbarrier_try_wait(barrier, parity)) {}
 }
 
 // 8 n of a row of out.
@@ -197,6 +196,7 @@ TAUT_DEVICE void produce(const CUtensorMap& x_map, const Problem& p, unsigned ch
   uint64_t* const empty = full + S::kStages;
   const int groups_in_step = p.group_size == 32 ? 2 : 1;
   const int scale_bytes = kRowScale ? 0 : groups_in_step * 128, zero_bytes = kRowScale || p.zeros == nullptr ? 0 : groups_in_step * 64;
+  ptx::prefetch_tensor_map(&x_map);
   Ring<S::kStages> ring;
   for (int index = blockIdx.x; index < p.blocks_n * p.blocks_m * p.splits; index += gridDim.x) {
     const Part part = part_at<kTokens>(p, index);
@@ -244,8 +244,8 @@ TAUT_DEVICE Rows rows_of(const Problem& p, int64_t n64, int warp, int lane) {
 // 64 n x kChunkTokens m of sums, by a warpgroup: [token][64 n] in shared memory, 16-byte pieces swizzled by the token so that
 // neither side has bank conflicts, and from there to out.
 template <class Type>
-TAUT_DEVICE void store_chunk(const Problem& p, const Rows& rows, const float (&sums)[kChunkTokens / 2], unsigned char* s_out, int64_t n64, int64_t m,
-                             int warp, int lane, int barrier) {
+TAUT_DEVICE void store_chunk(const Problem& p, const Rows& rows, const float (&sums)[kChunkTokens / 2], unsigned char* s_out, int64_t n64, int64_t m, int warp,
+                             int lane, int barrier) {
   ptx::bar_sync(barrier, 128);  // the chunk before has been read
 #pragma unroll
   for (int j = 0; j < kChunkTokens / 8; j += 2) {
@@ -427,10 +427,10 @@ Plan plan(const CudaParams& p) {
     int tokens, step_cycles;
   };
   constexpr Height kHeights[] = {{256, 1140}, {128, 620}, {64, 390}};
-  constexpr int kTileCycles = 2500;      // filling the pipeline, and the stores
-  constexpr int kCombineCycles = 4000;   // a second launch
-  constexpr int kCombineBytes = 16;      // a cycle and SM, through the L2 cache
-  constexpr int kFewestSteps = 4;        // of a part
+  constexpr int kTileCycles = 2500;     // filling the pipeline, and the stores
+  constexpr int kCombineCycles = 4000;  // a second launch
+  constexpr int kCombineBytes = 16;     // a cycle and SM, through the L2 cache
+  constexpr int kFewestSteps = 4;       // of a part
   const int64_t steps = blocks(p.weight.K, kStepK), sms = p.device->sm_count;
   Plan best{};
   int64_t best_cycles = INT64_MAX;

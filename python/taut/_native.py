@@ -38,12 +38,17 @@ def _load_cuda() -> str:
 _WHY_NO_CUDA = _load_cuda()
 
 
+def why_not(device_type: str) -> str:
+    """Why taut cannot compute on devices of this type here; an empty string if it can."""
+    if device_type == "cuda":
+        return _WHY_NO_CUDA
+    return "" if device_type == "cpu" else f"it has kernels for the CPU and for CUDA, none for {device_type!r}"
+
+
 def ops_for(device_type: str) -> Any:
     """The ops, as a namespace of ``torch.ops``, for tensors on a device of this type. Raises ``ValueError`` where taut has none."""
-    if device_type == "cuda" and _WHY_NO_CUDA:
-        raise ValueError(f"taut cannot compute on CUDA tensors here: {_WHY_NO_CUDA}")
-    if device_type not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"taut computes on CPU and CUDA tensors, got one on {device_type!r}")
+    if device_type not in ("cpu", "meta") and (why := why_not(device_type)):
+        raise ValueError(f"taut cannot compute on {device_type} tensors: {why}")
     return torch.ops.taut
 
 
@@ -75,8 +80,8 @@ def cpu_features() -> dict[str, bool]:
     return _C.cpu_features()
 
 
-def build_info() -> dict[str, str]:
-    """Version, compiler, architecture and the oldest torch this build serves."""
+def build_info() -> dict[str, str | None]:
+    """Version, compiler, architecture, the oldest torch this build serves, and the GPUs ``cuda`` it has code for (None: none)."""
     return _C.build_info()
 
 

@@ -20,10 +20,10 @@ app = typer.Typer(
     help="Low-bit kernels for language models on hardware people have.",
 )  # fmt: skip
 
-Weights = Annotated[str, typer.Option(help="int4 or int8")]
-GroupSize = Annotated[int | None, typer.Option(help="32, 64, 128, or 0 for one scale a row [default: 32 for int4, 0 for int8]")]
+Weights = Annotated[str, typer.Option(help="int4, int8 or fp8_e4m3")]
+GroupSize = Annotated[int | None, typer.Option(help="32, 64, 128, or 0 for one scale a row [default: 32 for int4, else 0]")]
 Zeros = Annotated[bool, typer.Option("--zeros", help="a zero point a group, for int4")]
-Activations = Annotated[str, typer.Option(help="int8 (fast) or float")]
+Activations = Annotated[str, typer.Option(help="float, int8, int8_row, fp8_row, or auto: int8 on the CPU, float on CUDA")]
 Skip = Annotated[list[str] | None, typer.Option(help="pattern of module names to leave alone; may be given again")]
 Dtype = Annotated[str, typer.Option(help="of what is not swapped: auto (the checkpoint's), float32, bfloat16, float16")]
 Threads = Annotated[int | None, typer.Option(help="threads to compute with [default: torch's own choice]")]
@@ -137,7 +137,7 @@ def quantize(
     weights: Weights = "int4",
     group_size: GroupSize = None,
     zeros: Zeros = False,
-    activations: Activations = "int8",
+    activations: Activations = "auto",
     skip: Skip = None,
     dtype: Dtype = "auto",
     force: Annotated[bool, typer.Option("--force", help="replace what DST holds; it stays whole until the new one is complete")] = False,
@@ -170,10 +170,10 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="of sampling, above 0")] = None,
     seed: Annotated[int | None, typer.Option(help="of sampling")] = None,
     chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="use the chat template [default: if there is one]")] = None,
-    weights: Annotated[str | None, typer.Option(help="swap a float model as it loads: int4 or int8")] = None,
+    weights: Annotated[str | None, typer.Option(help="swap a float model as it loads: int4, int8 or fp8_e4m3")] = None,
     group_size: GroupSize = None,
     zeros: Zeros = False,
-    activations: Activations = "int8",
+    activations: Activations = "auto",
     skip: Skip = None,
     dtype: Dtype = "auto",
     threads: Threads = None,
@@ -186,7 +186,7 @@ def generate(
 
     sampling = Sampling(greedy, temperature, seed)
     settings = None if weights is None else models.Settings(weights, group_size, zeros, activations, tuple(skip or ()))
-    if weights is None and (group_size is not None or zeros or skip or activations != "int8"):
+    if weights is None and (group_size is not None or zeros or skip or activations != "auto"):
         raise ValueError("--group-size, --zeros, --activations and --skip are for swapping: give --weights as well")
     _set_threads(threads)
     found = models.find_source(model)
@@ -228,7 +228,7 @@ def report(
     weights: Annotated[list[str] | None, typer.Option(help="a format to swap to; may be given again [default: int8 and int4]")] = None,
     group_size: GroupSize = None,
     zeros: Zeros = False,
-    activations: Activations = "int8",
+    activations: Activations = "auto",
     skip: Skip = None,
     dtype: Dtype = "auto",
     text: Annotated[Path | None, typer.Option(help="a file to compare predictions on [default: Python's own language reference]")] = None,

@@ -28,7 +28,7 @@ class Settings:
     weights: str = "int4"
     group_size: int | None = None
     zeros: bool = False
-    activations: str = "int8"
+    activations: str = "auto"
     skip: tuple[str, ...] = ()
     rules: Mapping[str, Mapping | None] | None = None
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .formats import ACTIVATIONS, WeightFormat, activation_code
+from . import _native
+from .formats import ACCEPTED_ACTIVATIONS, ACTIVATIONS, FORMATS, WeightFormat, check_activations, resolve_activations
 from .nn import QuantLinear
 
-DEFAULT_GROUP_SIZE = {"int4": 32, "int8": 0}
+DEFAULT_GROUP_SIZE = {"int4": 32, "int8": 0, "fp8_e4m3": 0}
 _RULE_KEYS = ("weights", "group_size", "zeros", "activations")
 
 
@@ -26,11 +27,11 @@ class Rule:
     activations: str
 
 
-def make_rule(weights: str | None, group_size: int | None = None, zeros: bool = False, activations: str = "int8") -> Rule:
-    """A checked rule. ``weights``: "int4", "int8" or None (leave alone); ``group_size`` None: 32 for int4, per row for int8."""
+def make_rule(weights: str | None, group_size: int | None = None, zeros: bool = False, activations: str = "auto") -> Rule:
+    """A checked rule. ``weights``: "int4", "int8", "fp8_e4m3" or None (leave alone); ``group_size`` None: the format's default."""
     if not isinstance(activations, str):
-        raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {activations!r}")
-    activation_code(activations)
+        raise ValueError(f"activations must be one of auto, {', '.join(ACTIVATIONS)}, got {activations!r}")
+    check_activations(activations)
     if weights is None:
         return Rule(None, activations)
     if not isinstance(weights, str) or weights not in DEFAULT_GROUP_SIZE:
@@ -41,7 +42,9 @@ def make_rule(weights: str | None, group_size: int | None = None, zeros: bool = 
         group_size = DEFAULT_GROUP_SIZE[weights]
     if not isinstance(group_size, int):
         raise ValueError(f"group_size must be 32, 64, 128, 0 (one scale a row) or None, got {group_size!r}")
-    return Rule(WeightFormat(weights, group_size, zeros), activations)
+    format = WeightFormat(weights, group_size, zeros)
+    check_activations(activations, format)
+    return Rule(format, activations)
 
 
 class RuleBook:
@@ -53,11 +56,11 @@ class RuleBook:
     """
 
     def __init__(
-        self, weights: str | None = "int4", group_size: int | None = None, zeros: bool = False, activations: str = "int8",
+        self, weights: str | None = "int4", group_size: int | None = None, zeros: bool = False, activations: str = "auto",
         skip: Sequence[str] | None = None, rules: Mapping[str, Mapping | None] | None = None,
     ) -> None:  # fmt: skip
         if weights is None:
-            raise ValueError("weights must be 'int4' or 'int8'; use skip or rules to leave modules alone")
+            raise ValueError(f"weights must be one of {', '.join(FORMATS)}; use skip or rules to leave modules alone")
         self.default = make_rule(weights, group_size, zeros, activations)
         if not isinstance(skip, (list, tuple, set, type(None))) or not all(isinstance(pattern, str) for pattern in skip or ()):
             raise ValueError(f"skip must be a list of module name patterns, got {skip!r}")
@@ -80,6 +83,7 @@ class RuleBook:
             merged = {**base, **settings}
             if "weights" in settings and settings["weights"] != weights:  # the default's group and zeros were for its own format
                 merged = {**merged, "group_size": settings.get("group_size"), "zeros": settings.get("zeros", False)}
+                merged["activations"] = settings.get("activations", _activations_for(settings["weights"], activations))
             self.rules.append((pattern, make_rule(**merged)))
 
     def rule_for(self, name: str) -> tuple[Rule, str]:
@@ -93,6 +97,12 @@ class RuleBook:
         return self.default, "default"
 
 
+def _activations_for(weights: str | None, activations: str) -> str:
+    """The default's activations where a rule's format takes them, else "auto"."""
+    accepted = ACCEPTED_ACTIVATIONS.get(weights, (activations,)) if isinstance(weights, str) else (activations,)
+    return activations if activations in accepted else "auto"
+
+
 def matches(name: str, pattern: str) -> bool:
     """Whether a module name fits a pattern: whole (fnmatch), or as consecutive whole parts of the path."""
     return fnmatch.fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
@@ -100,6 +110,8 @@ def matches(name: str, pattern: str) -> bool:
 
 @dataclass(frozen=True)
 class Swapped:
+    """A layer that is low-bit now; its rule says what it computes with where it lies, never "auto"."""
+
     name: str
     rule: Rule
     out_features: int
@@ -224,8 +236,8 @@ def reason_to_keep(model: nn.Module, name: str, module: nn.Module, facts: _Facts
         return f"its weight is {module.weight.dtype}; accepted: float32, bfloat16, float16"
     if any(matches(name, pattern) or fnmatch.fnmatchcase(f"{name}.weight", pattern) for pattern in facts.float32):
         return "the model keeps it in float32 when the rest is 16-bit"
-    if module.weight.device.type not in ("cpu", "meta"):
-        return f"its weight is on {module.weight.device}; this build has kernels for the CPU"
+    if not module.weight.is_meta and (why := _native.why_not(module.weight.device.type)):
+        return f"its weight is on {module.weight.device}, where taut cannot compute: {why}"
     if (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         or hasattr(module, "parametrizations") or "forward" in module.__dict__
@@ -270,7 +282,7 @@ def plan(model: nn.Module, book: RuleBook, dtype: torch.dtype | None = None) -> 
 
 def _can_untie(model: nn.Module, module: nn.Module, facts: _Facts) -> bool:
     """Whether a tied output head can have low bits of its own, beside the embeddings: in a model that is loaded, it can."""
-    return module is facts.head and type(module) is nn.Linear and module.weight.device.type == "cpu" and hasattr(model, "config")
+    return module is facts.head and type(module) is nn.Linear and not module.weight.is_meta and hasattr(model, "config")
 
 
 def _untie(model: nn.Module, name: str) -> None:
@@ -289,14 +301,16 @@ def nothing_to_swap(kept: Sequence[Kept]) -> str:
 
 
 def swap(
-    model: nn.Module, weights: str = "int4", *, group_size: int | None = None, zeros: bool = False, activations: str = "int8",
+    model: nn.Module, weights: str = "int4", *, group_size: int | None = None, zeros: bool = False, activations: str = "auto",
     skip: Sequence[str] | None = None, rules: Mapping[str, Mapping | None] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> SwapReport:  # fmt: skip
     """Replaces the ``nn.Linear`` layers of ``model`` by ``QuantLinear``, in place, one at a time.
 
-    ``weights``: "int4" or "int8". ``group_size``: 32, 64, 128, 0 (one scale a row); default 32 for int4, 0 for int8.
-    ``zeros``: int4 with a zero point a group. ``activations``: "int8" (fast) or "float" (exact arithmetic).
+    ``weights``: "int4", "int8" or "fp8_e4m3". ``group_size``: 32, 64, 128, 0 (one scale a row); default 32 for int4, 0 for
+    the others. ``zeros``: int4 with a zero point a group. ``activations``: "float" (exact arithmetic), "int8" (fast
+    on CPUs), "int8_row", "fp8_row" or "auto" (int8 on the CPU, float on CUDA and for fp8_e4m3): see ``taut.QuantLinear``.
+    A model on a CUDA device stays there: its layers are quantized on the CPU, one at a time, and packed where they were.
     ``skip``: patterns of names to leave alone. ``rules``: pattern -> settings, see ``RuleBook``.
     ``progress(done, total, name)`` is called before each layer. The output head is swapped only if a rule names it; one
     that is tied then gets low bits of its own beside the float embeddings. Other tied weights and modules taut does not
@@ -323,7 +337,7 @@ def swap(
         if name in tied:
             _untie(model, name)
         size = module.weight.numel() * module.weight.element_size()
-        report.swapped.append(Swapped(name, rule, module.out_features, module.in_features, size, new.weight_bytes))
+        report.swapped.append(swapped_entry(name, new, size))
         del module
     if progress:
         progress(total, total, "")
@@ -331,6 +345,13 @@ def swap(
         settings = {"weights": weights, "group_size": group_size, "zeros": zeros, "activations": activations}
         record(model, {**settings, "skip": skip, "rules": rules}, report)
     return report
+
+
+def swapped_entry(name: str, module: QuantLinear, bytes_before: int) -> Swapped:
+    """What a report says of a layer that is low-bit now."""
+    device = module._like.device if module.packed is None else module.packed.device
+    rule = Rule(module.format, resolve_activations(module.activations, module.format, device.type))
+    return Swapped(name, rule, module.out_features, module.in_features, bytes_before, module.weight_bytes)
 
 
 def check_values(name: str, weight: torch.Tensor, rule: Rule) -> None:
@@ -341,7 +362,7 @@ def check_values(name: str, weight: torch.Tensor, rule: Rule) -> None:
     largest = max(-float(least), float(most))
     if not math.isfinite(largest):
         raise ValueError(f"{name}: its weight holds a NaN or an infinity")
-    if largest > (limit := 65504.0 * (7 if rule.format.name == "int4" else 127)):
+    if largest > (limit := 65504.0 * {"int4": 7, "int8": 127, "fp8_e4m3": 448}[rule.format.name]):
         raise ValueError(f"{name}: its weight holds {largest:g}; a float16 scale reaches up to {limit:g}")
 
 

@@ -218,7 +218,9 @@ void execute(const Wgmma* const (&of)[kWarpgroup], float* const (&d)[kWarpgroup]
   using Doubles = double __attribute__((vector_size(64)));
   constexpr int kMaxN = 256, kWidth = 8;
   const Wgmma& w = *of[0];
-  const auto value = [&](uint32_t bits) { return static_cast<double>(w.bf16 ? bf16_to_float(static_cast<uint16_t>(bits)) : half_to_float(static_cast<uint16_t>(bits))); };
+  const auto value = [&](uint32_t bits) {
+    return static_cast<double>(w.bf16 ? bf16_to_float(static_cast<uint16_t>(bits)) : half_to_float(static_cast<uint16_t>(bits)));
+  };
   static Doubles columns[16][kMaxN / kWidth];
   const int caller = run.current;
   for (int row = 0; row < w.n; row++) {
@@ -355,7 +357,16 @@ void tma_load_2d(void* dst, const CUtensorMap* map, int inner, int outer, uint64
     const int64_t begin = std::max(0, inner), end = std::min(m.columns, int64_t{inner} + m.box_columns);
     if (checked && end > begin) access_global(m.data + r * m.row_bytes + begin * 2, static_cast<size_t>(end - begin) * 2, Access::kRead, what.c_str());
   }
-  issue({.dst = static_cast<unsigned char*>(dst), .src = nullptr, .bytes = static_cast<size_t>(m.box_columns) * m.box_rows * 2, .map = m, .inner = inner, .outer = outer, .barrier = barrier, .thread = 0, .clock = {}, .site = site},
+  issue({.dst = static_cast<unsigned char*>(dst),
+         .src = nullptr,
+         .bytes = static_cast<size_t>(m.box_columns) * m.box_rows * 2,
+         .map = m,
+         .inner = inner,
+         .outer = outer,
+         .barrier = barrier,
+         .thread = 0,
+         .clock = {},
+         .site = site},
         1024, what);
 }
 
@@ -365,7 +376,17 @@ void bulk_load(void* dst, const void* src, int bytes, uint64_t* barrier, Site si
   if (reinterpret_cast<uintptr_t>(src) % 16) fail("%s: the source, %s, is not 16-byte aligned", what.c_str(), place(src).c_str());
   if (near_shared(reinterpret_cast<uintptr_t>(src))) fail("%s: the source is %s", what.c_str(), place(src).c_str());
   if (checked) access_global(src, static_cast<size_t>(bytes), Access::kRead, what.c_str());
-  issue({.dst = static_cast<unsigned char*>(dst), .src = static_cast<const unsigned char*>(src), .bytes = static_cast<size_t>(bytes), .map = {}, .inner = 0, .outer = 0, .barrier = barrier, .thread = 0, .clock = {}, .site = site}, 16, what);
+  issue({.dst = static_cast<unsigned char*>(dst),
+         .src = static_cast<const unsigned char*>(src),
+         .bytes = static_cast<size_t>(bytes),
+         .map = {},
+         .inner = 0,
+         .outer = 0,
+         .barrier = barrier,
+         .thread = 0,
+         .clock = {},
+         .site = site},
+        16, what);
 }
 
 uint32_t shared_address(const void* p) { return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - run.dynamic_smem) + kSmemBase; }
@@ -384,7 +405,8 @@ void wgmma_commit(Site) {
 void wgmma_m64k16(float* d, int n, const uint32_t* a, uint64_t b, bool bf16, Site site) {
   note("wgmma", site);
   if (n < 8 || n > 256 || n % 8) fail("%s: n is %d", at("wgmma", site).c_str(), n);
-  if (run.current / kWarpgroup * kWarpgroup + kWarpgroup > run.threads) fail("%s: thread %d belongs to no whole warpgroup", at("wgmma", site).c_str(), run.current);
+  if (run.current / kWarpgroup * kWarpgroup + kWarpgroup > run.threads)
+    fail("%s: thread %d belongs to no whole warpgroup", at("wgmma", site).c_str(), run.current);
   WgmmaThread& mine = wgmma_threads[run.current];
   if (mine.fences == 0) fail("%s: no wgmma.fence before the first wgmma", at("wgmma", site).c_str());
   if (const auto found = mine.a.find(a); found != mine.a.end() && found->second.fences == mine.fences && memcmp(found->second.value, a, 16) != 0)

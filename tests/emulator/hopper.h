@@ -33,7 +33,8 @@ void wgmma_m64k16(float* d, int n, const uint32_t* a, uint64_t b, bool bf16, Sit
 void stmatrix_x4_trans(void* row, const uint32_t* r, Site site);
 
 inline uint32_t cvt_f16x2_e4m3x2(uint16_t bytes) {
-  return float_to_half(e4m3_to_float(static_cast<uint8_t>(bytes))) | static_cast<uint32_t>(float_to_half(e4m3_to_float(static_cast<uint8_t>(bytes >> 8)))) << 16;
+  return float_to_half(e4m3_to_float(static_cast<uint8_t>(bytes))) | static_cast<uint32_t>(float_to_half(e4m3_to_float(static_cast<uint8_t>(bytes >> 8))))
+                                                                         << 16;
 }
 
 }  // namespace emulator

@@ -17,25 +17,25 @@ constexpr int kStages = 2, kStepK = 64, kConsumerWarps = 4, kThreads = 32 * (kCo
 
 enum Fault : int {
   kNone,
-  kNoEmptyWait,           // the producer overwrites a stage that is still read
-  kTooFewBytes,           // `full` does not count the scales
-  kTooManyBytes,          // `full` waits for bytes that never come
-  kNoFullWait,            // the consumers read what has not landed
-  kNoWgmmaWait,           // the sums are used while in flight
-  kAOverwritten,          // registers of a are refilled while in flight
-  kAccumulatorsWritten,   // sums are written while in flight
-  kNoWgmmaFence,          // a is written after the only fence
-  kEarlyRelease,          // a stage is given back while wgmma reads it
-  kReleaseWithoutSync,    // lane 0 gives a stage back while its warp may still read it
-  kNoProxyFence,          // x is written by ordinary stores
-  kProxyFence,            // the same, fenced: fine
-  kUnfencedBarriers,      // mbarriers are initialised without a fence
-  kWrongArrivals,         // `empty` counts one warp
-  kMisalignedCopy,        // a bulk copy to an odd place
-  kCopyOutOfBounds,       // a bulk copy of more than there is
-  kOneWarpLess,           // a warp leaves a wgmma out
-  kDescriptorOutside,     // b lies behind shared memory
-  kBarrierOverwritten,    // an ordinary store hits an mbarrier
+  kNoEmptyWait,          // the producer overwrites a stage that is still read
+  kTooFewBytes,          // `full` does not count the scales
+  kTooManyBytes,         // `full` waits for bytes that never come
+  kNoFullWait,           // the consumers read what has not landed
+  kNoWgmmaWait,          // the sums are used while in flight
+  kAOverwritten,         // registers of a are refilled while in flight
+  kAccumulatorsWritten,  // sums are written while in flight
+  kNoWgmmaFence,         // a is written after the only fence
+  kEarlyRelease,         // a stage is given back while wgmma reads it
+  kReleaseWithoutSync,   // lane 0 gives a stage back while its warp may still read it
+  kNoProxyFence,         // x is written by ordinary stores
+  kProxyFence,           // the same, fenced: fine
+  kUnfencedBarriers,     // mbarriers are initialised without a fence
+  kWrongArrivals,        // `empty` counts one warp
+  kMisalignedCopy,       // a bulk copy to an odd place
+  kCopyOutOfBounds,      // a bulk copy of more than there is
+  kOneWarpLess,          // a warp leaves a wgmma out
+  kDescriptorOutside,    // b lies behind shared memory
+  kBarrierOverwritten,   // an ordinary store hits an mbarrier
 };
 
 struct Arguments {
@@ -107,7 +107,8 @@ __global__ void hopper_gemm(const CUtensorMap x_map, Arguments p) {
       const unsigned char* const b = smem + stage * x_bytes + j * 32 + (fault == kDescriptorOutside ? 64 * 1024 : 0);
       const bool left_out = fault == kOneWarpLess && warp == 3 && j == 3;
       // not by its wrapper: the wrapper has the n that production kernels use, and n is an argument here
-      if (!left_out) emulator::wgmma_m64k16(d, p.n, a[j % 2], ptx::swizzled_128b_descriptor(b), std::is_same_v<Type, __nv_bfloat16>, std::source_location::current());
+      if (!left_out)
+        emulator::wgmma_m64k16(d, p.n, a[j % 2], ptx::swizzled_128b_descriptor(b), std::is_same_v<Type, __nv_bfloat16>, std::source_location::current());
       ptx::wgmma_commit();
     }
     if (fault == kEarlyRelease) __syncwarp(), ptx::mbarrier_arrive(empty + stage, lane == 0);
@@ -140,9 +141,7 @@ const char* guarded(Run run) {
   message.clear();
   try {
     run();
-  } catch (const std::exception& failure) {
-    message = failure.what();
-  }
+  } catch (const std::exception& failure) { message = failure.what(); }
   emulator::hide_all();
   return message.c_str();
 }

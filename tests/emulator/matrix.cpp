@@ -48,7 +48,7 @@ void cp_async(void* dst, const void* src, int bytes, int src_bytes, Site site) {
   if (to % bytes || from % bytes) fail("cp.async at %s:%u: a misaligned address, %s to %s", site.file_name(), site.line(), describe(from).c_str(), describe(to).c_str());
   if (!in_shared(to, bytes)) fail("cp.async at %s:%u: the destination, %s, is not in shared memory", site.file_name(), site.line(), describe(to).c_str());
   if (src_bytes < 0 || src_bytes > bytes) fail("cp.async at %s:%u: src_bytes is %d", site.file_name(), site.line(), src_bytes);
-  if (near_shared(from)) fail("cp.async at %s:%u: the source is %s", site.file_name(), site.line(), describe(from).c_str());
+  if (src_bytes > 0 && near_shared(from)) fail("cp.async at %s:%u: the source is %s", site.file_name(), site.line(), describe(from).c_str());
   if (checked) {
     char what[256];
     snprintf(what, sizeof what, "cp.async at %s:%u", site.file_name(), site.line());

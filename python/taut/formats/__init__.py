@@ -19,7 +19,7 @@ FORMATS = {"int4": 4, "int8": 8, "fp8_e4m3": 9}  # and the integers kernels know
 # How x enters the product, and the integers kernels know that by: as it is; int8, one scale per row and 32 k; int8 or
 # float8 E4M3, one scale per row.
 ACTIVATIONS = {"float": 0, "int8": 1, "int8_row": 2, "fp8_row": 3}
-# What the weights of a format can be multiplied with.
+# What the weights of a format can be multiplied with, besides "auto".
 ACCEPTED_ACTIVATIONS = {"int4": ("float", "int8"), "int8": ("float", "int8", "int8_row"), "fp8_e4m3": ("float", "fp8_row")}
 
 
@@ -89,11 +89,27 @@ class WeightFormat:
         return f"{self.name} {group}{' with zeros' if self.zeros else ''}"
 
 
-def activation_code(activations: str, format: WeightFormat | None = None) -> int:
-    """The integer kernels know an activation mode by. Raises ``ValueError`` for an unknown one, or one that ``format`` does not take."""
-    if activations not in ACTIVATIONS:
-        raise ValueError(f"unknown activations {activations!r}; accepted: {', '.join(ACTIVATIONS)}")
-    if format is not None and activations not in ACCEPTED_ACTIVATIONS[format.name]:
-        accepted = ", ".join(ACCEPTED_ACTIVATIONS[format.name])
+def check_activations(activations: str, format: WeightFormat | None = None) -> None:
+    """Raises ``ValueError`` for activations other than "auto" that nobody knows, or that weights of ``format`` do not take."""
+    if activations not in ("auto", *ACTIVATIONS):
+        raise ValueError(f"unknown activations {activations!r}; accepted: auto, {', '.join(ACTIVATIONS)}")
+    if format is not None and activations not in ("auto", *ACCEPTED_ACTIVATIONS[format.name]):
+        accepted = ", ".join(("auto", *ACCEPTED_ACTIVATIONS[format.name]))
         raise ValueError(f"{format.name} weights cannot be multiplied with {activations!r} activations; accepted: {accepted}")
-    return ACTIVATIONS[activations]
+
+
+def resolve_activations(activations: str, format: WeightFormat, device_type: str) -> str:
+    """What "auto" means for weights of ``format`` on a device of this type: the fastest that changes results little.
+
+    On the CPU int8, and float for fp8_e4m3; on CUDA float, since tensor cores multiply 16-bit x with any weight at full speed.
+    Raises ``ValueError`` as ``check_activations``.
+    """
+    check_activations(activations, format)
+    if activations != "auto":
+        return activations
+    return "float" if device_type == "cuda" or format.name == "fp8_e4m3" else "int8"
+
+
+def activation_code(activations: str, format: WeightFormat, device_type: str = "cpu") -> int:
+    """The integer kernels know an activation mode by. Raises ``ValueError`` as ``check_activations``."""
+    return ACTIVATIONS[resolve_activations(activations, format, device_type)]

@@ -27,8 +27,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .. import _native
 from ..nn import QuantLinear
-from ..swap import Kept, Rule, RuleBook, Swapped, SwapReport, check_values, held_bytes, make_rule, plan
+from ..swap import Kept, Rule, RuleBook, SwapReport, check_values, held_bytes, make_rule, plan, swapped_entry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,15 +47,14 @@ _TENSORS = ("qweight", "scales", "zeros", "bias")
 class Config(QuantizationConfigMixin):
     """How ``from_pretrained`` quantizes a model: ``AutoModelForCausalLM.from_pretrained(name, quantization_config=taut.Config())``.
 
-    ``weights``: "int4" or "int8". ``group_size``: 32, 64, 128, 0 (one scale a row); None is 32 for int4, 0 for int8.
-    ``zeros``: int4 with a zero point a group. ``activations``: "int8" (fast) or "float". ``skip``: names or patterns of
+    ``weights``, ``group_size``, ``zeros``, ``activations``: as ``taut.swap`` takes them. ``skip``: names or patterns of
     modules to leave alone. ``rules``: pattern -> a dict of the first four, or None to leave alone (see ``taut.swap``).
     ``modules`` is written by taut into the config.json of a quantized checkpoint: which layers are in which format. It is
     not for users to give, and not looked at where a float checkpoint is loaded. Raises ``ValueError`` for anything else.
     """
 
     def __init__(
-        self, weights: str = "int4", group_size: int | None = None, zeros: bool = False, activations: str = "int8",
+        self, weights: str = "int4", group_size: int | None = None, zeros: bool = False, activations: str = "auto",
         skip: Sequence[str] | None = None, rules: Mapping[str, Mapping | None] | None = None,
         modules: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:  # fmt: skip
@@ -168,17 +168,22 @@ class TautQuantizer(HfQuantizer):
         return True
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        kinds = set()
         for device in device_map.values() if isinstance(device_map, Mapping) else [device_map]:
             if device == "disk":
                 raise ValueError("device_map names the disk: taut holds packed weights in memory, and does not offload them")
             if device is None or device in ("auto", "balanced", "balanced_low_0", "sequential"):
                 continue
             kind = "cuda" if isinstance(device, int) else torch.device(device).type
-            if kind != "cpu":
-                raise ValueError(f"device_map names {str(device)!r}: this taut has kernels for the CPU only; accepted: 'cpu', 'auto', None")
+            if why := _native.why_not(kind):
+                raise ValueError(f"device_map names {str(device)!r}, where taut cannot compute: {why}")
+            kinds.add(kind)
+        if len(kinds) > 1:
+            raise ValueError("device_map spreads the model over the CPU and CUDA: taut does not offload; give it one kind of device")
 
     def update_device_map(self, device_map: Any) -> Any:
-        return {"": "cpu"} if isinstance(device_map, str) and device_map != "cpu" else device_map
+        automatic = isinstance(device_map, str) and device_map != "cpu"
+        return {"": "cpu"} if automatic and _native.why_not("cuda") else device_map
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -235,7 +240,7 @@ class TautQuantizer(HfQuantizer):
         new.train(linear.training)
         model.set_submodule(name, new)
         size = weight.numel() * weight.element_size()
-        self.report.swapped.append(Swapped(name, rule, new.out_features, new.in_features, size, new.weight_bytes))
+        self.report.swapped.append(swapped_entry(name, new, size))
         self.packed[name], new.packed = new.packed, None
         self.read_bytes += size
         if self.read_bytes >= _TRIM_BYTES:
@@ -264,7 +269,7 @@ class TautQuantizer(HfQuantizer):
         return model
 
     def _finalize(self, model: nn.Module) -> None:
-        for name, rule in self.chosen.items():
+        for name in self.chosen:
             module = model.get_submodule(name)
             expected = {key: value for key in _TENSORS if isinstance(value := getattr(module, key), Tensor)}
             lost = [key for key, value in expected.items() if not getattr(value, "_is_hf_initialized", False)]
@@ -275,7 +280,7 @@ class TautQuantizer(HfQuantizer):
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
             size = module.in_features * module.out_features * module._like.element_size()
-            self.report.swapped.append(Swapped(name, rule, module.out_features, module.in_features, size, module.weight_bytes))
+            self.report.swapped.append(swapped_entry(name, module, size))
         sizes = held_bytes(model)
         for name, module in model.named_modules():
             if name not in self.chosen and any(p.dim() >= 2 for p in module.parameters(recurse=False)):
@@ -374,7 +379,7 @@ def _check_files(model: nn.Module, chosen: Mapping[str, Rule], files: Iterable[s
             full, shape, dtype = found[name][key]
             if shape != tuple(expected.shape):
                 raise ValueError(f"{full} must be {list(expected.shape)} for {module.format}, the checkpoint has {list(shape)}")
-            accepted = {torch.uint8: ("U8",), torch.int8: ("I8",)}.get(expected.dtype, ("F16",))
+            accepted = {torch.uint8: ("U8",), torch.int8: ("I8",), torch.float8_e4m3fn: ("F8_E4M3",)}.get(expected.dtype, ("F16",))
             if key != "bias" and dtype not in accepted:
                 raise ValueError(f"{full} must be {accepted[0]}, the checkpoint has {dtype}")
         extra = sorted(set(found[name]) & {"weight", *_TENSORS} - {key for key in _TENSORS if getattr(module, key) is not None})

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .. import _native
-from ..formats import WeightFormat, activation_code
-from ..ops.pack_weight import dequantize_weight, pack_weight, unpack_weight
+from ..formats import WeightFormat, activation_code, check_activations
+from ..ops.pack_weight import dequantize_weight, pack_weight, repack, unpack_weight
 from ..ops.quant_linear import FLOAT_DTYPES
 from ..ops.quantize_weight import quantize_weight
 
@@ -70,11 +70,15 @@ _READ_ONLY = "the weight of a QuantLinear is read-only: it is stored in low bits
 
 
 class QuantLinear(nn.Linear):
-    """``y = x @ dequant(w)^T + bias`` for ``x [..., in_features]`` in float32, bfloat16 or float16, on the CPU.
+    """``y = x @ dequant(w)^T + bias`` for ``x [..., in_features]`` in float32, bfloat16 or float16, on the CPU or on CUDA.
+
+    ``activations``: how x enters the product, see ``taut.ops.quant_linear``; "auto" is int8 on the CPU (float for fp8_e4m3
+    weights) and float on CUDA.
 
     In a ``state_dict`` the weight is in canonical form: ``qweight`` (codes), ``scales``, and ``zeros`` if the format has
-    them, so a checkpoint depends on no machine. In memory it is ``packed``, in the layout the kernels read; the change
-    happens in ``finalize`` (called by ``load_state_dict`` and the loaders) and is undone when the state is saved.
+    them, so a checkpoint depends on no machine. In memory it is ``packed``, in the layout the kernels of its device read;
+    the change happens in ``finalize`` (called by ``load_state_dict`` and the loaders), is done again when the module moves
+    between the CPU and CUDA, and is undone when the state is saved.
 
     Built on the meta device it holds empty canonical parameters for a loader to fill. ``dtype`` is that of the bias and of
     ``weight``; casting the module (``.half()``) changes those two and nothing that is stored.
@@ -82,13 +86,14 @@ class QuantLinear(nn.Linear):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, *, format: WeightFormat, activations: str = "int8",
+        self, in_features: int, out_features: int, bias: bool = True, *, format: WeightFormat, activations: str = "auto",
         dtype: torch.dtype | None = None, device: torch.device | str | None = None,
     ) -> None:  # fmt: skip
         nn.Module.__init__(self)  # WHY not nn.Linear's: it would allocate a float weight
         self.in_features, self.out_features = in_features, out_features
         self.format, self.activations = format, activations
-        self._call = (out_features, format.code, format.group_size, format.zeros, activation_code(activations))
+        call = (out_features, format.code, format.group_size, format.zeros)
+        self._calls = {device: (*call, activation_code(activations, format, device)) for device in ("cpu", "cuda", "meta")}
         groups = format.num_groups(in_features)
 
         def empty(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
@@ -99,6 +104,7 @@ class QuantLinear(nn.Linear):
         self.zeros = empty((out_features, groups), torch.uint8) if format.zeros else None
         self.packed: Tensor | None
         self.register_buffer("packed", None, persistent=False)
+        self._layout = _native.ROWS8
         # Holds no number: it is what remembers the dtype through .to(), .half() and the like.
         self.register_buffer("_like", torch.empty(0, dtype=dtype, device=device), persistent=False)
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None)
@@ -106,34 +112,46 @@ class QuantLinear(nn.Linear):
         self._hf_quantized_needs_local_tp = True
 
     @classmethod
-    def from_float(cls, linear: nn.Linear, format: WeightFormat, activations: str = "int8") -> QuantLinear:
-        """Quantizes the weight of ``linear``, whose bias it takes over. Raises ``ValueError`` as ``quantize_weight``."""
-        activation_code(activations)
-        codes, scales, zeros = quantize_weight(linear.weight.detach(), format)
+    def from_float(cls, linear: nn.Linear, format: WeightFormat, activations: str = "auto") -> QuantLinear:
+        """Quantizes the weight of ``linear``, whose bias it takes over. Raises ``ValueError`` as ``quantize_weight``.
+
+        Quantizing is the CPU's work: a weight on a CUDA device is copied for as long as that takes, and packed where it was.
+        """
+        check_activations(activations, format)
+        device = _native.device_of(weight=linear.weight)
+        parts = quantize_weight(linear.weight.detach().cpu(), format)
+        codes, scales, zeros = (None if part is None else part.to(device) for part in parts)
         return cls.from_canonical(codes, scales, zeros, linear.bias, linear.in_features, format, activations, linear.weight.dtype)
 
     @classmethod
     def from_canonical(
         cls, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, in_features: int,
-        format: WeightFormat, activations: str = "int8", dtype: torch.dtype | None = None,
+        format: WeightFormat, activations: str = "auto", dtype: torch.dtype | None = None,
     ) -> QuantLinear:  # fmt: skip
         """A module over an already quantized weight (canonical form, see ``taut.formats``); ``dtype`` default: the bias's."""
         module = cls(in_features, codes.shape[0], bias=False, format=format, activations=activations, device="meta")
         module._set_packed(pack_weight(codes, scales, zeros, in_features, format))
         if dtype is None and bias is not None:
             dtype = bias.dtype
-        module._like = torch.empty(0, dtype=dtype)
+        module._like = torch.empty(0, dtype=dtype, device=codes.device)
         if bias is not None:
             module.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return module
 
     def _set_packed(self, packed: Tensor) -> None:
-        self.packed = packed
+        self.packed, self._layout = packed, _native.layout_for(packed.device.type)
         self.qweight = self.scales = self.zeros = None
 
     def finalize(self) -> None:
-        """Canonical parameters to ``packed``, in place. No-op if already done. Raises ``ValueError`` on a bad checkpoint."""
-        if self.packed is None:
+        """Canonical parameters to ``packed``, in place, in the layout of the device they are on. No-op if that is done.
+
+        Raises ``ValueError`` on a bad checkpoint.
+        """
+        if self.packed is not None:
+            if self._layout != _native.layout_for(self.packed.device.type):
+                shape = self.out_features, self.in_features
+                self._set_packed(repack(self.packed, self._layout, *shape, self.format, self.packed.device))
+        else:
             zeros = self.zeros.data if self.zeros is not None else None
             if self.qweight.device.type == "meta":
                 raise ValueError("this QuantLinear was built on the meta device and holds no weight yet: load a state_dict first")
@@ -143,6 +161,7 @@ class QuantLinear(nn.Linear):
         """``(codes, scales, zeros or None)`` as they are stored on disk."""
         if self.packed is None:
             return self.qweight.data, self.scales.data, None if self.zeros is None else self.zeros.data
+        self.finalize()
         return unpack_weight(self.packed, self.out_features, self.in_features, self.format)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -155,7 +174,7 @@ class QuantLinear(nn.Linear):
         """The weight as a read-only float tensor, dequantized where an operation needs it (a pass over the weight each time)."""
         if torch.compiler.is_compiling():
             return self.dequantize(self._like.dtype)
-        return DequantizedWeight(self, self._like.dtype, self._like.device)
+        return DequantizedWeight(self, self._like.dtype, self._like.device if self.packed is None else self.packed.device)
 
     @property
     def weight_bytes(self) -> int:
@@ -170,19 +189,24 @@ class QuantLinear(nn.Linear):
         if x.dtype not in FLOAT_DTYPES:
             raise ValueError(f"QuantLinear takes float32, bfloat16 or float16, got {x.dtype}")
         packed, bias = self._buffers["packed"], self._parameters["bias"]  # WHY: nn.Module's __getattr__ costs 0.5 us each
-        if packed is None:
+        device = x.device
+        kind = device.type
+        # WHY the layout is looked at in every call: unpickling to another device and accelerate move `packed` byte for byte.
+        if packed is None or self._layout != _native.layout_for(kind):
             self.finalize()
             packed = self.packed
-        device = x.device
         if device != packed.device:
             raise ValueError(f"x is on {device}, the weight of this QuantLinear on {packed.device}: move one of them")
-        if bias is not None and bias.dtype != x.dtype:
-            bias = bias.to(x.dtype)
-        quant_linear = _native.ops_for(device.type).quant_linear
+        if bias is not None:
+            if bias.device != device:
+                raise ValueError(f"x is on {device}, the bias of this QuantLinear on {bias.device}: move one of them")
+            if bias.dtype != x.dtype:
+                bias = bias.to(x.dtype)
+        quant_linear = _native.ops_for(kind).quant_linear
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return quant_linear(x, packed, bias, *self._call)
+            return quant_linear(x, packed, bias, *self._calls[kind])
         with torch._C._AutoDispatchBelowAutograd():  # WHY: asking a Python autograd formula that nothing needs takes 5 us
-            return quant_linear(x, packed, bias, *self._call)
+            return quant_linear(x, packed, bias, *self._calls[kind])
 
     def reset_parameters(self) -> None:
         """Nothing to draw at random: a low-bit weight comes from a float one or from a checkpoint."""
@@ -194,14 +218,30 @@ class QuantLinear(nn.Linear):
         )
 
     def _apply(self, fn, recurse: bool = True):
-        # .half() and .to(dtype) cast every float parameter; scales are float16 on disk and must not be rounded.
-        scales = self.scales
-        self.scales = None
-        super()._apply(fn, recurse)
-        if scales is not None:
-            moved = fn(scales.data)
-            self.scales = nn.Parameter(moved if moved.dtype == scales.dtype else scales.data.to(moved.device), requires_grad=False)
+        # .half() and .to(dtype) cast every float parameter; codes and scales are what is stored, and must not be rounded.
+        names = ("qweight", "scales", "packed")
+        held = {name: value for name in names if (value := getattr(self, name)) is not None}
+        self.qweight = self.scales = self.packed = None
+        try:
+            super()._apply(fn, recurse)
+            for name in held:
+                held[name] = self._moved_packed(held[name], fn) if name == "packed" else _moved_parameter(held[name], fn)
+        finally:  # also where a device has no memory left: the weight stays what it was
+            for name, value in held.items():
+                setattr(self, name, value)
         return self
+
+    def _moved_packed(self, packed: Tensor, fn) -> Tensor:
+        device = fn(packed.new_empty(0)).device
+        layout = _native.layout_for(device.type)
+        if layout == self._layout:
+            return _moved(packed, fn)
+        if "meta" in (packed.device.type, device.type):
+            moved = torch.empty(self.format.layout_bytes(self.out_features, self.in_features, layout), dtype=torch.uint8, device=device)
+        else:
+            moved = repack(packed, self._layout, self.out_features, self.in_features, self.format, device)
+        self._layout = layout
+        return moved
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -220,7 +260,10 @@ class QuantLinear(nn.Linear):
                 if tuple(values[0].shape) != self.format.codes_shape(self.out_features, self.in_features):
                     expected = list(self.format.codes_shape(self.out_features, self.in_features))
                     raise ValueError(f"qweight must be {expected}, got {list(values[0].shape)}")
-                self._set_packed(pack_weight(values[0].detach(), values[1].detach(), zeros, self.in_features, self.format))
+                parts = values[0].detach(), values[1].detach(), zeros
+                if not (local_metadata.get("assign_to_params_buffers") or self._like.is_meta):
+                    parts = tuple(None if part is None else part.to(self._like.device) for part in parts)
+                self._set_packed(pack_weight(*parts, self.in_features, self.format))
             except ValueError as error:
                 error_msgs.append(f"{prefix.rstrip('.')}: {error}")
         rest = {key: value for key, value in state_dict.items() if key not in {prefix + name for name in names}}
@@ -230,4 +273,14 @@ class QuantLinear(nn.Linear):
         if self.packed is None:
             self.qweight, self.scales, self.zeros = held
         elif self._like.device.type == "meta":
-            self._like = torch.empty(0, dtype=self._like.dtype)
+            self._like = torch.empty(0, dtype=self._like.dtype, device=self.packed.device)
+
+
+def _moved(tensor: Tensor, fn) -> Tensor:
+    """What ``fn`` of ``Module._apply`` makes of a tensor, but for its dtype."""
+    moved = fn(tensor)
+    return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+
+def _moved_parameter(parameter: nn.Parameter, fn) -> nn.Parameter:
+    return nn.Parameter(_moved(parameter.data, fn), requires_grad=False)

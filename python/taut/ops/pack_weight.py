@@ -50,6 +50,19 @@ def unpack_weight(packed: Tensor, out_features: int, in_features: int, format: W
     return codes, scales, zeros if format.zeros else None
 
 
+def repack(packed: Tensor, layout: int, out_features: int, in_features: int, format: WeightFormat, device: torch.device) -> Tensor:
+    """A packed weight on ``device``, in the layout that device's kernels read. ``layout`` is the one it is in."""
+    if layout == _native.layout_for(device.type):
+        return packed.to(device)
+    if layout == _native.layout_for(packed.device.type):
+        parts = unpack_weight(packed, out_features, in_features, format)
+    else:  # bytes that were moved as they are; the CPU ops read every layout
+        arguments = packed.cpu(), out_features, in_features, format.code, format.group_size, format.zeros, layout
+        parts = torch.ops.taut.unpack_weight(*arguments)
+    codes, scales, zeros = (None if part is None else part.to(device) for part in parts)
+    return pack_weight(codes, scales, zeros if format.zeros else None, in_features, format)
+
+
 def dequantize_weight(
     packed: Tensor, out_features: int, in_features: int, format: WeightFormat, dtype: torch.dtype = torch.float32,
     row_begin: int = 0, row_end: int | None = None,

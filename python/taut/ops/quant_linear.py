@@ -16,7 +16,7 @@ _BACKWARD_ROWS = 1024
 
 
 def quant_linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, format: WeightFormat, activations: str = "int8"
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, format: WeightFormat, activations: str = "auto"
 ) -> Tensor:
     """``x [..., K]`` times a packed weight ``[N, K]``, plus ``bias [N]``: ``[..., N]`` in the dtype of x.
 
@@ -24,13 +24,14 @@ def quant_linear(
     ``activations="float"``: x enters as it is. Else x is quantized inside, symmetric (``csrc/quant_linear/op.h`` defines
     how), and a row that holds a NaN or an infinity gives NaN. ``"int8"``: one scale per row per 32 k, for int4 and int8
     weights. ``"int8_row"``: one scale per row, for int8 weights. ``"fp8_row"``: float8 E4M3, one scale per row, for fp8_e4m3
-    weights. On the CPU a row's result does not depend on the rows around it in a given impl. Differentiable in ``x`` (through the
+    weights. ``"auto"``: see ``taut.formats.resolve_activations``.
+    On the CPU a row's result does not depend on the rows around it in a given impl. Differentiable in ``x`` (through the
     dequantized weight) and ``bias``. Raises ``ValueError`` for wrong shapes, dtypes or devices.
     """
     check_call(x, packed, bias, out_features, format)
-    return _native.ops_for(x.device.type).quant_linear(
-        x, packed, bias, out_features, format.code, format.group_size, format.zeros, activation_code(activations, format)
-    )
+    device = x.device.type
+    mode = activation_code(activations, format, device)
+    return _native.ops_for(device).quant_linear(x, packed, bias, out_features, format.code, format.group_size, format.zeros, mode)
 
 
 def check_call(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, format: WeightFormat) -> None:
