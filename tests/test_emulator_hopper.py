@@ -176,7 +176,10 @@ def test_wgmma_in_every_plan(mode, plan, dtype, order):
     m, n, k, sm_count = PLANS[plan]
     which = ORDERS.index(order) + 3 * (dtype == torch.bfloat16) + list(PLANS).index(plan)
     case = LinearCase(m, n, k, WGMMA_FORMATS[which % len(WGMMA_FORMATS)], "float", dtype, bias=which % 2 == 0)
-    with emulated(mode, 90, sm_count, order, seed=which), taut.force_impl("quant_linear", "cuda_sm90a.wgmma"):
+    with emulated(mode, 90, sm_count, order, seed=which) as emulator, taut.force_impl("quant_linear", "cuda_sm90a.wgmma"):
         inputs = case.make()
+        emulator.statistics()
         out = quant_linear(inputs.x, inputs.packed, inputs.bias, case.N, case.format, case.activations)
+        launches = emulator.statistics()["launches"]
+    assert launches == (2 if "splits" in plan else 1)
     assert_linear(out, inputs.x, inputs, case, impl="cuda_sm90a.wgmma")

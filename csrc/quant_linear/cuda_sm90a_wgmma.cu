@@ -484,7 +484,7 @@ void run_kernel(const CudaParams& p, int splits) {
          x_map, problem);
   if (splits > 1)
     launch_dependent(*p.device, "cuda_sm90a.wgmma combine", quant_linear_wgmma_combine<Type, kRowScale, kTokens>,
-                     dim3(tiles, kConsumers * (kTokens / kChunkTokens)), dim3(128), p.stream, problem);
+                     dim3(tiles, kConsumers * (kTokens / kChunkTokens)), dim3(128), 0, p.stream, problem);
 }
 
 template <class Type, Format kFormat, bool kRowScale>
