@@ -8,10 +8,21 @@ import re
 import pytest
 import torch
 
+import taut
+from cases import LinearCase
+from checks import assert_linear
 from emulator import build
+from emulator.emulated import emulated
+from taut.formats import WeightFormat
+from taut.ops.quant_linear import quant_linear
 
 ORDERS = ("fifo", "lifo", "random")
 SOURCE = build.HERE / "hopper_selftest.cu"
+WGMMA_FORMATS = [
+    WeightFormat(name, group, zeros)
+    for group in (32, 64, 128, 0)
+    for name, zeros in (("int4", False), ("int4", True), ("int8", False), ("fp8_e4m3", False))
+]
 # What the checked mode says of each fault: in every thread order one of these. The order is that of the enum in SOURCE.
 FAULTS = {
     "NoEmptyWait": "more than 1 arrivals|in flight there|data race|nobody can run",
@@ -143,3 +154,32 @@ def test_older_devices_have_none_of_it(library, sm):
         assert f"needs sm_90; this device is sm_{sm}" in gemm(library, "fifo", n=8)[0]
     finally:
         library.taut_emulator_set_device(90, 4)
+
+
+# Sizes at which cuda_sm90a.wgmma takes each of its tile heights and splits of K, with more steps than its pipeline has stages.
+PLANS = {
+    "256 tokens": (256, 130, 712, 1),
+    "128 tokens": (100, 60, 712, 1),
+    "64 tokens": (33, 65, 712, 1),
+    "64 tokens, several tiles a block": (60, 450, 200, 2),
+    "more than a sweep of tokens": (1100, 60, 136, 3),
+    "splits": (20, 70, 3000, 6),
+    "splits of 128 tokens": (128, 60, 6000, 3),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("mode", build.MODES)
+def test_wgmma_in_every_plan(mode, plan, dtype, order):
+    m, n, k, sm_count = PLANS[plan]
+    which = ORDERS.index(order) + 3 * (dtype == torch.bfloat16) + list(PLANS).index(plan)
+    case = LinearCase(m, n, k, WGMMA_FORMATS[which % len(WGMMA_FORMATS)], "float", dtype, bias=which % 2 == 0)
+    with emulated(mode, 90, sm_count, order, seed=which) as emulator, taut.force_impl("quant_linear", "cuda_sm90a.wgmma"):
+        inputs = case.make()
+        emulator.statistics()
+        out = quant_linear(inputs.x, inputs.packed, inputs.bias, case.N, case.format, case.activations)
+        launches = emulator.statistics()["launches"]
+    assert launches == (2 if "splits" in plan else 1)
+    assert_linear(out, inputs.x, inputs, case, impl="cuda_sm90a.wgmma")

@@ -11,8 +11,8 @@
 //           consumer: a lane reads the 16 or 32 bytes of codes it needs, makes A registers for 16 k, and hands them to an
 //           asynchronous wgmma m64 n<kTokens> k16. Four sets of A registers: the next ones are made while earlier wgmmas run.
 //           end of a tile: row scale, bias, to 16 bits, transposed through shared memory, 16-byte stores.
-//           Fewer tiles than SMs: each is cut along k into `splits` parts, whose fp32 sums go to the workspace in fragment order;
-//           a second kernel adds them up. All sums in a fixed order: bitwise repeatable.
+//           Where tiles would leave SMs idle, each is cut along k into `splits` parts, whose fp32 sums go to the workspace in
+//           fragment order; a second kernel adds them up. All sums in a fixed order: bitwise repeatable.
 // BOUND     tensor cores: 64 * kTokens * 16 multiply-adds a wgmma, at 2048 a cycle and SM: kTokens / 2 cycles, 4 kTokens cycles a
 //           k-step. Beside it, at kTokens = 256 and int4: 36.5 KB a k-step into shared memory (36 bytes a cycle; L2 has some 33 to
 //           give when all SMs ask: at most 0.9 of the peak), 64 bytes a cycle of B out of it (of 128), and 83 to 197 instructions a
@@ -367,6 +367,7 @@ __global__ void __launch_bounds__(kThreads, 1) quant_linear_wgmma(const __grid_c
 #if TAUT_ARCH_90A
   using S = Shared<kFormat, kTokens>;
   TAUT_DYNAMIC_SMEM(smem);
+  ptx::griddep_launch();                                                             // the second kernel, if there is one, may take its place and wait
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);  // WHY: the compiler then knows it to be uniform
   if (threadIdx.x == 0) {
     uint64_t* const full = reinterpret_cast<uint64_t*>(smem + S::kBarriers);
@@ -394,6 +395,7 @@ __global__ void __launch_bounds__(kThreads, 1) quant_linear_wgmma(const __grid_c
 template <class Type, bool kRowScale, int kTokens>
 __global__ void __launch_bounds__(128) quant_linear_wgmma_combine(const Problem p) {
 #if TAUT_ARCH_90A
+  ptx::griddep_wait();
   __shared__ __align__(16) unsigned char s_out[kChunkTokens * 128];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, consumer = blockIdx.y % kConsumers, chunk = blockIdx.y / kConsumers;
   const int tiles = p.blocks_n * p.blocks_m, index = blockIdx.x;
@@ -421,6 +423,11 @@ struct Plan {
   int tokens, splits;
 };
 
+int64_t partial_bytes(const CudaParams& p, const Plan& plan) {
+  if (plan.splits == 1) return 0;
+  return plan.splits * blocks(p.weight.N, kConsumers * 64) * blocks(p.M, plan.tokens) * kConsumers * 64 * plan.tokens * 4;
+}
+
 // The plan that should take the fewest cycles, by counts that no GPU has confirmed yet: a k-step's are those of BOUND.
 Plan plan(const CudaParams& p) {
   struct Height {
@@ -428,26 +435,24 @@ Plan plan(const CudaParams& p) {
   };
   constexpr Height kHeights[] = {{256, 1140}, {128, 620}, {64, 390}};
   constexpr int kTileCycles = 2500;     // filling the pipeline, and the stores
-  constexpr int kCombineCycles = 4000;  // a second launch
+  constexpr int kCombineCycles = 3000;  // a second kernel, most of whose launch is hidden
   constexpr int kCombineBytes = 16;     // a cycle and SM, through the L2 cache
-  constexpr int kFewestSteps = 4;       // of a part
+  constexpr int kFewestSteps = 4, kMostSplits = 8;
+  constexpr int64_t kMostPartialBytes = int64_t{64} << 20;
   const int64_t steps = blocks(p.weight.K, kStepK), sms = p.device->sm_count;
   Plan best{};
   int64_t best_cycles = INT64_MAX;
   for (const Height& height : kHeights) {
     const int64_t tiles = blocks(p.weight.N, kConsumers * 64) * blocks(p.M, height.tokens);
-    for (int splits = 1; splits == 1 || (tiles * splits <= sms && steps >= splits * kFewestSteps); splits++) {
+    for (int splits = 1; splits <= kMostSplits; splits++) {
+      const int64_t partials = partial_bytes(p, {height.tokens, splits});
+      if (splits > 1 && (steps < splits * kFewestSteps || partials > kMostPartialBytes)) break;
       int64_t cycles = blocks(tiles * splits, sms) * (blocks(steps, splits) * height.step_cycles + kTileCycles);
-      if (splits > 1) cycles += kCombineCycles + 2 * splits * tiles * kConsumers * 64 * height.tokens * 4 / (sms * kCombineBytes);
+      if (splits > 1) cycles += kCombineCycles + 2 * partials / (sms * kCombineBytes);
       if (cycles < best_cycles) best = {height.tokens, splits}, best_cycles = cycles;
     }
   }
   return best;
-}
-
-int64_t partial_bytes(const CudaParams& p, const Plan& plan) {
-  if (plan.splits == 1) return 0;
-  return plan.splits * blocks(p.weight.N, kConsumers * 64) * blocks(p.M, plan.tokens) * kConsumers * 64 * plan.tokens * 4;
 }
 
 template <class Type, Format kFormat, bool kRowScale, int kTokens>
@@ -478,8 +483,8 @@ void run_kernel(const CudaParams& p, int splits) {
   launch("cuda_sm90a.wgmma", quant_linear_wgmma<Type, kFormat, kRowScale, kTokens>, dim3(grid), dim3(kThreads), Shared<kFormat, kTokens>::kBytes, p.stream,
          x_map, problem);
   if (splits > 1)
-    launch("cuda_sm90a.wgmma combine", quant_linear_wgmma_combine<Type, kRowScale, kTokens>, dim3(tiles, kConsumers * (kTokens / kChunkTokens)), dim3(128), 0,
-           p.stream, problem);
+    launch_dependent(*p.device, "cuda_sm90a.wgmma combine", quant_linear_wgmma_combine<Type, kRowScale, kTokens>,
+                     dim3(tiles, kConsumers * (kTokens / kChunkTokens)), dim3(128), 0, p.stream, problem);
 }
 
 template <class Type, Format kFormat, bool kRowScale>

@@ -213,6 +213,7 @@ void run(const Probe& probe, const uint32_t* in, uint32_t* out, int warps) {
   emulator::expose("inputs", in, in_bytes, false);
   emulator::expose("outputs", out, out_bytes, true);
   launch(probe.name, probe.kernel, dim3(static_cast<unsigned>(warps)), dim3(32), 0, nullptr, in, out);
+  emulator::hide_all();
 #else
   void *g_in = nullptr, *g_out = nullptr;
   check_cuda(cudaMalloc(&g_in, in_bytes), probe.name);
