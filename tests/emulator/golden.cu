@@ -32,14 +32,14 @@ struct Probe {
 
 // A kernel of one warp per block around a body that sees its lane's inputs as `in` and leaves `out`. On older GPUs the body
 // is not compiled, and the host does not launch it.
-#define TAUT_PROBE(name, inputs, outputs, exists, ...)                                            \
-  __global__ void __launch_bounds__(32) name(const uint32_t* g_in, uint32_t* g_out) {             \
+#define TAUT_PROBE(name, inputs, outputs, exists, ...)                                                 \
+  __global__ void __launch_bounds__(32) name(const uint32_t* g_in, uint32_t* g_out) {                  \
     const int lane = static_cast<int>(threadIdx.x), thread = static_cast<int>(blockIdx.x) * 32 + lane; \
-    uint32_t in[inputs], out[outputs];                                                            \
-    for (int i = 0; i < (inputs); i++) in[i] = g_in[thread * (inputs) + i];                       \
-    if constexpr (exists) { __VA_ARGS__ }                                                         \
-    for (int i = 0; i < (outputs); i++) g_out[thread * (outputs) + i] = out[i];                   \
-    (void)lane, (void)in;                                                                         \
+    uint32_t in[inputs], out[outputs];                                                                 \
+    for (int i = 0; i < (inputs); i++) in[i] = g_in[thread * (inputs) + i];                            \
+    if constexpr (exists) { __VA_ARGS__ }                                                              \
+    for (int i = 0; i < (outputs); i++) g_out[thread * (outputs) + i] = out[i];                        \
+    (void)lane, (void)in;                                                                              \
   }
 
 constexpr bool kSm80 = TAUT_ARCH_AT_LEAST(80), kSm89 = TAUT_ARCH_AT_LEAST(89);
@@ -68,12 +68,12 @@ TAUT_PROBE(ld_global_nc_16, 4, 4, true, {
 })
 
 // A lane's 4 words become row `lane` of shared memory; the rows that ldmatrix is given are in[4].
-#define TAUT_LDMATRIX_PROBE(name, registers)                                 \
-  TAUT_PROBE(name, 5, registers, true, {                                     \
-    __shared__ __align__(16) uint32_t s_words[128];                          \
-    for (int i = 0; i < 4; i++) s_words[4 * lane + i] = in[i];               \
-    __syncwarp();                                                            \
-    ptx::name(out, s_words + 4 * (in[4] % 32));                              \
+#define TAUT_LDMATRIX_PROBE(name, registers)                   \
+  TAUT_PROBE(name, 5, registers, true, {                       \
+    __shared__ __align__(16) uint32_t s_words[128];            \
+    for (int i = 0; i < 4; i++) s_words[4 * lane + i] = in[i]; \
+    __syncwarp();                                              \
+    ptx::name(out, s_words + 4 * (in[4] % 32));                \
   })
 TAUT_LDMATRIX_PROBE(ldmatrix_x4, 4)
 TAUT_LDMATRIX_PROBE(ldmatrix_x2, 2)
@@ -81,14 +81,14 @@ TAUT_LDMATRIX_PROBE(ldmatrix_x4_trans, 4)
 
 // ---- mma: in = a[4], b[2], d[4] ---------------------------------------------------------------------------------------
 
-#define TAUT_MMA_PROBE(name, number, exists, call)             \
-  TAUT_PROBE(name, 10, 4, exists, {                            \
-    uint32_t a[4];                                             \
-    number d[4];                                               \
-    for (int i = 0; i < 4; i++) a[i] = in[i];                  \
-    memcpy(d, in + 6, sizeof d);                               \
-    call(d, a, in[4], in[5]);                                  \
-    memcpy(out, d, sizeof d);                                  \
+#define TAUT_MMA_PROBE(name, number, exists, call) \
+  TAUT_PROBE(name, 10, 4, exists, {                \
+    uint32_t a[4];                                 \
+    number d[4];                                   \
+    for (int i = 0; i < 4; i++) a[i] = in[i];      \
+    memcpy(d, in + 6, sizeof d);                   \
+    call(d, a, in[4], in[5]);                      \
+    memcpy(out, d, sizeof d);                      \
   })
 TAUT_MMA_PROBE(mma_m16n8k16_f16, float, kSm80, ptx::mma_m16n8k16<half>)
 TAUT_MMA_PROBE(mma_m16n8k16_bf16, float, kSm80, ptx::mma_m16n8k16<__nv_bfloat16>)
@@ -253,9 +253,7 @@ const char* message_of(const F& f) {
   message.clear();
   try {
     f();
-  } catch (const std::exception& failure) {
-    message = failure.what();
-  }
+  } catch (const std::exception& failure) { message = failure.what(); }
   emulator::hide_all();
   return message.c_str();
 }
