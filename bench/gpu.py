@@ -165,7 +165,7 @@ class Bench:
         spec = weight.spec
         sizes = {
             "M": m, "N": weight.n, "K": weight.k, "format": spec.code, "group_size": spec.group_size, "zeros": int(spec.zeros),
-            "activations": activation_code(ACTIVATIONS[weight.format.activations]),
+            "activations": activation_code(ACTIVATIONS[weight.format.activations], spec),
         }  # fmt: skip
         return [(impl, runs) for impl, runs, _ in _native._C.explain(OP, sizes, self.device.impls)]
 

@@ -111,7 +111,7 @@ def own_layer(weight: Weight, packed: list[Tensor], impl: str, chosen: bool) -> 
     """taut's op on a packed weight. Whoever times an impl that the table would not choose forces it around the calls."""
     spec, activations = weight.spec, weight.format.activations
     try:
-        arguments = (None, weight.n, spec.code, spec.group_size, spec.zeros, activation_code(ACTIVATIONS[activations]))
+        arguments = (None, weight.n, spec.code, spec.group_size, spec.zeros, activation_code(ACTIVATIONS[activations], spec))
     except ValueError as error:
         raise Skip(str(error)) from None
     op = _native.ops_for(packed[0].device.type).quant_linear

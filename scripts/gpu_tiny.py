@@ -38,7 +38,7 @@ def calls(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, float
         try:
             weight = Weight(n, k, name.format("bf16" if dtype == torch.bfloat16 else "f16"), device, dtype)
             spec = weight.spec
-            activations = activation_code(ACTIVATIONS[weight.format.activations])
+            activations = activation_code(ACTIVATIONS[weight.format.activations], spec)
         except (Skip, ValueError) as reason:
             print(f"{name}: {reason}")
             continue
