@@ -23,22 +23,30 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Rule:
-    """What the kernels of a file must be made of: one rule applies to each kernel, the first that fits."""
+    """What a kernel must be made of. The first rule that fits a kernel is the one it is held against."""
 
     file: str  # regular expression for the file's stem
     kernel: str  # for the kernel's name
-    sms: range  # compute capabilities
-    needs: tuple[str, ...]  # regular expressions; each must be found in the kernel's SASS, at the beginning of an instruction
+    needs: tuple[str, ...]  # for the beginning of instructions, each to be found. {type}: the part that says fp16 or bf16
+    sms: range = range(1000)
 
 
-ANY = range(1000)
-WIDE_LOAD = r"LDG\.E\.(?:\w+\.)*128"  # 16 bytes a lane, through registers
-WIDE_COPY = r"LDGSTS\.E\.(?:\w+\.)*128"  # 16 bytes a lane, cp.async
+LOAD, STORE = r"LDG\.E\.(?:\w+\.)*128", r"STG\.E\.(?:\w+\.)*128"  # 16 bytes a lane
+COPY = r"LDGSTS\.E\.(?:\w+\.)*128"  # the same by cp.async
 EXPECTED = (
-    # Partial sums are added by one warp an output tile: nothing to multiply, all of it wide.
-    Rule(r"cuda_sm(75|80)_mma", "combine", ANY, (WIDE_LOAD,)),
-    Rule("cuda_sm75_mma", "mma_kernel", range(75, 80), (r"HMMA\.1688\.F32", "LDSM", WIDE_LOAD)),
-    Rule("cuda_sm80_mma", "mma_kernel", ANY, (r"HMMA\.16816\.F32", "LDSM", WIDE_COPY)),
+    Rule("cuda_sm75", "pack_kernel", (STORE,)),
+    Rule("cuda_sm75", "unpack_kernel|dequantize_kernel", (LOAD,)),
+    Rule("cuda_sm75_quantize_rows", "quantize_rows", (LOAD, STORE)),
+    Rule("cuda_sm75_simt", "simt", (LOAD, r"FFMA")),
+    Rule("cuda_sm75_mma", "mma_kernel", (r"HMMA\.1688\.F32", "LDSM", LOAD)),
+    Rule("cuda_sm80_mma", "mma_kernel", (r"HMMA\.16816\.F32{type}", "LDSM", COPY)),
+    Rule(r"cuda_sm(75|80)_mma", "combine", (LOAD, STORE)),
+    Rule("cuda_sm80_int8", "int8_kernel", (r"IMMA\.16832\.S8\.S8", "LDSM", COPY)),
+    # WHY: 9.0 and 10.x have no e4m3 for mma.sync; ptxas makes fp16 of it, exactly, and multiplies at fp16's rate.
+    Rule("cuda_sm89_fp8", "fp8_kernel", (r"F2FP\.F16\.E4M3\.UNPACK_B", r"HMMA\.16816\.F32", "LDSM", COPY), range(90, 120)),
+    Rule("cuda_sm89_fp8", "fp8_kernel", (r"QMMA\.16832\.F32\.E4M3\.E4M3", "LDSM", COPY)),
+    Rule(r"cuda_sm(80_int8|89_fp8)", "mma8_reduce", (LOAD, STORE)),
+    Rule("cuda_sm90a_wgmma", "quant_linear_wgmma", (r"HGMMA\.64x\d+x16\.F32{type}", "UTMALDG", "UBLKCP", "STSM")),
 )
 # Never: registers that did not fit and arrays that are indexed at run time; sums in no fixed order.
 FORBIDDEN = {"local memory access": re.compile(r"(?:LDL|STL)\b"), "atomic on floats": re.compile(r"(?:RED|ATOM\w*)\.\S*F(?:16|32|64)")}
@@ -164,7 +172,9 @@ def faults_of(kernel: Kernel) -> list[str]:
     )
     if rule is None:
         return [*faults, "no rule in EXPECTED of scripts/check_cubins.py says what it must be made of"]
-    return faults + [f"no {need}" for need in rule.needs if not any(re.match(need, opcode) for opcode in kernel.opcodes)]
+    type_part = r"\.BF16$" if "__nv_bfloat16" in kernel.arguments else "$"
+    needs = [need.replace("{type}", type_part) for need in rule.needs]
+    return faults + [f"no {need}" for need in needs if not any(re.match(need, opcode) for opcode in kernel.opcodes)]
 
 
 def table(kernels: list[Kernel], every: bool) -> Iterator[str]:

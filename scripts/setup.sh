@@ -2,10 +2,20 @@
 #   setup_taut STAMP EXTRAS [REQUIREMENT...]
 # STAMP names what is set up (one word), EXTRAS are taut's ("transformers"), each REQUIREMENT is installed without its
 # dependencies. What is already there is kept: a torch of 2.11 or newer, an editable install, and, if the sources did not
-# change since, the whole set-up. Afterwards $TAUT_PYTHON is the interpreter to use, and $TAUT_ROOT the checkout.
+# change since, the whole set-up. Afterwards $TAUT_PYTHON is the interpreter to use, $TAUT_ROOT the checkout, and
+# "${TAUT_CONFIG[@]}" what pip needs to build the same again.
+#
+# From the environment: TAUT_CUDA, ON to have the CUDA kernels built whether there is an nvcc or not (then pip brings one), OFF to
+# leave them out; else they are built where there is an nvcc. TAUT_CUDA_ARCHS, the GPUs to build for.
 
 TAUT_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 TAUT_PYTHON="$TAUT_ROOT/.venv/bin/python"
+
+if [[ -z "${TAUT_CUDA_ARCHS:-}" ]]; then
+  # Without a GPU: as few as have every kernel between them.
+  if nvidia-smi -L >/dev/null 2>&1; then TAUT_CUDA_ARCHS=native; else TAUT_CUDA_ARCHS="75-real;80-real;89-real;90a-real"; fi
+fi
+TAUT_CONFIG=(-C "cmake.define.TAUT_CUDA=${TAUT_CUDA:-AUTO}" -C "cmake.define.TAUT_CUDA_ARCHS=$TAUT_CUDA_ARCHS")
 
 setup_say() { printf 'setup: %s\n' "$*" >&2; }
 
@@ -22,7 +32,8 @@ setup_python() {  # the newest python on the path that taut can be built for
 }
 
 setup_fingerprint() {  # of everything an install is made from, and of what was asked for
-  (cd "$TAUT_ROOT" && find CMakeLists.txt pyproject.toml csrc python -type f ! -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum; echo "$*") |
+  (cd "$TAUT_ROOT" && find CMakeLists.txt pyproject.toml cmake csrc python -type f ! -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum
+   echo "$*" "${TAUT_CONFIG[@]}") |
     sha256sum | cut -d' ' -f1
 }
 
@@ -38,29 +49,36 @@ sys.exit(not origin.get("dir_info", {}).get("editable"))
 PYTHON
 }
 
+setup_venv() {
+  [[ -x "$TAUT_PYTHON" ]] && return
+  local python
+  python="$(setup_python)" || return
+  setup_say "making .venv with $("$python" --version)"
+  "$python" -m venv "$TAUT_ROOT/.venv"
+}
+
 setup_taut() {
   local stamp="$TAUT_ROOT/.venv/taut-setup-$1" extras="$2" fingerprint
   shift
   fingerprint="$(setup_fingerprint "$@")" || return
   if [[ -x "$TAUT_PYTHON" && -f "$stamp" && "$(<"$stamp")" == "$fingerprint" ]]; then return; fi
   shift
-  if [[ ! -x "$TAUT_PYTHON" ]]; then
-    local python
-    python="$(setup_python)" || return
-    setup_say "making .venv with $("$python" --version)"
-    "$python" -m venv "$TAUT_ROOT/.venv" || return
-  fi
+  setup_venv || return
   local pip=("$TAUT_PYTHON" -m pip --disable-pip-version-check install --quiet)
   if ! "$TAUT_PYTHON" -c 'import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))' 2>/dev/null; then
     setup_say "installing torch 2.13.0"
     "${pip[@]}" torch==2.13.0 || return
   fi
+  if [[ "${TAUT_CUDA:-}" == ON && -z "${CUDACXX:-}" && ! -x /usr/local/cuda/bin/nvcc ]] && ! command -v nvcc >/dev/null; then
+    setup_say "installing nvcc"
+    "${pip[@]}" 'cuda-toolkit[nvcc,cudart,cccl,nvvm,crt]==13.0.*' || return
+  fi
   setup_say "building taut"
   "${pip[@]}" 'scikit-build-core>=0.10' 'pybind11>=2.13' cmake ninja || return
   if setup_is_editable; then
-    "${pip[@]}" --no-build-isolation --editable "$TAUT_ROOT[$extras]" || return
+    "${pip[@]}" --no-build-isolation "${TAUT_CONFIG[@]}" --editable "$TAUT_ROOT[$extras]" || return
   else
-    "${pip[@]}" --no-build-isolation "$TAUT_ROOT[$extras]" || return
+    "${pip[@]}" --no-build-isolation "${TAUT_CONFIG[@]}" "$TAUT_ROOT[$extras]" || return
   fi
   if (($#)); then
     setup_say "installing $*"

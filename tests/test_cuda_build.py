@@ -118,6 +118,8 @@ def test_every_symbol_is_somewhere(library):
     assert ours <= symbols(library.with_name("libtaut_cpu.so"), "defined")
     theirs = {name for name in undefined if name.startswith(("aoti_", "torch_"))}
     assert theirs <= symbols(torch_cpu, "defined") | FROM_TORCH_CUDA
+    if torch.version.cuda is not None:
+        assert symbols(torch_cpu.with_name("libtorch_cuda.so"), "defined") >= FROM_TORCH_CUDA
     assert not {name for name in undefined if name.startswith("cu")}, "CUDA's own functions must be linked in, or asked for by name"
     exported = {name for name in symbols(library, "defined") if not name.startswith("_Z")}
     assert not exported, f"the library shows {sorted(exported)[:5]}, which somebody else's could be taken for"
@@ -129,6 +131,26 @@ def test_it_is_not_loaded_without_a_gpu(library):
     program = "import taut; print('libtaut_cuda' in open('/proc/self/maps').read(), 'libtaut_cpu' in open('/proc/self/maps').read())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True"]
+
+
+def test_it_loads_into_a_torch_with_cuda(library):
+    """Also without a GPU; `scripts/test --torch VERSION` runs this with other torches."""
+    if torch.version.cuda is None:
+        pytest.skip("this torch has no CUDA")
+    program = """
+import ctypes, os, sys, torch, taut
+ctypes.CDLL(sys.argv[1], mode=os.RTLD_NOW)
+torch.ops.load_library(sys.argv[1])
+for op in ("quant_linear", "pack_weight", "unpack_weight", "dequantize_weight"):
+    print(op, torch._C._dispatch_has_kernel_for_dispatch_key(f"taut::{op}", "CUDA"))
+print(*(name for name in taut.list_impls()["quant_linear"] if name.startswith("cuda_")))
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(library)], capture_output=True, text=True, check=False)
+    print(torch.__version__, done.stdout, sep="\n")
+    assert done.returncode == 0, done.stderr
+    *ops, impls = done.stdout.splitlines()
+    assert [line.split()[1] for line in ops] == ["True"] * 4, done.stdout
+    assert "cuda_sm80.mma" in impls
 
 
 # (TAUT_CUDA_ARCHS_STRING, the SM in the kernel's file name, the device's SM, whether it has code there)

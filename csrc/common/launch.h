@@ -18,8 +18,8 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, int s
 }
 
 template <class... P, class... A>
-void launch_dependent(const Device&, const char* name, void (*kernel)(P...), dim3 grid, dim3 block, void* stream, A&&... args) {
-  launch(name, kernel, grid, block, 0, stream, std::forward<A>(args)...);
+void launch_dependent(const Device&, const char* name, void (*kernel)(P...), dim3 grid, dim3 block, int smem_bytes, void* stream, A&&... args) {
+  launch(name, kernel, grid, block, smem_bytes, stream, std::forward<A>(args)...);
 }
 
 #else
@@ -31,26 +31,31 @@ inline void check_cuda(cudaError_t status, const char* name) {
 }
 
 template <class... P, class... A>
-void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, int smem_bytes, void* stream, A&&... args) {
+void launch_with(const cudaLaunchAttribute* attribute, const char* name, void (*kernel)(P...), dim3 grid, dim3 block, int smem_bytes, void* stream,
+                 A&&... args) {
   // Above 48 KB a kernel must ask, once per device; asking again costs about a microsecond and does no harm.
   if (smem_bytes > 48 * 1024)
     check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes), name);
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = smem_bytes, config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attributes[1];
+  if (attribute) attributes[0] = *attribute, config.attrs = attributes, config.numAttrs = 1;
   check_cuda(cudaLaunchKernelEx(&config, kernel, P(std::forward<A>(args))...), name);
 }
 
-// A kernel that begins while the one before it in the stream still runs, from its griddep_launch on, where the device can do
-// that (sm_90): its launch costs no time of its own. It must griddep_wait before it reads or writes anything.
 template <class... P, class... A>
-void launch_dependent(const Device& device, const char* name, void (*kernel)(P...), dim3 grid, dim3 block, void* stream, A&&... args) {
+void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, int smem_bytes, void* stream, A&&... args) {
+  launch_with(nullptr, name, kernel, grid, block, smem_bytes, stream, std::forward<A>(args)...);
+}
+
+// A kernel that begins while the one before it in the stream still runs, from its griddep_launch on, where the device can do
+// that (sm_90): its launch costs no time of its own. It must griddep_wait before it writes anything, or reads what that kernel writes.
+template <class... P, class... A>
+void launch_dependent(const Device& device, const char* name, void (*kernel)(P...), dim3 grid, dim3 block, int smem_bytes, void* stream, A&&... args) {
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid, config.blockDim = block, config.stream = static_cast<cudaStream_t>(stream);
-  if (device.sm >= 90) config.attrs = &early, config.numAttrs = 1;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, P(std::forward<A>(args))...), name);
+  launch_with(device.sm >= 90 ? &early : nullptr, name, kernel, grid, block, smem_bytes, stream, std::forward<A>(args)...);
 }
 
 #endif

@@ -628,7 +628,7 @@ void run_tile(const CudaParams& p) {
     launch_mma(args.zeros ? mma_kernel<kSm, T, kFormat, kGroup32, true, Tile> : mma_kernel<kSm, T, kFormat, kGroup32, false, Tile>);
   else launch_mma(mma_kernel<kSm, T, kFormat, kGroup32, false, Tile>);
   if (plan.cut)
-    launch_dependent(*p.device, "quant_linear combine", combine<T, Tile>, dim3(static_cast<unsigned>(plan.tiles), Tile::kPositions), dim3(32), p.stream, args,
+    launch_dependent(*p.device, "quant_linear combine", combine<T, Tile>, dim3(static_cast<unsigned>(plan.tiles), Tile::kPositions), dim3(32), 0, p.stream, args,
                      static_cast<int>(plan.blocks));
 }
 

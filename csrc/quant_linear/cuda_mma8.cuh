@@ -186,7 +186,7 @@ struct Mma8 {
 
   // What lies outside of w or x is filled with zeros; its address, where nothing is read, may be anything.
   // WHY addresses that are one base and uniform steps: one of its own for every chunk, kept over the loop, would take 40 registers.
-  TAUT_DEVICE void load_stage(int step) const {
+  TAUT_DEVICE void load_w_stage(int step) const {
     unsigned char* const stage = smem + step % Shape::kStages * Stage::kBytes;
     const int tile_k0 = step * Shape::kWarpsK, last_k = p.tiles_k - 1;
 
@@ -202,14 +202,6 @@ struct Mma8 {
                            exists ? 16 : 0);
       }
 
-    unsigned char* const s_x = stage + Stage::kXBegin + Stage::x_offset(thread / kRowChunks, thread % kRowChunks);
-    const int x_rows = tile_k0 + thread % kRowChunks / 4 <= last_k ? rows - thread / kRowChunks : 0;
-#pragma unroll
-    for (int pass = 0; pass < Shape::kBlockM / kPassRows; pass++) {
-      const int64_t source = (int64_t{tile_k0} + int64_t{pass * kPassRows} * p.tiles_k) * 64;
-      ptx::cp_async_16(s_x + pass * kPassRows * Stage::kRowBytes, g_x + source, pass * kPassRows < x_rows ? 16 : 0);
-    }
-
     if constexpr (Stage::kScaleRows > 0) {
 #pragma unroll
       for (int chunk0 = 0; chunk0 < kScaleChunks; chunk0 += kThreads) {
@@ -219,6 +211,19 @@ struct Mma8 {
         const int64_t source = (int64_t{n} * p.groups + ((2 * k + row) >> p.group_shift)) * 128 + chunk % 8 * 16;
         if (chunk < kScaleChunks) ptx::cp_async_16(stage + Stage::kScalesBegin + chunk * 16, p.scales + source, exists ? 16 : 0);
       }
+    }
+  }
+
+  TAUT_DEVICE void load_x_stage(int step) const {
+    unsigned char* const stage = smem + step % Shape::kStages * Stage::kBytes;
+    const int tile_k0 = step * Shape::kWarpsK, last_k = p.tiles_k - 1;
+
+    unsigned char* const s_x = stage + Stage::kXBegin + Stage::x_offset(thread / kRowChunks, thread % kRowChunks);
+    const int x_rows = tile_k0 + thread % kRowChunks / 4 <= last_k ? rows - thread / kRowChunks : 0;
+#pragma unroll
+    for (int pass = 0; pass < Shape::kBlockM / kPassRows; pass++) {
+      const int64_t source = (int64_t{tile_k0} + int64_t{pass * kPassRows} * p.tiles_k) * 64;
+      ptx::cp_async_16(s_x + pass * kPassRows * Stage::kRowBytes, g_x + source, pass * kPassRows < x_rows ? 16 : 0);
     }
 
     if constexpr (Stage::kMayHaveMultiples) {
@@ -331,14 +336,20 @@ struct Mma8 {
   // Steps [begin, end) of K.
   TAUT_DEVICE void multiply_steps(int begin, int end) {
 #pragma unroll 1
+    for (int step = begin; step < min(begin + Shape::kStages - 1, end); step++) load_w_stage(step);
+#if TAUT_ARCH_AT_LEAST(90)
+    ptx::griddep_launch();  // mma8_reduce may take its place, and wait
+    ptx::griddep_wait();    // for quantize_rows, behind whose back the first of w was asked for
+#endif
+#pragma unroll 1
     for (int s = 0; s < Shape::kStages - 1; s++) {
-      if (begin + s < end) load_stage(begin + s);
-      ptx::cp_async_commit();
+      if (begin + s < end) load_x_stage(begin + s);
+      ptx::cp_async_commit();  // the first group holds all of w so far
     }
     for (int step = begin; step < end; step++) {
       ptx::cp_async_wait<Shape::kStages - 2>();
       __syncthreads();  // this step's stage is there for all warps, and all have left the one before, which is filled next
-      if (step + Shape::kStages - 1 < end) load_stage(step + Shape::kStages - 1);
+      if (step + Shape::kStages - 1 < end) load_w_stage(step + Shape::kStages - 1), load_x_stage(step + Shape::kStages - 1);
       ptx::cp_async_commit();
       multiply(smem + step % Shape::kStages * Stage::kBytes);
     }
@@ -395,6 +406,9 @@ constexpr int kReduceThreads = 128;
 // The sums of the splits, in order, finished as a block would have.
 template <class Sum, Promote kPromote>
 __global__ void __launch_bounds__(kReduceThreads) mma8_reduce(const Mma8Args p) {
+#if TAUT_ARCH_AT_LEAST(90)
+  ptx::griddep_wait();
+#endif
   const int64_t columns = int64_t{p.tiles_n} * 64, i = (int64_t{blockIdx.x} * kReduceThreads + threadIdx.x) * 8, m = i / columns, n = i % columns;
   if (m >= p.M || n >= p.N) return;
   Sum total[8] = {};
@@ -497,12 +511,12 @@ void mma8_run(const char* name, const CudaParams& p, const KernelOf& kernel_of) 
   const dim3 grid(plan.blocks_n << band_shift, plan.splits, (plan.blocks_m + (1 << band_shift) - 1) >> band_shift);
   with_mma8_shape<kPromote>(plan.tokens, [&]<class Shape>(Shape shape) {
     const auto [kernel, shared_bytes] = kernel_of(shape);
-    launch(name, kernel, grid, dim3(Shape::kThreads), shared_bytes, p.stream, args);
+    launch_dependent(*p.device, name, kernel, grid, dim3(Shape::kThreads), shared_bytes, p.stream, args);
   });
   if (plan.splits > 1) {
     const int64_t threads = p.M * args.tiles_n * 8;
-    launch(name, mma8_reduce<Sum, kPromote>, dim3(static_cast<unsigned>((threads + kReduceThreads - 1) / kReduceThreads)), dim3(kReduceThreads), 0, p.stream,
-           args);
+    const dim3 reduce_grid(static_cast<unsigned>((threads + kReduceThreads - 1) / kReduceThreads));
+    launch_dependent(*p.device, name, mma8_reduce<Sum, kPromote>, reduce_grid, dim3(kReduceThreads), 0, p.stream, args);
   }
 }
 

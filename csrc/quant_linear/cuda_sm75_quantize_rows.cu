@@ -10,6 +10,7 @@
 
 #include "common/launch.h"
 #include "common/numbers.cuh"
+#include "common/ptx.cuh"
 #include "quant_linear/op.h"
 
 namespace taut::quant_linear::cuda_sm75_quantize_rows {
@@ -55,6 +56,9 @@ template <class T, Activations kActivations, int kWarps /* of a row */, int kRow
 __global__ void __launch_bounds__(32 * kWarps * kRows)
     quantize_rows(const T* __restrict__ x /* [M, K] */, int64_t x_row_stride, int64_t M, int K, uint8_t* __restrict__ codes /* [M, K8] */,
                   float* __restrict__ row_unit /* [M] */, float* __restrict__ multiple /* [M, K8/32], kInt8 */) {
+#if TAUT_ARCH_AT_LEAST(90)
+  ptx::griddep_launch();  // the product may begin with w, and wait
+#endif
   __shared__ uint32_t s_max[kRows][kWarps];
   constexpr int kThreads = 32 * kWarps;
   const int row = threadIdx.x / kThreads, thread = threadIdx.x % kThreads, K8 = (K + 63) / 64 * 64, units = K8 / kUnit;

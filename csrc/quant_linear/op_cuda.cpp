@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "common/cuda_archs.h"
 #include "common/impl.h"
 #include "common/torch_cuda.h"
 #include "pack_weight/op.h"
@@ -36,15 +37,23 @@ const char* prefer_dense(const CudaParams& p) { return p.M >= kDenseOverSimtM ? 
 
 void run_dense(const CudaParams&) { throw std::logic_error("quant_linear calls `dense` itself: it needs tensors"); }
 
+// `supported` of an impl whose kernels are in a file for this SM: whether the build has them for the device, too.
+constexpr char kSm75[] = "75", kSm80[] = "80", kSm89[] = "89", kSm90a[] = "90a";
+template <const char* kFile, const char* (*kSupported)(const CudaParams&)>
+const char* built(const CudaParams& p) {
+  if (const char* why = kSupported(p)) return why;
+  return has_code(kFile, p.device->sm) ? nullptr : "this build of taut has no machine code of it for this GPU";
+}
+
 // In priority order. Every crossover is in this table, and nowhere else.
 constexpr Impl<CudaParams> kImpls[] = {
-    {"cuda_sm90a.wgmma", cuda_sm90a_wgmma::supported, prefer_wgmma, cuda_sm90a_wgmma::run, cuda_sm90a_wgmma::workspace_bytes},
-    {"cuda_sm89.fp8", cuda_sm89_fp8::supported, always, cuda_sm89_fp8::run, cuda_sm89_fp8::workspace_bytes},
-    {"cuda_sm80.int8", cuda_sm80_int8::supported, always, cuda_sm80_int8::run, cuda_sm80_int8::workspace_bytes},
-    {"cuda_sm80.mma", cuda_sm80_mma::supported, prefer_mma, cuda_sm80_mma::run, cuda_sm80_mma::workspace_bytes},
-    {"cuda_sm75.mma", cuda_sm75_mma::supported, prefer_mma, cuda_sm75_mma::run, cuda_sm75_mma::workspace_bytes},
-    {"cuda_sm75.dense", dense_supported, prefer_dense, run_dense},
-    {"cuda_sm75.simt", always, always, cuda_sm75_simt::run},
+    {"cuda_sm90a.wgmma", built<kSm90a, cuda_sm90a_wgmma::supported>, prefer_wgmma, cuda_sm90a_wgmma::run, cuda_sm90a_wgmma::workspace_bytes},
+    {"cuda_sm89.fp8", built<kSm89, cuda_sm89_fp8::supported>, always, cuda_sm89_fp8::run, cuda_sm89_fp8::workspace_bytes},
+    {"cuda_sm80.int8", built<kSm80, cuda_sm80_int8::supported>, always, cuda_sm80_int8::run, cuda_sm80_int8::workspace_bytes},
+    {"cuda_sm80.mma", built<kSm80, cuda_sm80_mma::supported>, prefer_mma, cuda_sm80_mma::run, cuda_sm80_mma::workspace_bytes},
+    {"cuda_sm75.mma", built<kSm75, cuda_sm75_mma::supported>, prefer_mma, cuda_sm75_mma::run, cuda_sm75_mma::workspace_bytes},
+    {"cuda_sm75.dense", built<kSm75, dense_supported>, prefer_dense, run_dense},
+    {"cuda_sm75.simt", built<kSm75, always<CudaParams>>, always, cuda_sm75_simt::run},
 };
 
 Tensor scratch_bytes(const Tensor& like, int64_t bytes) {

@@ -80,8 +80,8 @@ def cpu_features() -> dict[str, bool]:
     return _C.cpu_features()
 
 
-def build_info() -> dict[str, str]:
-    """Version, compiler, architecture and the oldest torch this build serves."""
+def build_info() -> dict[str, str | None]:
+    """Version, compiler, architecture, the oldest torch this build serves, and the GPUs ``cuda`` it has code for (None: none)."""
     return _C.build_info()
 
 
