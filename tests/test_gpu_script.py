@@ -72,7 +72,7 @@ def test_taut_is_within_the_tolerance_that_it_is_held_to(name: str, m: int) -> N
     weight = weight_of(name)
     x = rows_of_x(weight, m)
     try:
-        layer = own_layer(weight, own_packed(weight, 0), "any", True)
+        layer = own_layer(weight, own_packed(weight, 0), "any")
     except Skip as reason:
         pytest.skip(str(reason))
     error = max_error(layer.call(x, 0), x, weight.dense)
@@ -202,8 +202,8 @@ def test_budget_keeps_room_for_the_longest_so_far() -> None:
 
 
 def test_a_wrong_result_is_never_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def broken(weight, packed, impl, chosen) -> Layer:
-        layer = own_layer(weight, packed, impl, chosen)
+    def broken(weight, packed, impl) -> Layer:
+        layer = own_layer(weight, packed, impl)
         return Layer(impl, False, layer.format, layer.unit, lambda x, copy: layer.call(x, copy) + 1.0, layer.copies, layer.weight_bytes)
 
     monkeypatch.setattr(gpu, "own_layer", broken)
@@ -218,8 +218,8 @@ def test_a_wrong_result_is_never_timed(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_result_that_changes_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = iter(range(1, 10**6))
 
-    def shaky(weight, packed, impl, chosen) -> Layer:
-        layer = own_layer(weight, packed, impl, chosen)
+    def shaky(weight, packed, impl) -> Layer:
+        layer = own_layer(weight, packed, impl)
 
         def call(x, copy):
             out = layer.call(x, copy)
@@ -235,11 +235,11 @@ def test_a_result_that_changes_is_wrong(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_what_fails_is_left_out_and_the_rest_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(weight, packed, impl, chosen) -> Layer:
+    def failing(weight, packed, impl) -> Layer:
         def call(x, copy):
             raise RuntimeError("no such kernel\nsecond line")
 
-        layer = own_layer(weight, packed, impl, chosen)
+        layer = own_layer(weight, packed, impl)
         return Layer(impl, False, layer.format, layer.unit, call, layer.copies, layer.weight_bytes)
 
     monkeypatch.setattr(gpu, "own_layer", failing)
