@@ -124,9 +124,7 @@ def own_layer(weight: Weight, packed: list[Tensor], impl: str) -> Layer:
         raise Skip(str(error)) from None
     op = _native.ops_for(packed[0].device.type).quant_linear
     unit = {"a8row": "int8", "f8row": "fp8"}.get(activations, "16")
-    return Layer(
-        impl, False, weight.name, unit, lambda x, copy: op(x, packed[copy], *arguments), len(packed), packed[0].nbytes, chosen=chosen
-    )
+    return Layer(impl, False, weight.name, unit, lambda x, copy: op(x, packed[copy], *arguments), len(packed), packed[0].nbytes)
 
 
 def rows_of_x(weight: Weight, m: int) -> Tensor:
