@@ -24,7 +24,7 @@ def run(case: LinearCase = CASE) -> torch.Tensor:
 
 
 def test_every_op_has_a_scalar_impl_last():
-    impls = taut.list_impls()
+    impls = taut.list_impls("cpu")
     assert {"quant_linear", "quantize_weight"} <= set(impls)
     for op, names in impls.items():
         assert names[-1] == "cpu_scalar", op
@@ -36,7 +36,7 @@ def test_exactly_one_impl_is_chosen_for_any_call():
         for rows in (0, 1, 4, 16, 17, 100, 10_000):
             for format in formats:
                 verdicts = taut.explain("quant_linear", **LinearCase(rows, 24, 96, format, activations).sizes())
-                assert [verdict.impl for verdict in verdicts] == taut.list_impls()["quant_linear"]
+                assert [verdict.impl for verdict in verdicts] == taut.list_impls("cpu")["quant_linear"]
                 assert sum(verdict.chosen for verdict in verdicts) == 1
                 assert all(verdict.chosen or verdict.reason for verdict in verdicts), "an impl was passed over without a reason"
 
@@ -45,7 +45,7 @@ def test_what_explain_says_is_what_runs():
     """cpu_scalar sums in double: its bits differ from any other impl's on a case long enough."""
     case = LinearCase(5, 40, 2000, WeightFormat("int4", 32), "float")
     results = {}
-    for impl in taut.list_impls()["quant_linear"]:
+    for impl in taut.list_impls("cpu")["quant_linear"]:
         with taut.force_impl("quant_linear", impl):
             if any(verdict.chosen for verdict in taut.explain("quant_linear", **case.sizes())):
                 results[impl] = run(case)
@@ -157,6 +157,33 @@ def test_a_bad_environment_stops_the_import(value, message):
     assert message in done.stderr
 
 
+def test_impls_by_device():
+    assert set(taut.list_impls("cpu")) == set(taut.list_impls())
+    assert all(impl.startswith("cpu_") for impls in taut.list_impls("cpu").values() for impl in impls)
+    assert all(impl.startswith("cuda_") for impls in taut.list_impls("cuda").values() for impl in impls)
+    assert taut.list_impls("tpu") == {}
+
+
+def test_explaining_for_a_device(monkeypatch):
+    found = taut.explain("quant_linear", M=3, N=64, K=64, dtype=torch.bfloat16, device="cpu")
+    assert sum(verdict.chosen for verdict in found) == 1
+    with pytest.raises(ValueError, match="taut cannot compute on tpu here: it has kernels for the CPU and for CUDA"):
+        taut.explain("quant_linear", device="tpu")
+    monkeypatch.setattr(_native, "_WHY_NO_CUDA", "no CUDA device is visible to torch")
+    with pytest.raises(ValueError, match="taut cannot compute on cuda here: no CUDA device is visible to torch"):
+        taut.explain("quant_linear", device="cuda")
+
+
+def test_batch_invariance_ends_with_the_block():
+    assert not _C.batch_invariant()
+    with taut.batch_invariant():
+        assert _C.batch_invariant()
+        with pytest.raises(KeyError), taut.batch_invariant():
+            raise KeyError
+        assert _C.batch_invariant()
+    assert not _C.batch_invariant()
+
+
 def test_ops_are_found_by_device():
     assert _native.ops_for("cpu") is torch.ops.taut
     assert (_native.layout_for("cpu"), _native.layout_for("cuda")) == (0, 1)
@@ -187,7 +214,7 @@ def test_features_agree_with_the_kernel():
 
 def test_build_info():
     info = taut.build_info()
-    assert set(info) >= {"version", "compiler", "torch_target", "architecture"}
+    assert set(info) >= {"version", "compiler", "torch_target", "architecture", "cuda"}
     assert info["torch_target"] == "2.11"
-    assert all(info.values())
+    assert all(value for key, value in info.items() if key != "cuda")  # a build without CUDA kernels says None
     assert taut.__version__ == info["version"]

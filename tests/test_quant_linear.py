@@ -125,7 +125,8 @@ def test_a_row_does_not_depend_on_its_batch(impl, format, activations, forced):
         for rows in counts:
             for start in (0, 8):
                 part = run(case, inputs, inputs.x[start : start + rows])
-                assert_same_bits(part, whole[start : start + rows], f"{impl} on {case}: rows {start} to {start + rows} alone and in the batch")
+                context = f"{impl} on {case}: rows {start} to {start + rows} alone and in the batch"
+                assert_same_bits(part, whole[start : start + rows], context)
 
 
 @pytest.mark.parametrize("rows", (1, 3, 70))

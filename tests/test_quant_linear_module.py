@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import taut
 from checks import assert_same_bits
+from emulator import build
+from emulator.emulated import emulated
 from taut import QuantLinear, WeightFormat, _native
 from taut.formats import ACCEPTED_ACTIVATIONS, resolve_activations
 from taut.ops import quant_linear as op
@@ -407,6 +409,25 @@ def test_cuda_without_kernels_is_a_value_error(monkeypatch):
             module(x)
         with pytest.raises(ValueError, match="taut cannot compute on cuda tensors: this build of taut has no CUDA kernels"):
             taut.ops.quant_linear.quant_linear(x, torch.empty(10, dtype=torch.uint8, device="cuda"), None, N, FORMATS[0])
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_computes_with_emulated_cuda_kernels(format):
+    """The real kernels and packing of a CUDA device, by way of the routing of the tests' emulator."""
+    if reason := build.unavailable():
+        pytest.skip(reason)
+    module, x = make(format, "float").half(), inputs(torch.float16)
+    state, expected = module.state_dict(), op.reference(x, module.dequantize(), module.bias.detach())
+    with emulated("fast", sm=80):
+        module.cpu()
+        assert module.weight_bytes == format.layout_bytes(N, K, _native.MMA_TILES)
+        found = module(x)
+        fresh = QuantLinear(K, N, format=format, activations="float", dtype=torch.float16)
+        fresh.load_state_dict(state)
+        assert_same_bits(fresh(x), found, "loaded there")
+        assert_same_state(module.state_dict(), state)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=2e-3)
+    assert_same_state(module.cpu().state_dict(), state)
 
 
 needs_cuda = pytest.mark.skipif(bool(_native.why_not("cuda")), reason=_native.why_not("cuda"))

@@ -3,7 +3,7 @@
 from typing import Any
 
 from . import integrations
-from ._native import build_info, cpu_features, explain, force_impl, list_impls
+from ._native import batch_invariant, build_info, cpu_features, explain, force_impl, list_impls
 from .formats import WeightFormat
 from .nn import QuantLinear
 from .roofline import Roofline, roofline
@@ -11,8 +11,8 @@ from .swap import SwapReport, swap
 
 __version__ = build_info()["version"]
 __all__ = [
-    "Config", "QuantLinear", "Roofline", "SwapReport", "WeightFormat", "build_info", "cpu_features", "explain", "force_impl", "list_impls",
-    "roofline", "save", "swap",
+    "Config", "QuantLinear", "Roofline", "SwapReport", "WeightFormat", "batch_invariant", "build_info", "cpu_features", "explain",
+    "force_impl", "list_impls", "roofline", "save", "swap",
 ]  # fmt: skip
 
 integrations.install()

@@ -70,9 +70,13 @@ def device_of(**tensors: torch.Tensor | None) -> torch.device:
     return device
 
 
-def list_impls() -> dict[str, list[str]]:
-    """Every op and the names of its impls, in priority order."""
-    return _C.list_impls()
+def list_impls(device: str | None = None) -> dict[str, list[str]]:
+    """Every op and the names of its impls, in priority order: those for "cpu" or "cuda", or (None) all whose kernels are loaded."""
+    found: dict[str, list[str]] = {}
+    for op, where, impls in _C.list_ops():
+        if where == device or (device is None and where in ("cpu", "cuda")):
+            found.setdefault(op, []).extend(impls)
+    return found
 
 
 def cpu_features() -> dict[str, bool]:
@@ -112,11 +116,12 @@ class Verdict:
         return f"{self.impl}: {'runs' if self.chosen else self.reason}"
 
 
-def explain(op: str, **sizes: int) -> list[Verdict]:
+def explain(op: str, device: str = "cpu", **sizes: Any) -> list[Verdict]:
     """Which impl of ``op`` runs for a call of these sizes, and why each one was passed over, in table order.
 
-    ``quant_linear`` takes M, N, K, format (4 or 8), group_size, zeros, activations (0 float, 1 int8).
-    Raises ``ValueError`` for an unknown op, an unknown size or a value the op refuses.
+    ``device``: "cpu" or "cuda". ``quant_linear`` takes M, N, K, format (4 int4, 8 int8, 9 fp8_e4m3), group_size, zeros,
+    activations (0 float, 1 int8, 2 int8_row, 3 fp8_row), dtype (of x), and device_index.
+    Raises ``ValueError`` for an unknown op, size or device, or a value the op refuses.
     """
     known = _EXPLAIN_SIZES.get(op)
     if known is None:
@@ -124,17 +129,35 @@ def explain(op: str, **sizes: int) -> list[Verdict]:
     unknown = set(sizes) - set(known)
     if unknown:
         raise ValueError(f"{op} has no size {sorted(unknown)[0]!r}; accepted: {', '.join(known) or 'none'}")
+    if why := why_not(device):
+        raise ValueError(f"taut cannot compute on {device} here: {why}")
     try:
-        return [Verdict(*row) for row in _C.explain(op, {name: int(value) for name, value in sizes.items()})]
+        return [Verdict(*row) for row in _C.explain(op, {name: int(_DTYPES.get(value, value)) for name, value in sizes.items()}, device)]
     except RuntimeError as error:
         raise ValueError(str(error)) from None
 
 
 _EXPLAIN_SIZES = {
-    "quant_linear": ("M", "N", "K", "format", "group_size", "zeros", "activations", "dtype"),
+    "quant_linear": ("M", "N", "K", "format", "group_size", "zeros", "activations", "dtype", "device_index"),
     "quantize_weight": (),
     "roofline": (),
 }
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/common/dtypes.h numbers them
+
+
+@contextlib.contextmanager
+def batch_invariant() -> Iterator[None]:
+    """Within the block, a row's result on CUDA does not depend on how many other rows are in the call, bit for bit.
+
+    It rules out the kernels, and the ways to split K, that are chosen by the number of rows, so that large batches run slower.
+    On the CPU it is always so. The setting is one for the whole process, not for a thread.
+    """
+    before = _C.batch_invariant()
+    _C.set_batch_invariant(True)
+    try:
+        yield
+    finally:
+        _C.set_batch_invariant(before)
 
 
 def _force_from_environment() -> None:

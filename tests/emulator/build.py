@@ -160,7 +160,9 @@ def locked() -> Iterator[None]:
         yield
 
 
-def build_library(name: str, mode: str, kernels: list[Path], hosts: list[Path] = (), links: list[str] = (), defines: list[str] = ()) -> Path:
+def build_library(
+    name: str, mode: str, kernels: list[Path], hosts: list[Path] = (), links: list[str] = (), defines: list[str] = ()
+) -> Path:
     """``lib<name>_<mode>.so`` of kernel sources (instrumented, if checked), host sources, and the emulator's runtime."""
     common = [*COMMON, *machine_flags(), *include_flags()]
     jobs = [(source, [*common, *KERNEL_FLAGS[mode], *defines], f"{source.parent.name}-{source.stem}-{mode}") for source in kernels]

@@ -8,12 +8,15 @@ from typing import Any
 import psutil
 import torch
 
-from .. import build_info, explain, force_impl, list_impls
+from .. import _native, build_info, explain, force_impl, list_impls
 from .energy import EnergyCounter
 from .machine import describe_machine, installed_version, usable_cores
 
 # The calls an impl may be made for: it can run here if it can run one of them.
-_CALLS = [{"M": m, "N": 64, "K": 64, "format": f, "activations": a} for m in (1, 64) for f in (4, 8) for a in (1, 0)]
+_CALLS = [
+    {"M": m, "N": 64, "K": 64, "format": f, "activations": a}
+    for m in (1, 128, 2048) for f, a in ((4, 0), (4, 1), (8, 0), (8, 1), (8, 2), (9, 0), (9, 3))
+]  # fmt: skip
 
 
 def describe() -> dict[str, Any]:
@@ -23,19 +26,26 @@ def describe() -> dict[str, Any]:
         "machine": describe_machine(),
         "memory_available_bytes": memory.available,
         "peft": installed_version("peft"),
-        "cuda_seen_by_torch": torch.cuda.is_available(),
+        "cuda_devices": [_cuda_device(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else [],
+        "cuda_reason": _native.why_not("cuda"),
         "energy_counters": EnergyCounter().available,
         "energy_reason": EnergyCounter().reason,
         "impls": {op: [_can_run(op, impl) for impl in impls] for op, impls in list_impls().items()},
     }
 
 
+def _cuda_device(index: int) -> dict[str, Any]:
+    found = torch.cuda.get_device_properties(index)
+    return {"name": found.name, "sm": found.major * 10 + found.minor, "memory_bytes": found.total_memory}
+
+
 def _can_run(op: str, impl: str) -> dict[str, Any]:
     reason = ""
+    device = "cuda" if impl.startswith("cuda") else "cpu"
     with force_impl(op, impl):
         for call in _CALLS if op == "quant_linear" else [{}]:
             try:
-                verdict = next(verdict for verdict in explain(op, **call) if verdict.impl == impl)
+                verdict = next(verdict for verdict in explain(op, device, **call) if verdict.impl == impl)
             except ValueError as error:
                 reason = reason or str(error)
                 continue
@@ -49,15 +59,22 @@ def words(found: dict[str, Any]) -> list[str]:
     """The description as lines to read."""
     machine = found["machine"]
     features = ", ".join(machine["cpu_features"]) or "none that taut has kernels for"
+    build = ", ".join(f"{key} {value}" for key, value in machine["build"].items() if key not in ("version", "cuda"))
     lines = [
         f"processor: {machine['processor']} ({machine['architecture']}), {machine['cores']} cores usable",
         f"instruction sets taut knows: {features}",
         f"memory: {machine['memory_bytes'] / 1e9:.1f} GB, {found['memory_available_bytes'] / 1e9:.1f} GB free",
-        f"taut {machine['taut']}, {', '.join(f'{key} {value}' for key, value in machine['build'].items() if key != 'version')}",
+        f"taut {machine['taut']}, {build}",
         f"torch {machine['torch']}, which uses {machine['threads']} threads; Python {machine['python']}; {machine['system']}",
     ]
     for package, version in (("transformers", machine["transformers"]), ("peft", found["peft"])):
         lines.append(f"{package} {version}" if version else f"{package} is not installed")
+    lines += [
+        f"CUDA device {index}: {device['name']}, sm_{device['sm']}, {device['memory_bytes'] / 1e9:.1f} GB"
+        for index, device in enumerate(found["cuda_devices"])
+    ]
+    archs = machine["build"]["cuda"]
+    lines.append(f"CUDA kernels: built for {archs}; {found['cuda_reason'] or 'loaded'}" if archs else "CUDA kernels: none in this build")
     lines.append("energy counters: can be read" if found["energy_counters"] else f"energy: {found['energy_reason']}")
     return lines + misfits(found)
 
@@ -66,9 +83,9 @@ def misfits(found: dict[str, Any]) -> list[str]:
     """What does not fit, one sentence each."""
     machine, impls = found["machine"], [impl["name"] for group in found["impls"].values() for impl in group]
     lines = []
-    if not any(name.startswith("cuda") for name in impls):
-        seen = "torch sees a CUDA device, but a model must stay on the CPU" if found["cuda_seen_by_torch"] else "models run on the CPU"
-        lines.append(f"this build has no CUDA kernels: {seen}")
+    if found["cuda_reason"]:
+        stays = "; a model must stay on the CPU" if found["cuda_devices"] else ""
+        lines.append(f"no CUDA: {found['cuda_reason']}{stays}")
     amx = [name for name in impls if name.endswith("amx")]
     if amx and "amx_int8" not in machine["cpu_features"]:
         lines.append(f"{', '.join(amx)}: compiled, but this processor has no AMX")
