@@ -69,14 +69,16 @@ FAULTS = {
     "a_block_reads_what_another_wrote": "data race between blocks at workspace|uninitialised workspace",
     "atomic_and_plain_write": "data race between blocks at counter",
     "last_block_without_fence": "data race between blocks at workspace",
+    "a_block_waits_for_another": "the thread spins on counter",
     "too_much_shared_memory": "167936 bytes of shared memory were asked for; this device has 166912",
     "integer_division_by_zero": "integer division by zero",
 }
 FINE = (
-    "fine_features", "fine_syncwarp", "fine_half_words", "fine_producers_and_consumers", "fine_pipeline", "fine_zero_fill", "fine_last_block",
-    "fine_indices", "fine_partial_masks", "fine_atomics", "fine_vectors",
+    "fine_features", "fine_syncwarp", "fine_half_words", "fine_producers_and_consumers", "fine_pipeline", "fine_zero_fill",
+    "fine_last_block", "fine_indices", "fine_partial_masks", "fine_atomics", "fine_vectors",
 )  # fmt: skip
 EVERY_ORDER = (("fifo", 0), ("lifo", 0), ("random", 1), ("random", 2), ("random", 3))
+assert {order for order, _ in EVERY_ORDER} == set(ORDERS)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +211,11 @@ def accumulator(lane: int, register: int, element: int) -> tuple[int, int]:
 def run_mma(library, name: str, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     registers = a.shape[1] * a.itemsize // 4 * 16 // 32, b.shape[0] * b.itemsize // 4 * 8 // 32
     fragments = (a_16bit, b_16bit) if a.itemsize == 2 else (a_8bit, b_8bit)
-    words = [lanes(fragments[0], registers[0], 4 // a.itemsize, a), lanes(fragments[1], registers[1], 4 // b.itemsize, b), lanes(accumulator, 4, 1, c)]
+    words = [
+        lanes(fragments[0], registers[0], 4 // a.itemsize, a),
+        lanes(fragments[1], registers[1], 4 // b.itemsize, b),
+        lanes(accumulator, 4, 1, c),
+    ]
     out = golden.run(library, name, np.concatenate(words, 1)[None], 4)[0].view(c.dtype)
     d = np.zeros((16, 8), c.dtype)
     for lane in range(32):
@@ -346,7 +352,9 @@ def test_golden_vectors_are_recorded_and_replayed(selftests, tmp_path):
         for warp, change in ((0, 1), (7, 0x40000000)):  # the least bit of an exact result; much of an inexact one
             damaged = vectors.outputs.copy()
             damaged[warp, 3, 0] ^= change
-            assert golden.differences(selftests["checked"].library, golden.Golden(vectors.name, vectors.sm, vectors.kinds, vectors.inputs, damaged))
+            assert golden.differences(
+                selftests["checked"].library, golden.Golden(vectors.name, vectors.sm, vectors.kinds, vectors.inputs, damaged)
+            )
     cut = tmp_path / "cut.golden"
     cut.write_bytes(files[0].read_bytes()[:-4])
     with pytest.raises(ValueError, match="cut off"):
@@ -388,6 +396,3 @@ def test_the_libraries_are_built_by_one_command():
     done = subprocess.run([sys.executable, str(build.HERE / "build.py")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [f"build/emulator/libtaut_emulated_{mode}.so" for mode in build.MODES]
-
-
-assert set(order for order, _ in EVERY_ORDER) == set(ORDERS)

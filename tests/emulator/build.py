@@ -18,7 +18,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -161,7 +161,7 @@ def locked() -> Iterator[None]:
 
 
 def build_library(
-    name: str, mode: str, kernels: list[Path], hosts: list[Path] = (), links: list[str] = (), defines: list[str] = ()
+    name: str, mode: str, kernels: Sequence[Path], hosts: Sequence[Path] = (), links: Sequence[str] = (), defines: Sequence[str] = ()
 ) -> Path:
     """``lib<name>_<mode>.so`` of kernel sources (instrumented, if checked), host sources, and the emulator's runtime."""
     common = [*COMMON, *machine_flags(), *include_flags()]

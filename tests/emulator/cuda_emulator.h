@@ -42,7 +42,7 @@ extern dim3 block_size, grid_size;
 // ---- launches, and what host code says about memory -------------------------------------------------------------------
 
 // Kernels may touch exposed memory only; once anything is exposed, all else is out of bounds. What is writable counts as
-// uninitialised until a kernel or cudaMemsetAsync writes it, unless told otherwise. Addresses must not overlap.
+// uninitialised until a kernel or cudaMemsetAsync writes it, unless told otherwise. Of what overlaps the latest counts.
 void expose(const char* name, const void* p, size_t bytes, bool writable);
 void expose(const char* name, const void* p, size_t bytes, bool writable, bool initialised);
 void hide_all();
@@ -142,20 +142,20 @@ EMULATOR_INLINE int __any_sync(uint32_t mask, int predicate, EMULATOR_SITE) { re
 EMULATOR_INLINE int __all_sync(uint32_t mask, int predicate, EMULATOR_SITE) { return __ballot_sync(mask, predicate, site) == mask; }
 
 // WHY noinline and not instrumented: to the race checks an atomic is one access of a kind of its own.
-#define EMULATOR_ATOMIC(name, expression)                                                \
-  template <class T, class U>                                                            \
+#define EMULATOR_ATOMIC(name, expression)                                                   \
+  template <class T, class U>                                                               \
   __attribute__((noinline, no_sanitize("thread"))) T name(T* p, U operand, EMULATOR_SITE) { \
-    emulator::atomic_access(p, sizeof(T), site);                                               \
-    const T old = *p, value = static_cast<T>(operand);                                   \
-    *p = (expression);                                                                   \
-    return old;                                                                          \
+    emulator::atomic_access(p, sizeof(T), site);                                            \
+    const T old = *p, value = static_cast<T>(operand);                                      \
+    *p = (expression);                                                                      \
+    return old;                                                                             \
   }
 EMULATOR_ATOMIC(atomicAdd, static_cast<T>(old + value))
 EMULATOR_ATOMIC(atomicSub, static_cast<T>(old - value))
 EMULATOR_ATOMIC(atomicExch, value)
 EMULATOR_ATOMIC(atomicMax, old > value ? old : value)
 EMULATOR_ATOMIC(atomicMin, old < value ? old : value)
-EMULATOR_ATOMIC(atomicAnd, static_cast<T>(old & value))
+EMULATOR_ATOMIC(atomicAnd, static_cast<T>(old& value))
 EMULATOR_ATOMIC(atomicOr, static_cast<T>(old | value))
 EMULATOR_ATOMIC(atomicXor, static_cast<T>(old ^ value))
 #undef EMULATOR_ATOMIC

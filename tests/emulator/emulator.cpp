@@ -96,7 +96,7 @@ uint64_t random_state = 1, seed = 0;
 std::mutex launch_mutex;
 
 // WHY: gives the thread-local segment the alignment that memory.cpp's words need.
-alignas(1024) __attribute__((used)) thread_local unsigned char static_smem_anchor[16];
+alignas(16) __attribute__((used)) thread_local unsigned char static_smem_anchor[16];
 
 uintptr_t library_begin, library_end;  // this library in memory: constants of kernels are there
 struct {
@@ -153,9 +153,7 @@ std::string source_line(const void* pc) {
     pclose(pipe);
   }
   line[strcspn(line, "\n (")] = 0;
-  if (!line[0] || line[0] == '?') {
-    snprintf(line, sizeof line, "%s+0x%zx", info.dli_fname, offset);
-  }
+  if (!line[0] || line[0] == '?') { snprintf(line, sizeof line, "%s+0x%zx", info.dli_fname, offset); }
   return line;
 }
 
@@ -274,8 +272,7 @@ static void fiber_main() {
   if (block_barrier.arrived && block_barrier.expected == 0)
     fail("barrier divergence: the thread returned while %d threads wait at __syncthreads at %s", block_barrier.arrived, site_text(block_barrier.site).c_str());
   int next;
-  while ((next = next_thread()) < 0 && units_progress()) {
-  }
+  while ((next = next_thread()) < 0 && units_progress()) {}
   void* abandoned;
   if (next >= 0) resume(next, &abandoned);
   if (alive) fail_stuck();
@@ -318,6 +315,8 @@ bool near_shared(uintptr_t a) {
   return a - reinterpret_cast<uintptr_t>(run.dynamic_smem) < kMaxDynamicSmem + kCanaryBytes || (a >= run.static_begin && a < run.static_end);
 }
 
+uint64_t switch_count() { return statistics.switches; }
+
 unsigned char* dynamic_smem() { return run.dynamic_smem; }
 
 namespace {
@@ -336,7 +335,7 @@ class FaultHandlers {
     stack_t stack{};
     stack.ss_sp = alternate, stack.ss_size = sizeof alternate;
     sigaltstack(&stack, &old_stack_);
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_sigaction = on_fault, action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
     for (int i = 0; i < 3; i++) sigaction(kSignals[i], &action, &old_[i]);
   }

@@ -53,20 +53,33 @@ def run(library: ctypes.CDLL, name: str, inputs: np.ndarray, outputs: int) -> np
     return result
 
 
-# What a tensor core may lose against one rounding of the exact sum, relative to the largest term: 14 bits are kept of float8
-# sums on sm_89 and sm_90, at least 22 of the others. The exact half of the vectors has no such excuse.
-TENSOR_CORE_ERROR = {"mma_m16n8k16_f16": 2.0**-20, "mma_m16n8k16_bf16": 2.0**-20, "mma_m16n8k8_f16": 2.0**-20, "mma_m16n8k32_e4m3": 2.0**-12}
-TERMS = {"mma_m16n8k16_f16": 16, "mma_m16n8k16_bf16": 16, "mma_m16n8k8_f16": 8, "mma_m16n8k32_e4m3": 32}
-LARGEST = {"mma_m16n8k16_f16": 4.0**2, "mma_m16n8k16_bf16": 4.0**2, "mma_m16n8k8_f16": 4.0**2, "mma_m16n8k32_e4m3": 448.0**2}
+# What a tensor core may lose against one rounding of the exact sum: at most this share of the largest term, for each of the
+# terms. 14 bits are kept of float8 sums on sm_89 and sm_90, at least 22 of the others. Results of the exact half of the
+# vectors have no such excuse.
+@dataclass(frozen=True)
+class Sums:
+    terms: int
+    largest: float
+    share: float
+
+
+TENSOR_CORE_SUMS = {
+    "mma_m16n8k16_f16": Sums(16, 4.0**2, 2.0**-20),
+    "mma_m16n8k16_bf16": Sums(16, 4.0**2, 2.0**-20),
+    "wgmma_m64n64k16_f16": Sums(16, 4.0**2, 2.0**-20),
+    "wgmma_m64n64k16_bf16": Sums(16, 4.0**2, 2.0**-20),
+    "mma_m16n8k8_f16": Sums(8, 4.0**2, 2.0**-20),
+    "mma_m16n8k32_e4m3": Sums(32, 448.0**2, 2.0**-12),
+}
 
 
 def differences(library: ctypes.CDLL, golden: Golden) -> list[str]:
     """Where the emulator answers otherwise than the GPU did."""
     found = run(library, golden.name, golden.inputs, golden.outputs.shape[2])
     wrong = found != golden.outputs
-    if golden.name in TENSOR_CORE_ERROR:
+    if sums := TENSOR_CORE_SUMS.get(golden.name):
         half = len(found) // 2
-        bound = TENSOR_CORE_ERROR[golden.name] * TERMS[golden.name] * LARGEST[golden.name]
+        bound = sums.terms * sums.largest * sums.share
         wrong[half:] = ~(np.abs(found[half:].view(np.float32) - golden.outputs[half:].view(np.float32)) <= bound)
     return [
         f"{golden.name} on sm_{golden.sm}, warp {warp}, lane {lane}, word {word}: {int(golden.outputs[warp, lane, word]):08x} on the GPU, "

@@ -107,9 +107,11 @@ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
 
 // ---- loads and stores with a cache hint, which means nothing here -----------------------------------------------------
 
-#define EMULATOR_LOAD(name) \
-  template <class T>        \
-  EMULATOR_INLINE T name(const T* p) { return *p; }
+#define EMULATOR_LOAD(name)            \
+  template <class T>                   \
+  EMULATOR_INLINE T name(const T* p) { \
+    return *p;                         \
+  }
 EMULATOR_LOAD(__ldg)
 EMULATOR_LOAD(__ldca)
 EMULATOR_LOAD(__ldcg)
@@ -117,9 +119,11 @@ EMULATOR_LOAD(__ldcs)
 EMULATOR_LOAD(__ldlu)
 EMULATOR_LOAD(__ldcv)
 #undef EMULATOR_LOAD
-#define EMULATOR_STORE(name) \
-  template <class T>         \
-  EMULATOR_INLINE void name(T* p, T value) { *p = value; }
+#define EMULATOR_STORE(name)                 \
+  template <class T>                         \
+  EMULATOR_INLINE void name(T* p, T value) { \
+    *p = value;                              \
+  }
 EMULATOR_STORE(__stwb)
 EMULATOR_STORE(__stcg)
 EMULATOR_STORE(__stcs)
@@ -213,11 +217,7 @@ inline __half __hfma(__half a, __half b, __half c) {
 inline __nv_bfloat16 __hfma(__nv_bfloat16 a, __nv_bfloat16 b, __nv_bfloat16 c) {
   return std::bit_cast<__nv_bfloat16>(emulator::fma_16<true>(std::bit_cast<uint16_t>(a), std::bit_cast<uint16_t>(b), std::bit_cast<uint16_t>(c)));
 }
-inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
-  return __halves2half2(__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y));
-}
-inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
-  return __halves2bfloat162(__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y));
-}
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) { return __halves2half2(__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)); }
+inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) { return __halves2bfloat162(__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)); }
 inline int __half2int_rn(__half x) { return __float2int_rn(emulator::half_to_float(std::bit_cast<uint16_t>(x))); }
 inline int __bfloat162int_rn(__nv_bfloat16 x) { return __float2int_rn(emulator::bf16_to_float(std::bit_cast<uint16_t>(x))); }

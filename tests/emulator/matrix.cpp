@@ -45,7 +45,8 @@ const bool registered = register_unit({[] {
 void cp_async(void* dst, const void* src, int bytes, int src_bytes, Site site) {
   require_sm(80, "cp.async", site);
   const auto to = reinterpret_cast<uintptr_t>(dst), from = reinterpret_cast<uintptr_t>(src);
-  if (to % bytes || from % bytes) fail("cp.async at %s:%u: a misaligned address, %s to %s", site.file_name(), site.line(), describe(from).c_str(), describe(to).c_str());
+  if (to % bytes || from % bytes)
+    fail("cp.async at %s:%u: a misaligned address, %s to %s", site.file_name(), site.line(), describe(from).c_str(), describe(to).c_str());
   if (!in_shared(to, bytes)) fail("cp.async at %s:%u: the destination, %s, is not in shared memory", site.file_name(), site.line(), describe(to).c_str());
   if (src_bytes < 0 || src_bytes > bytes) fail("cp.async at %s:%u: src_bytes is %d", site.file_name(), site.line(), src_bytes);
   if (src_bytes > 0 && near_shared(from)) fail("cp.async at %s:%u: the source is %s", site.file_name(), site.line(), describe(from).c_str());

@@ -30,9 +30,10 @@
 namespace emulator {
 
 bool checked = false;
-bool in_library(uintptr_t a);   // emulator.cpp
-int stack_owner(uintptr_t a);   // emulator.cpp
-extern const void* access_pc;   // emulator.cpp
+bool in_library(uintptr_t a);  // emulator.cpp
+int stack_owner(uintptr_t a);  // emulator.cpp
+uint64_t switch_count();       // emulator.cpp
+extern const void* access_pc;  // emulator.cpp
 
 namespace {
 
@@ -171,7 +172,7 @@ struct GlobalCell {
   uint32_t launch;  // that the rest, but for `initialised`, belongs to
   uint32_t write_block, write_epoch, write_step;
   uint32_t read_block, read_epoch, read_step;
-  uint16_t writer, reader;  // threads or kNobody
+  uint16_t writer, reader;   // threads or kNobody
   bool initialised, atomic;  // atomic: the last write was one
 };
 
@@ -213,7 +214,16 @@ void join(Clock& into, const Clock& from) {
 
 uint32_t* fenced_of(int thread) { return fenced.data() + static_cast<size_t>(thread) * run.threads; }
 
+// WHY a limit: a block that waits for another one would do so for ever, since blocks run one after the other.
+void count_poll(uintptr_t a) {
+  constexpr uint64_t kMostPolls = 1 << 20;
+  static uint64_t polls, switches;
+  if (switches != switch_count()) polls = 0, switches = switch_count();
+  if (++polls > kMostPolls) fail("the thread spins on %s: blocks run one after the other here, and none may wait for a later one", describe(a).c_str());
+}
+
 void synchronise(uintptr_t a) {
+  count_poll(a);
   BlockKnowledge& at = released[a];
   for (const auto& [block, steps] : at)
     if (block != run.block) join(acquired[block], steps);
@@ -330,9 +340,19 @@ void start_block_checks() {
 
 // ---- what may be touched ----------------------------------------------------------------------------------------------
 
+static void forget(const Buffer& b) {
+  if (b.cells) munmap(b.cells, (b.end - b.begin) * sizeof(GlobalCell));
+}
+
 void expose(const char* name, const void* p, size_t bytes, bool writable, bool initialised) {
   if (bytes == 0) return;
   Buffer b{name, reinterpret_cast<uintptr_t>(p), reinterpret_cast<uintptr_t>(p) + bytes, writable, nullptr};
+  // What was exposed there before has been freed since.
+  std::erase_if(buffers, [&](const Buffer& old) {
+    const bool overlaps = old.begin < b.end && b.begin < old.end;
+    if (overlaps) forget(old);
+    return overlaps;
+  });
   if (writable && checked) {
     void* cells = mmap(nullptr, bytes * sizeof(GlobalCell), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (cells == MAP_FAILED) fail("no memory to watch %zu bytes of %s", bytes, name);
@@ -346,8 +366,7 @@ void expose(const char* name, const void* p, size_t bytes, bool writable, bool i
 void expose(const char* name, const void* p, size_t bytes, bool writable) { expose(name, p, bytes, writable, !writable); }
 
 void hide_all() {
-  for (const Buffer& b : buffers)
-    if (b.cells) munmap(b.cells, (b.end - b.begin) * sizeof(GlobalCell));
+  for (const Buffer& b : buffers) forget(b);
   buffers.clear();
 }
 
@@ -480,14 +499,14 @@ inline void hook(const void* p, size_t bytes, bool write, bool aligned, bool is_
 }  // namespace
 }  // namespace emulator
 
-#define EMULATOR_HOOKS(bytes)                                                                                                                       \
-  void __tsan_read##bytes(void* p) { emulator::hook(p, bytes, false, true, false, __builtin_return_address(0)); }                                   \
-  void __tsan_write##bytes(void* p) { emulator::hook(p, bytes, true, true, false, __builtin_return_address(0)); }                                   \
-  void __tsan_unaligned_read##bytes(void* p) { emulator::hook(p, bytes, false, false, false, __builtin_return_address(0)); }                        \
-  void __tsan_unaligned_write##bytes(void* p) { emulator::hook(p, bytes, true, false, false, __builtin_return_address(0)); }                        \
-  void __tsan_volatile_read##bytes(void* p) { emulator::hook(p, bytes, false, true, true, __builtin_return_address(0)); }                           \
-  void __tsan_volatile_write##bytes(void* p) { emulator::hook(p, bytes, true, true, true, __builtin_return_address(0)); }                           \
-  void __tsan_unaligned_volatile_read##bytes(void* p) { emulator::hook(p, bytes, false, false, true, __builtin_return_address(0)); }                \
+#define EMULATOR_HOOKS(bytes)                                                                                                        \
+  void __tsan_read##bytes(void* p) { emulator::hook(p, bytes, false, true, false, __builtin_return_address(0)); }                    \
+  void __tsan_write##bytes(void* p) { emulator::hook(p, bytes, true, true, false, __builtin_return_address(0)); }                    \
+  void __tsan_unaligned_read##bytes(void* p) { emulator::hook(p, bytes, false, false, false, __builtin_return_address(0)); }         \
+  void __tsan_unaligned_write##bytes(void* p) { emulator::hook(p, bytes, true, false, false, __builtin_return_address(0)); }         \
+  void __tsan_volatile_read##bytes(void* p) { emulator::hook(p, bytes, false, true, true, __builtin_return_address(0)); }            \
+  void __tsan_volatile_write##bytes(void* p) { emulator::hook(p, bytes, true, true, true, __builtin_return_address(0)); }            \
+  void __tsan_unaligned_volatile_read##bytes(void* p) { emulator::hook(p, bytes, false, false, true, __builtin_return_address(0)); } \
   void __tsan_unaligned_volatile_write##bytes(void* p) { emulator::hook(p, bytes, true, false, true, __builtin_return_address(0)); }
 
 extern "C" {

@@ -25,11 +25,11 @@ constexpr size_t kMaxDynamicSmem = 227 * 1024;  // what sm_90 has; smaller devic
 enum class Order { kFifo, kLifo, kRandom };  // which of the threads that can run goes next; blocks are taken in this order too
 
 struct Launch {
-  bool in_kernel = false;  // a fiber is running: accesses are the kernel's
-  int threads = 0;         // in a block
-  int current = 0;         // the thread whose fiber runs. Collectives set it for a while to the thread an access belongs to.
-  uint32_t number = 0;     // of the launch, from 1
-  uint32_t block = 0;      // linear index of the running block
+  bool in_kernel = false;     // a fiber is running: accesses are the kernel's
+  int threads = 0;            // in a block
+  int current = 0;            // the thread whose fiber runs. Collectives set it for a while to the thread an access belongs to.
+  uint32_t number = 0;        // of the launch, from 1
+  uint32_t block = 0;         // linear index of the running block
   uint32_t block_serial = 0;  // counts the blocks of all launches, from 1
   Order order = Order::kFifo;
   unsigned char* dynamic_smem = nullptr;
@@ -76,7 +76,7 @@ inline bool in_dynamic_smem(uintptr_t a, size_t bytes) {
   return a >= begin && a + bytes <= begin + run.dynamic_bytes;
 }
 inline bool in_shared(uintptr_t a, size_t bytes) { return in_dynamic_smem(a, bytes) || (a >= run.static_begin && a + bytes <= run.static_end); }
-bool near_shared(uintptr_t a);       // in shared memory or in the unused rest of its reservation
+bool near_shared(uintptr_t a);      // in shared memory or in the unused rest of its reservation
 std::string describe(uintptr_t a);  // "dynamic shared +64", "packed[+128 bytes] (4096 bytes long)"
 
 // Bounds in both modes; in checked mode also races, initialisation and copies in flight. The access is run.current's.
@@ -95,8 +95,8 @@ using Clock = std::vector<uint32_t>;  // one component for each thread of the bl
 void write_shared_async(const void* p, size_t bytes, int thread, const Clock& clock);
 
 // Vector clocks, for what orders memory besides barriers (mbarrier). Nothing happens in fast mode.
-void release(Clock& into);        // into = max(into, the current thread's clock), which then advances
-void acquire(const Clock& from);  // the current thread's clock = max(it, from)
+void release(Clock& into);                                                              // into = max(into, the current thread's clock), which then advances
+void acquire(const Clock& from);                                                        // the current thread's clock = max(it, from)
 void order_threads(const std::vector<int>& arrivals, const std::vector<int>& waiters);  // a partial barrier
 void order_block();                                                                     // a barrier of all threads
 

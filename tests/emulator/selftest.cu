@@ -36,9 +36,9 @@ std::vector<Case>& cases() {
   return all;
 }
 
-#define TAUT_CASE(name, blocks, threads, smem_bytes)                                                                            \
-  __global__ void name(Arguments a);                                                                                            \
-  const bool name##_added = (cases().push_back({#name, name, dim3 blocks, dim3 threads, smem_bytes}), true);                    \
+#define TAUT_CASE(name, blocks, threads, smem_bytes)                                                         \
+  __global__ void name(Arguments a);                                                                         \
+  const bool name##_added = (cases().push_back({#name, name, dim3 blocks, dim3 threads, smem_bytes}), true); \
   __global__ void name([[maybe_unused]] Arguments a)
 
 TAUT_DEVICE void pass(const Arguments& a, int i) { a.out[i] = 2 * a.in[i]; }
@@ -56,8 +56,7 @@ TAUT_CASE(barrier_after_early_return, (2), (128), 0) {
 
 TAUT_CASE(barriers_of_two_places, (1), (64), 0) {
   if (threadIdx.x < 32) __syncthreads();
-  else
-    __syncthreads();
+  else __syncthreads();
 }
 
 TAUT_CASE(named_barrier_counts_differ, (1), (128), 0) { ptx::bar_sync(1, threadIdx.x < 64 ? 128 : 64); }
@@ -241,8 +240,7 @@ TAUT_CASE(mma_in_a_divergent_branch, (1), (32), 0) {
   float d[4] = {};
   const uint32_t x[4] = {};
   if (threadIdx.x & 1) ptx::mma_m16n8k16<half>(d, x, 0, 0);
-  else
-    ptx::mma_m16n8k16<half>(d, x, 0, 0);
+  else ptx::mma_m16n8k16<half>(d, x, 0, 0);
   a.out[threadIdx.x] = d[0];
 }
 
@@ -308,6 +306,14 @@ TAUT_DEVICE void last_block_finishes(const Arguments& a) {
   if (threadIdx.x == 0) *a.counter = 0;
 }
 TAUT_CASE(last_block_without_fence, (2), (128), 0) { last_block_finishes<false>(a); }
+
+// A block that waits for the other one to have run: on a GPU it may wait for ever too, if that one finds no place.
+TAUT_CASE(a_block_waits_for_another, (2), (32), 0) {
+  if (threadIdx.x == 0) {
+    atomicAdd(a.counter, 1u);
+    while (*const_cast<volatile unsigned*>(a.counter) < 2) {}
+  }
+}
 
 TAUT_CASE(too_much_shared_memory, (1), (32), 164 * 1024) {}
 TAUT_CASE(integer_division_by_zero, (1), (32), 0) { a.out[0] = static_cast<float>(7 / a.zero); }
@@ -464,9 +470,7 @@ TAUT_TEST_EXPORT const char* taut_selftest_run(int index) {
     launch(test.name, test.kernel, test.grid, test.block, test.smem_bytes, nullptr, Arguments{out, in, workspace, counter, 0});
     for (int i = 0; i < kElements && message.empty(); i++)
       if (out[i] != 2 * in[i]) message = "wrong result: out[" + std::to_string(i) + "] is " + std::to_string(out[i]);
-  } catch (const std::exception& failure) {
-    message = failure.what();
-  }
+  } catch (const std::exception& failure) { message = failure.what(); }
   emulator::hide_all();
   return message.c_str();
 }
