@@ -35,11 +35,10 @@ import taut
 from bench import gpu_table, model
 from bench.contenders import Skip
 from bench.gpu_device import CudaDevice, DryDevice
-from bench.gpu_problem import ACTIVATIONS, TOLERANCES, Layer, Weight, max_error, norm_error, own_layer, own_packed, rows_of_x
+from bench.gpu_problem import TOLERANCES, Layer, Weight, max_error, norm_error, own_layer, own_packed, rows_of_x
 from bench.peers import cuda_peers
 from bench.timing import MIN_SAMPLES, spread
 from taut import _native
-from taut.formats import activation_code
 
 ROOT = Path(__file__).resolve().parents[1]
 OP = "quant_linear"
@@ -157,17 +156,12 @@ class Bench:
         packed = own_packed(weight, cold_bytes)
         chosen = {rows: self._chosen(weight, rows) for rows in m}
         for impl in self._impls(weight, m):
-            layers.append(own_layer(weight, packed, impl, chosen=False))
+            layers.append(own_layer(weight, packed, impl))
         return layers, chosen
 
     def _verdicts(self, weight: Weight, m: int) -> list[tuple[str, bool]]:
         """The op's table for a call: each impl, and whether it would run."""
-        spec = weight.spec
-        sizes = {
-            "M": m, "N": weight.n, "K": weight.k, "format": spec.code, "group_size": spec.group_size, "zeros": int(spec.zeros),
-            "activations": activation_code(ACTIVATIONS[weight.format.activations]),
-        }  # fmt: skip
-        return [(impl, runs) for impl, runs, _ in _native._C.explain(OP, sizes, self.device.impls)]
+        return [(impl, runs) for impl, runs, _ in _native._C.explain(OP, weight.sizes(m), self.device.impls)]
 
     def _chosen(self, weight: Weight, m: int) -> str:
         return next((impl for impl, runs in self._verdicts(weight, m) if runs), "")

@@ -19,6 +19,7 @@ WEIGHTS = {"int4": "int4", "int8": "int8", "fp8": "fp8_e4m3"}
 ACTIVATIONS = {"bf16": "float", "f16": "float", "a8row": "int8_row", "f8row": "fp8_row"}
 # Of the largest result. x rounded to 8 bits is held against the exact x; FP8 has 3 bits behind the point.
 TOLERANCES = {"bf16": 1e-2, "f16": 1e-2, "a8row": 3e-2, "f8row": 6e-2}
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtypes.h
 _RMS = {"int4": 4.6, "int8": 74.0, "fp8": 100.0}  # of the codes drawn below
 _CHUNK = 2048  # rows in float64 at a time
 _CHECKED_ROWS, _CHECKED_COLUMNS = 4, 64
@@ -76,6 +77,14 @@ class Weight:
         """The int4 codes one by one, ``uint8 [n, k]``."""
         return torch.stack([self.codes & 15, self.codes >> 4], dim=-1).flatten(1)
 
+    def sizes(self, m: int) -> dict[str, int]:
+        """What ``explain`` takes. Raises ``ValueError`` where the weights do not take the activations."""
+        spec = self.spec
+        return {
+            "M": m, "N": self.n, "K": self.k, "format": spec.code, "group_size": spec.group_size, "zeros": int(spec.zeros),
+            "activations": activation_code(ACTIVATIONS[self.format.activations], spec), "dtype": _DTYPE_CODES[self.dtype],
+        }  # fmt: skip
+
     @staticmethod
     def needed_bytes(n: int, k: int, cold_bytes: int) -> int:
         """Device memory for a weight and its contenders, about: fp32, the 16-bit copies, what makes them, and packed copies."""
@@ -97,7 +106,6 @@ class Layer:
     copies: int
     weight_bytes: int
     dense: Tensor | None = None
-    chosen: bool = False  # the impl that the op's table picks
     refuses: Callable[[int], str | None] = lambda m: None
 
 
@@ -107,18 +115,16 @@ def own_packed(weight: Weight, cold_bytes: int) -> list[Tensor]:
     return [packed, *(packed.clone() for _ in range(copies_for(packed.nbytes, cold_bytes) - 1))]
 
 
-def own_layer(weight: Weight, packed: list[Tensor], impl: str, chosen: bool) -> Layer:
+def own_layer(weight: Weight, packed: list[Tensor], impl: str) -> Layer:
     """taut's op on a packed weight. Whoever times an impl that the table would not choose forces it around the calls."""
     spec, activations = weight.spec, weight.format.activations
     try:
-        arguments = (None, weight.n, spec.code, spec.group_size, spec.zeros, activation_code(ACTIVATIONS[activations]))
+        arguments = (None, weight.n, spec.code, spec.group_size, spec.zeros, activation_code(ACTIVATIONS[activations], spec))
     except ValueError as error:
         raise Skip(str(error)) from None
     op = _native.ops_for(packed[0].device.type).quant_linear
     unit = {"a8row": "int8", "f8row": "fp8"}.get(activations, "16")
-    return Layer(
-        impl, False, weight.name, unit, lambda x, copy: op(x, packed[copy], *arguments), len(packed), packed[0].nbytes, chosen=chosen
-    )
+    return Layer(impl, False, weight.name, unit, lambda x, copy: op(x, packed[copy], *arguments), len(packed), packed[0].nbytes)
 
 
 def rows_of_x(weight: Weight, m: int) -> Tensor:

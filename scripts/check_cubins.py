@@ -41,12 +41,14 @@ EXPECTED = (
     Rule("cuda_sm75_mma", "mma_kernel", (r"HMMA\.1688\.F32", "LDSM", LOAD)),
     Rule("cuda_sm80_mma", "mma_kernel", (r"HMMA\.16816\.F32{type}", "LDSM", COPY)),
     Rule(r"cuda_sm(75|80)_mma", "combine", (LOAD, STORE)),
+    Rule(r"cuda_sm(75|80)_mma", "align_rows", ()),  # x that is not aligned to 16 bytes: 2 at a time
     Rule("cuda_sm80_int8", "int8_kernel", (r"IMMA\.16832\.S8\.S8", "LDSM", COPY)),
     # WHY: 9.0 and 10.x have no e4m3 for mma.sync; ptxas makes fp16 of it, exactly, and multiplies at fp16's rate.
     Rule("cuda_sm89_fp8", "fp8_kernel", (r"F2FP\.F16\.E4M3\.UNPACK_B", r"HMMA\.16816\.F32", "LDSM", COPY), range(90, 120)),
     Rule("cuda_sm89_fp8", "fp8_kernel", (r"QMMA\.16832\.F32\.E4M3\.E4M3", "LDSM", COPY)),
     Rule(r"cuda_sm(80_int8|89_fp8)", "mma8_reduce", (LOAD, STORE)),
     Rule("cuda_sm90a_wgmma", "quant_linear_wgmma", (r"HGMMA\.64x\d+x16\.F32{type}", "UTMALDG", "UBLKCP", "STSM")),
+    Rule("cuda_sm90a_wgmma", "quant_linear_wgmma_combine", (LOAD, STORE)),
 )
 # Never: registers that did not fit and arrays that are indexed at run time; sums in no fixed order.
 FORBIDDEN = {"local memory access": re.compile(r"(?:LDL|STL)\b"), "atomic on floats": re.compile(r"(?:RED|ATOM\w*)\.\S*F(?:16|32|64)")}

@@ -13,11 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from bench.contenders import Skip
-from bench.gpu_problem import ACTIVATIONS, TOLERANCES, Weight, max_error, own_layer, own_packed, rows_of_x
+from bench.gpu_problem import TOLERANCES, Weight, max_error, own_layer, own_packed, rows_of_x
 
 import taut
 from taut import _native
-from taut.formats import activation_code
 
 OP = "quant_linear"
 # n, k, format, rows of x: ragged in every direction, with one pipeline of copies that wraps around, and one call of many blocks
@@ -37,21 +36,18 @@ def calls(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, float
     for n, k, name, rows in CASES:
         try:
             weight = Weight(n, k, name.format("bf16" if dtype == torch.bfloat16 else "f16"), device, dtype)
-            spec = weight.spec
-            activations = activation_code(ACTIVATIONS[weight.format.activations])
+            weight.sizes(1)
         except (Skip, ValueError) as reason:
             print(f"{name}: {reason}")
             continue
         packed = own_packed(weight, 0)
         for m in rows:
-            sizes = {"M": m, "N": n, "K": k, "format": spec.code, "group_size": spec.group_size, "zeros": int(spec.zeros)}
-            sizes["activations"] = activations
-            x = rows_of_x(weight, m)
+            sizes, x = weight.sizes(m), rows_of_x(weight, m)
             for impl, _, _ in _native._C.explain(OP, sizes, device.type):
                 with taut.force_impl(OP, impl):
                     if not any(row[:2] == (impl, True) for row in _native._C.explain(OP, sizes, device.type)):
                         continue
-                    error = max_error(own_layer(weight, packed, impl, False).call(x, 0), x, weight.dense)
+                    error = max_error(own_layer(weight, packed, impl).call(x, 0), x, weight.dense)
                 yield f"{impl} N{n}_K{k}_M{m} {weight.name}", error, TOLERANCES[weight.format.activations]
 
 

@@ -26,8 +26,9 @@ from bench.gpu_problem import Layer, Weight, max_error, norm_error, own_layer, o
 from bench.peers import cuda_peers
 
 from emulator import build, emulated
-from on_gpu import bytes_of, moved
+from on_gpu import bytes_of, moved, on_gpu
 from taut.ops.pack_weight import dequantize_weight
+from taut.ops.quant_linear import quant_linear
 
 SPEC = importlib.util.spec_from_file_location("scripts_gpu", ROOT / "scripts" / "gpu.py")
 script = importlib.util.module_from_spec(SPEC)
@@ -71,7 +72,7 @@ def test_taut_is_within_the_tolerance_that_it_is_held_to(name: str, m: int) -> N
     weight = weight_of(name)
     x = rows_of_x(weight, m)
     try:
-        layer = own_layer(weight, own_packed(weight, 0), "any", True)
+        layer = own_layer(weight, own_packed(weight, 0), "any")
     except Skip as reason:
         pytest.skip(str(reason))
     error = max_error(layer.call(x, 0), x, weight.dense)
@@ -201,8 +202,8 @@ def test_budget_keeps_room_for_the_longest_so_far() -> None:
 
 
 def test_a_wrong_result_is_never_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def broken(weight, packed, impl, chosen) -> Layer:
-        layer = own_layer(weight, packed, impl, chosen)
+    def broken(weight, packed, impl) -> Layer:
+        layer = own_layer(weight, packed, impl)
         return Layer(impl, False, layer.format, layer.unit, lambda x, copy: layer.call(x, copy) + 1.0, layer.copies, layer.weight_bytes)
 
     monkeypatch.setattr(gpu, "own_layer", broken)
@@ -217,8 +218,8 @@ def test_a_wrong_result_is_never_timed(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_result_that_changes_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = iter(range(1, 10**6))
 
-    def shaky(weight, packed, impl, chosen) -> Layer:
-        layer = own_layer(weight, packed, impl, chosen)
+    def shaky(weight, packed, impl) -> Layer:
+        layer = own_layer(weight, packed, impl)
 
         def call(x, copy):
             out = layer.call(x, copy)
@@ -234,11 +235,11 @@ def test_a_result_that_changes_is_wrong(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_what_fails_is_left_out_and_the_rest_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(weight, packed, impl, chosen) -> Layer:
+    def failing(weight, packed, impl) -> Layer:
         def call(x, copy):
             raise RuntimeError("no such kernel\nsecond line")
 
-        layer = own_layer(weight, packed, impl, chosen)
+        layer = own_layer(weight, packed, impl)
         return Layer(impl, False, layer.format, layer.unit, call, layer.copies, layer.weight_bytes)
 
     monkeypatch.setattr(gpu, "own_layer", failing)
@@ -368,6 +369,36 @@ def test_a_moved_view_keeps_its_strides_and_neighbours() -> None:
         assert (there.shape, there.stride(), there.storage_offset()) == (view.shape, view.stride(), view.storage_offset())
         assert there.untyped_storage().data_ptr() != view.untyped_storage().data_ptr()
         assert torch.equal(bytes_of(there)[: len(bytes_of(view))], bytes_of(view))
+
+
+def test_ops_reach_a_device_and_come_back() -> None:
+    """The way CPU tensors of the impl tests take to the GPU, with the CPU in its place."""
+    weight = weight_of("int8_row_bf16")
+    packed, x = own_packed(weight, 0)[0], rows_of_x(weight, 6)
+    wide = torch.full((6, 300), float("nan"), dtype=x.dtype)
+    wide[:, 20 : 20 + weight.k] = x
+    expected = quant_linear(x, packed, None, weight.n, weight.spec, "float")
+    with on_gpu("cpu"):
+        assert torch.equal(quant_linear(wide[:, 20 : 20 + weight.k], packed, None, weight.n, weight.spec, "float"), expected)
+        again = own_packed(weight, 0)[0]
+        assert torch.equal(dequantize_weight(again, weight.n, weight.k, weight.spec), weight.dense)
+    assert torch.equal(again, packed)
+
+
+def test_an_op_that_writes_to_its_input_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = weight_of("int8_row_bf16")
+    packed, x = own_packed(weight, 0)[0], rows_of_x(weight, 2)
+    right = torch.ops.taut.quant_linear
+
+    def careless(x, *others):
+        out = right(x, *others)
+        x[0, 0] = 7
+        return out
+
+    with on_gpu("cpu"):
+        monkeypatch.setattr(torch.ops.taut, "quant_linear", careless)
+        with pytest.raises(AssertionError, match="quant_linear wrote to an input"):
+            quant_linear(x, packed, None, weight.n, weight.spec, "float")
 
 
 # ---- scripts/gpu

@@ -628,8 +628,8 @@ void run_tile(const CudaParams& p) {
     launch_mma(args.zeros ? mma_kernel<kSm, T, kFormat, kGroup32, true, Tile> : mma_kernel<kSm, T, kFormat, kGroup32, false, Tile>);
   else launch_mma(mma_kernel<kSm, T, kFormat, kGroup32, false, Tile>);
   if (plan.cut)
-    launch_dependent(*p.device, "quant_linear combine", combine<T, Tile>, dim3(static_cast<unsigned>(plan.tiles), Tile::kPositions), dim3(32), 0, p.stream, args,
-                     static_cast<int>(plan.blocks));
+    launch_dependent(*p.device, "quant_linear combine", combine<T, Tile>, dim3(static_cast<unsigned>(plan.tiles), Tile::kPositions), dim3(32), 0, p.stream,
+                     args, static_cast<int>(plan.blocks));
 }
 
 // Tiles by M. The first two split K between warps: few outputs, so a block's sums are cheap to add up, and x is read by few.

@@ -64,7 +64,7 @@ TAUT_DEVICE void dequantize(float (&w)[2][4], const uint4 (&fragments)[2], int s
 }
 
 template <Format kFormat, int kTokens>
-__global__ void __launch_bounds__(kWarps * 32) simt(Args p) {
+__global__ void __launch_bounds__(kWarps * 32, kTokens == 16 ? 2 : 3) simt(Args p) {
   __shared__ __align__(16) float s_x[kWarps][kTokens][kTileK];
   float* const s_sums = &s_x[0][0][0];                             // [kWarps][kTokens][16], once s_x has been read
   constexpr int kStripWords = kFormat == Format::kInt4 ? 32 : 64;  // 16-byte words of a strip's k-tile
