@@ -14,6 +14,10 @@ KINDS = ("run", "ceiling", "linear", "begin", "ready", "end", "skipped", "wrong"
 _FEW_ROWS, _MANY_ROWS = 16, 1024  # up to: bound by memory; from: by arithmetic
 _SHOWN = 6  # of a list of cases
 WIDTH = 132
+_CEILINGS = (
+    ("copy_gb_s", "copy", "GB/s"), ("read_gb_s", "read", "GB/s"), ("dense_tflop_s", "16 bits", "TFLOP/s"), ("int8_top_s", "int8", "TOP/s"),
+    ("fp8_tflop_s", "fp8", "TFLOP/s"),
+)  # fmt: skip
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -62,9 +66,7 @@ def _head(lines: Sequence[Line]) -> str:
     for line in lines:
         if line["kind"] == "ceiling":
             ceilings[line["id"]] = max(line["value"], ceilings.get(line["id"], 0.0))
-    words = ", ".join(
-        f"{name.replace('_', ' ', name.count('_') - 2 if name.count('_') > 2 else 1)} {value:.0f}" for name, value in ceilings.items()
-    )
+    words = ", ".join(f"{words} {ceilings[name]:.0f} {unit}" for name, words, unit in _CEILINGS if name in ceilings)
     return f"{run['device']}, torch {run['torch']}, taut {run['commit']}, {run['id']}. Measured ceilings: {words or 'none'}"
 
 
