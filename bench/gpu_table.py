@@ -12,7 +12,7 @@ from typing import Any
 Line = dict[str, Any]
 KINDS = ("run", "ceiling", "linear", "begin", "ready", "end", "skipped", "wrong", "failed", "facts")
 _FEW_ROWS, _MANY_ROWS = 16, 1024  # up to: bound by memory; from: by arithmetic
-_SHOWN = 6  # of a list of cases
+_SHOWN = 4  # of a list of cases
 WIDTH = 132
 _CEILINGS = (
     ("copy_gb_s", "copy", "GB/s"), ("read_gb_s", "read", "GB/s"), ("dense_tflop_s", "16 bits", "TFLOP/s"), ("int8_top_s", "int8", "TOP/s"),
@@ -38,7 +38,7 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def render(lines: Sequence[Line]) -> str:
-    """At most sixty lines, the most wanted last: what was measured, against cuBLAS, against the bounds, against the prediction."""
+    """Fewer than sixty lines, the most wanted last: what was measured, against cuBLAS, against the bounds, against the prediction."""
     # a race that a resumed run did again counts once, as it was last
     measured = list({line["id"] + line["beside"]: line for line in lines if line["kind"] == "linear"}.values())
     own = [line for line in measured if not line["peer"] and line["chosen"]]
@@ -166,9 +166,8 @@ def _model(measured: Sequence[Line]) -> str:
 def _problems(lines: Sequence[Line]) -> str:
     found = [line for line in lines if line["kind"] in ("wrong", "failed")]
     words = [f"{line['kind'].upper()} {line['id']}: {line['reason']}"[:WIDTH] for line in found]
-    more = [f"and {len(words) - _SHOWN} more"] if len(words) > _SHOWN else []
     skipped = [line for line in lines if line["kind"] == "skipped"]
-    out = [f"-- wrong or failed: {len(found)}", *words[:_SHOWN], *more] if found else []
+    out = [f"-- wrong or failed: {len(found)}", *words[:_SHOWN]] if found else []
     if skipped:
         reasons = list(dict.fromkeys(f"{line['id']}: {line['reason']}" for line in skipped))
         out.append(f"-- not measured: {'; '.join(reasons[:4])}"[:WIDTH] + (f" ... {len(reasons)} in all" if len(reasons) > 4 else ""))
