@@ -4,8 +4,8 @@ For each device, layer, number of rows M and format: the fewest bytes and operat
 that the kernel's own structure adds up to: tiles that pad M and fill waves of multiprocessors, x and w read again through the L2
 cache, instructions that turn codes into numbers, launches, partial sums. Beside it a dense bf16 product, modelled the same way.
 
-A prediction is there to be compared with a measurement (``python -m bench.gpu --compare``): where they differ, either the kernel or
-the model is wrong, and both are worth knowing. Three kinds of numbers go in, and only the first is sure:
+A prediction is there to be compared with a measurement (bench/gpu.py shows one over the other): where they differ, either the kernel
+or the model is wrong, and both are worth knowing. Three kinds of numbers go in, and only the first is sure:
 
 * datasheet: memory bandwidth, dense tensor rates, multiprocessors, clock, L2 size
 * counted: bytes of a layout, operations, instructions a weight (from the kernels' inner loops)
