@@ -3,7 +3,7 @@
 // LAYOUT    w: MmaTiles (common/formats.h), whose words are the registers of mma.m16n8k32; x: QuantizedRows (op.h), in the same order
 // WORK      cuda_mma8.cuh: a 4-stage cp.async pipeline, warps of 16-64 n x 8-64 m, K split among warps and blocks for few tokens
 // BOUND     M <= 32: DRAM, N*K bytes of w. M large: the fp8 tensor cores; a scale every 64 k costs 4 fp32 instructions for two mma of 4096
-//           multiply-adds
+//           multiply-adds. SM 90 has fp8 in wgmma only: there the compiler makes each mma two of fp16, at their rate
 // LIMITS    SM 89 and newer, fp8_e4m3 weights, fp8_row activations; any N, K and group, M up to 2^23
 #include "quant_linear/cuda_mma8.cuh"
 
