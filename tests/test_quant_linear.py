@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import assume, given, note, settings
+from hypothesis import HealthCheck, assume, given, note, settings
 from hypothesis import strategies as st
 
 import taut
@@ -382,9 +382,12 @@ def fuzz_cases(activations: str):
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)
 def test_fuzz(impl, activations, forced):
-    runs = forced(impl, **LinearCase(1, 8, 32, PAIRS[activations][0], activations, torch.float16).sizes())
+    runs = forced(impl, **LinearCase(1, 8, 32, PAIRS[activations][-1], activations, torch.float16).sizes())  # the pair that most impls take
 
-    @settings(max_examples=15 if "emulated" in impl else 60, deadline=None, print_blob=True)
+    # WHY no health check: what an impl refuses (float32, a K that is no multiple of 8) is most of some impls' cases.
+    @settings(
+        max_examples=15 if "emulated" in impl else 60, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.filter_too_much]
+    )  # fmt: skip
     @given(case=fuzz_cases(activations))
     def fuzz(case: LinearCase) -> None:
         note(f"seed {case.seed}")
