@@ -128,7 +128,7 @@ Tensor quant_linear(const Tensor& x, const Tensor& packed, const std::optional<T
   check(packed.numel() == layout.total_bytes(), kOp, ": packed holds ", packed.numel(), " bytes, but [", N, ", ", K, "] in this format takes ",
         layout.total_bytes(), " on CUDA; is x's last dimension (", K, ") the weight's in_features?");
   check(reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0, kOp, ": packed must begin at a multiple of 16 bytes");
-  check(activations >= 0 && activations <= 3, kOp, ": activations must be 0 (float), 1 (int8), 2 (int8_row) or 3 (fp8_row), got ", activations);
+  if (const char* why = refused_activations(weight.format, activations)) check(false, kOp, ": ", why, ", got ", activations);
   Tensor bias_row;
   if (bias) {
     check_same_device(kOp, "bias", *bias, "x", x);
@@ -189,7 +189,9 @@ std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
   params.dtype = static_cast<DType>(get("dtype", static_cast<int64_t>(DType::kFloat16)));
   params.weight = weight_spec(kOp, get("N", 1), get("K", 1), get("format", 4), get("group_size", 32), get("zeros", 0));
   params.x_row_stride = params.weight.K;
-  params.activations = static_cast<Activations>(get("activations", 0));
+  const int64_t activations = get("activations", 0);
+  if (const char* why = refused_activations(params.weight.format, activations)) check(false, kOp, ": ", why, ", got ", activations);
+  params.activations = static_cast<Activations>(activations);
   params.device = &device(static_cast<int>(get("device_index", 0)));
   params.batch_invariant = batch_invariant();
   return explain_table(kOp, kImpls, params);
