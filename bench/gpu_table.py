@@ -12,8 +12,12 @@ from typing import Any
 Line = dict[str, Any]
 KINDS = ("run", "ceiling", "linear", "begin", "ready", "end", "skipped", "wrong", "failed", "facts")
 _FEW_ROWS, _MANY_ROWS = 16, 1024  # up to: bound by memory; from: by arithmetic
-_SHOWN = 6  # of a list of cases
+_SHOWN = 4  # of a list of cases
 WIDTH = 132
+_CEILINGS = (
+    ("copy_gb_s", "copy", "GB/s"), ("read_gb_s", "read", "GB/s"), ("dense_tflop_s", "16 bits", "TFLOP/s"), ("int8_top_s", "int8", "TOP/s"),
+    ("fp8_tflop_s", "fp8", "TFLOP/s"),
+)  # fmt: skip
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -34,7 +38,7 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def render(lines: Sequence[Line]) -> str:
-    """At most sixty lines, the most wanted last: what was measured, against cuBLAS, against the bounds, against the prediction."""
+    """Fewer than sixty lines, the most wanted last: what was measured, against cuBLAS, against the bounds, against the prediction."""
     # a race that a resumed run did again counts once, as it was last
     measured = list({line["id"] + line["beside"]: line for line in lines if line["kind"] == "linear"}.values())
     own = [line for line in measured if not line["peer"] and line["chosen"]]
@@ -62,9 +66,7 @@ def _head(lines: Sequence[Line]) -> str:
     for line in lines:
         if line["kind"] == "ceiling":
             ceilings[line["id"]] = max(line["value"], ceilings.get(line["id"], 0.0))
-    words = ", ".join(
-        f"{name.replace('_', ' ', name.count('_') - 2 if name.count('_') > 2 else 1)} {value:.0f}" for name, value in ceilings.items()
-    )
+    words = ", ".join(f"{words} {ceilings[name]:.0f} {unit}" for name, words, unit in _CEILINGS if name in ceilings)
     return f"{run['device']}, torch {run['torch']}, taut {run['commit']}, {run['id']}. Measured ceilings: {words or 'none'}"
 
 
@@ -164,9 +166,8 @@ def _model(measured: Sequence[Line]) -> str:
 def _problems(lines: Sequence[Line]) -> str:
     found = [line for line in lines if line["kind"] in ("wrong", "failed")]
     words = [f"{line['kind'].upper()} {line['id']}: {line['reason']}"[:WIDTH] for line in found]
-    more = [f"and {len(words) - _SHOWN} more"] if len(words) > _SHOWN else []
     skipped = [line for line in lines if line["kind"] == "skipped"]
-    out = [f"-- wrong or failed: {len(found)}", *words[:_SHOWN], *more] if found else []
+    out = [f"-- wrong or failed: {len(found)}", *words[:_SHOWN]] if found else []
     if skipped:
         reasons = list(dict.fromkeys(f"{line['id']}: {line['reason']}" for line in skipped))
         out.append(f"-- not measured: {'; '.join(reasons[:4])}"[:WIDTH] + (f" ... {len(reasons)} in all" if len(reasons) > 4 else ""))

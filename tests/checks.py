@@ -23,7 +23,7 @@ ROUND_WEIGHTS = ("cuda_sm90a.wgmma", "cuda_sm75.dense")
 
 def assert_matches(
     out: Tensor, reference: Tensor, plain: Tensor, magnitude: Tensor, walk: Tensor, *, dtype: torch.dtype, depth: int = 1,
-    rounds_weight: bool = False, independent: bool = True, context: str = "",
+    weight_error: Tensor | None = None, independent: bool = True, context: str = "",
 ) -> None:  # fmt: skip
     """``out [M, N]`` against ``reference`` (float64), judged by ``plain``, the same computation by torch in float32.
 
@@ -40,9 +40,7 @@ def assert_matches(
     Then one rounding to ``dtype``: relative ROUNDING[dtype][0] of the result, or half a subnormal step. Products and sums
     below the normal range of fp32 lose half a step each: depth * 2^-150.
 
-    ``rounds_weight``: the kernel multiplies by weights rounded to ``dtype``, as a dense layer of dequantized weights does. Each
-    term then has an error of its own of at most ROUNDING[dtype][0], all told at most that of magnitude, and, being independent,
-    a standard deviation of at most that of sqrt(sum t_k^2) / sqrt(3): five of those are allowed.
+    ``weight_error [M, N]``: what a kernel is allowed besides that multiplies by rounded weights, see ``weight_rounding``.
 
     Rows and columns. An error that is within the bound everywhere but leans one way or sits in one row is still a fault.
     Rounding errors spread evenly in their bound have a mean square of 1/3 of the bound's; its standard deviation over n
@@ -67,8 +65,8 @@ def assert_matches(
     c = max(2.0, float((plain_error / (FP32_ROUNDING * magnitude).clamp(min=1e-300)).max()))
     relative, tiny = ROUNDING[dtype]
     sum_bound = FP32_ROUNDING * torch.maximum(2 * c * magnitude, 5 / math.sqrt(3) * walk) + depth * FP32_TINY
-    if rounds_weight:
-        sum_bound += relative * torch.minimum(magnitude, 5 / math.sqrt(3) * walk / math.sqrt(depth))
+    if weight_error is not None:
+        sum_bound += weight_error
     bound = sum_bound + torch.clamp(relative * (reference.abs() + sum_bound), min=tiny)
     bound = torch.where(finite, bound, 1.0)
     share = error / bound
@@ -112,8 +110,20 @@ def assert_linear(out: Tensor, x: Tensor, inputs: LinearInputs, case: LinearCase
     walk = (case.K * (values**2 @ (terms**2).T)).sqrt()
     assert_matches(
         out, reference, plain, magnitude.nan_to_num(), walk.nan_to_num(), dtype=case.dtype, depth=case.K + 2,
-        rounds_weight=impl.startswith(ROUND_WEIGHTS), independent=independent, context=f"{impl} on {case}, seed {case.seed}",
+        weight_error=weight_rounding(values.nan_to_num(), w, case.dtype) if impl.startswith(ROUND_WEIGHTS) else None,
+        independent=independent, context=f"{impl} on {case}, seed {case.seed}",
     )  # fmt: skip
+
+
+def weight_rounding(values: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far ``values @ w.T`` may move when each weight is rounded to ``dtype``, as a dense layer of dequantized weights has it.
+
+    A weight moves by at most d_k: ROUNDING[dtype][0] of it, or half a subnormal step; the sum by at most sum |x_k| d_k. As the
+    errors are independent, its standard deviation is at most sqrt(sum (x_k d_k)^2) / sqrt(3): five of those are allowed.
+    """
+    relative, tiny = ROUNDING[dtype]
+    moves = torch.where(w == 0, 0.0, torch.clamp(relative * w.abs(), min=tiny))
+    return torch.minimum(values.abs() @ moves.T, 5 / math.sqrt(3) * (values**2 @ (moves**2).T).sqrt())
 
 
 def term_sizes(inputs: LinearInputs, w: Tensor, case: LinearCase) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import taut
 from cases import LinearCase
 from checks import assert_linear
-from emulator import build
+from emulator import build, golden
 from emulator.emulated import emulated
 from taut.formats import WeightFormat
 from taut.ops.quant_linear import quant_linear
@@ -147,13 +147,28 @@ def test_stmatrix_and_e4m3(library):
                 assert stored[matrix, 2 * (lane % 4) + half, lane // 4] == registers[lane, matrix, half]
 
 
-@pytest.mark.parametrize("sm", (80, 89))
-def test_older_devices_have_none_of_it(library, sm):
+@pytest.mark.parametrize(("sm", "message"), ((80, "needs sm_90; this device is sm_80"), (89, "needs sm_90"), (120, "only sm_90 has it")))
+def test_other_devices_have_no_wgmma(library, sm, message):
     library.taut_emulator_set_device(sm, 4)
     try:
-        assert f"needs sm_90; this device is sm_{sm}" in gemm(library, "fifo", n=8)[0]
+        assert message in gemm(library, "fifo", n=8)[0]
     finally:
         library.taut_emulator_set_device(90, 4)
+
+
+def test_golden_vectors_of_hopper(tmp_path):
+    """Recorded with the emulator in the GPU's place and replayed: what scripts/gpu records on a real one is replayed likewise."""
+    library = ctypes.CDLL(str(build.build_selftest("checked")))
+    library.taut_golden_record.restype = ctypes.c_char_p
+    assert library.taut_emulator_set_device(90, 4) == 0
+    assert library.taut_golden_record(str(tmp_path).encode(), 90) == b""
+    names = ("stmatrix_x4_trans", "cvt_f16x2_e4m3x2", "wgmma_m64n64k16_f16", "wgmma_m64n64k16_bf16")
+    for name in names:
+        vectors = golden.read(tmp_path / f"sm90-{name}.golden")
+        assert golden.differences(library, vectors) == []
+        damaged = vectors.outputs.copy()
+        damaged[0, 3, 0] ^= 1
+        assert golden.differences(library, golden.Golden(name, 90, vectors.kinds, vectors.inputs, damaged))
 
 
 # Sizes at which cuda_sm90a.wgmma takes each of its tile heights and splits of K, with more steps than its pipeline has stages.

@@ -343,6 +343,24 @@ def test_the_table_says_where_another_impl_was_faster_and_how_far_the_model_was_
     assert "gemlite" in text and "3.00" in text
 
 
+def test_the_table_of_a_full_run_with_every_trouble_fits_a_screen() -> None:
+    lines: list[dict] = [{"kind": "run", "id": "now", "device": "X", "torch": "2", "commit": "c"}]
+    for name in model.FORMATS:
+        for n, k in model.SHAPES:
+            for m in model.ROWS:
+                place = {"case": f"N{n}_K{k}_M{m}", "n": n, "k": k, "format": name, "beside": name}
+                lines.append(line(m, 10.0, **place))
+                lines += [
+                    line(m, 5.0, **place, impl=kernel.name, chosen=False) for kernel in model.KERNELS if kernel.name != "cuda_sm80.mma"
+                ]
+                lines += [line(m, 5.0, **place, impl=peer.name, peer=True, chosen=False) for peer in cuda_peers()]
+    for index in range(50):
+        lines += [{"kind": kind, "id": f"{index}", "reason": "why " * 100} for kind in ("wrong", "failed", "skipped")]
+    table = gpu_table.render(lines).splitlines()
+    assert len(table) < 60
+    assert max(map(len, table)) < 160
+
+
 def test_an_empty_file_has_a_table(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("")
     assert gpu_table.render(gpu_table.read_lines(tmp_path / "a.jsonl")) == "nothing was measured"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import taut
 from cases import DTYPES, FORMATS, pack, random_weight
 from checks import assert_same_bits
+from emulator import build
+from emulator.emulated import emulated
+from on_gpu import on_gpu
 from taut import _native
 from taut.formats import WeightFormat
 from taut.ops import quantize_weight as weight_op
@@ -177,6 +181,32 @@ def test_mma_tiles_are_8_bit_fragments_too(format):
                 for i in range(16):
                     row, slot = fragment_32(lane, i)
                     assert fragments[strip, half, lane, i] == q[16 * strip + row, 32 * half + slot_k[slot]]
+
+
+def cuda_device(name: str) -> AbstractContextManager:
+    """Within it, ops on CPU tensors run on a CUDA device: the emulated one, or a real one where there is."""
+    if name == "cuda":
+        return on_gpu()
+    if reason := build.unavailable():
+        pytest.skip(reason)
+    return emulated(name, sm=75)
+
+
+@pytest.mark.parametrize("device", [*build.MODES, *(["cuda"] if taut.list_impls("cuda") else [])])
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_cuda_packs_what_the_cpu_packs(format, device):
+    for n, k in ((1, 1), (9, 33), (70, 130), (129, 321)):
+        parts = make(n, k, format)
+        with in_layout("MmaTiles"):
+            packed = pack(*parts, k, format)
+            numbers = {dtype: dequantize_weight(packed, n, k, format, dtype, n // 3, n) for dtype in DTYPES}
+        with cuda_device(device):
+            assert_same_bits(pack(*parts, k, format), packed, f"{format} [{n}, {k}] packed")
+            for a, b in zip(unpack_weight(packed, n, k, format), parts, strict=True):
+                assert a is b is None or assert_same_bits(a, b, f"{format} [{n}, {k}] unpacked") is None
+            for dtype, expected in numbers.items():
+                found = dequantize_weight(packed, n, k, format, dtype, n // 3, n)
+                assert_same_bits(found + 0.0, expected + 0.0, f"{format} [{n}, {k}] to {dtype}")  # -0.0 + 0.0 is 0.0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

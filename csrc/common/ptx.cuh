@@ -401,8 +401,8 @@ TAUT_DEVICE uint64_t swizzled_128b_descriptor(const void* p) {
   return uint64_t{(address & 0x3ffff) >> 4} | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 
-// No instruction: the compiler may not move what computes these registers, or what uses them, past this place. WHY: it sees
-// no reason why the A registers of a wgmma should be ready at the fence before it; ptxas does, and serializes (C7513).
+// No instruction: what computes these registers stays before this place. WHY: to the compiler they have nothing to do with
+// wgmma.fence; it might put their arithmetic between the fence and the wgmma, which PTX forbids.
 TAUT_DEVICE void wgmma_pin(uint32_t (&a)[4]) {
 #if !defined(TAUT_EMULATE)
   asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])::"memory");

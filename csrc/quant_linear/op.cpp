@@ -47,8 +47,7 @@ int64_t useful_threads(int64_t M, const WeightSpec& weight) {
 }
 
 Activations activations_for(const char* op, Format format, int64_t activations) {
-  const char* why = refused_activations(format, activations);
-  check(why == nullptr, op, ": ", why, ", got ", activations);
+  if (const char* why = refused_activations(format, activations)) check(false, op, ": ", why, ", got ", activations);
   return static_cast<Activations>(activations);
 }
 

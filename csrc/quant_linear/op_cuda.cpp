@@ -11,21 +11,29 @@ namespace {
 
 constexpr const char* kOp = "quant_linear";
 
-bool has_wgmma(const CudaParams& p) { return p.device->sm == 90; }
-
-// From here on it pays to write w once as 16-bit numbers and leave the product to cuBLAS, which the mma.sync kernel does
-// not reach at large M. Predicted (bench/model.py), not measured yet.
-constexpr int64_t kDenseM = 1024;
+// From how many rows on it pays to write w once as 16-bit numbers and leave the product to cuBLAS, which mma.sync does not
+// reach at large M (on sm_100 its tensor cores want other instructions altogether), and wgmma only nearly. All crossovers of
+// this file are predictions of bench/model.py, which no GPU has confirmed yet.
+int64_t dense_from(const CudaParams& p) {
+  switch (p.device->sm) {
+    case 89:
+    case 120: return 3072;  // half the tensor rate for fp32 sums, so that mma.sync is close to cuBLAS
+    case 100: return 96;
+    default: return 1536;
+  }
+}
 // The same for products that only the SIMT kernel could do.
 constexpr int64_t kDenseOverSimtM = 16;
-// Above this wgmma beats mma.sync: below it both wait for the weights, and mma.sync has smaller tiles and more splits of K.
-constexpr int64_t kWgmmaM = 64;
+// From here on wgmma beats mma.sync; below it both wait for the weights, and mma.sync has smaller tiles.
+constexpr int64_t kWgmmaM = 48;
 
-const char* prefer_wgmma(const CudaParams& p) { return p.M > kWgmmaM ? nullptr : "up to M=64 mma.sync streams the weights as fast, and splits K"; }
+const char* prefer_wgmma(const CudaParams& p) {
+  if (p.M < kWgmmaM) return "below M=48 mma.sync streams the weights as fast, and cuts K finer";
+  return p.M < dense_from(p) ? nullptr : "for so many rows dequantizing once and cuBLAS are faster";
+}
 
 const char* prefer_mma(const CudaParams& p) {
-  if (p.batch_invariant || p.M < kDenseM) return nullptr;
-  return "from M=1024 dequantizing once and cuBLAS are faster";
+  return p.batch_invariant || p.M < dense_from(p) ? nullptr : "for so many rows dequantizing once and cuBLAS are faster";
 }
 
 const char* dense_supported(const CudaParams& p) {
@@ -128,7 +136,7 @@ Tensor quant_linear(const Tensor& x, const Tensor& packed, const std::optional<T
   check(packed.numel() == layout.total_bytes(), kOp, ": packed holds ", packed.numel(), " bytes, but [", N, ", ", K, "] in this format takes ",
         layout.total_bytes(), " on CUDA; is x's last dimension (", K, ") the weight's in_features?");
   check(reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0, kOp, ": packed must begin at a multiple of 16 bytes");
-  check(activations >= 0 && activations <= 3, kOp, ": activations must be 0 (float), 1 (int8), 2 (int8_row) or 3 (fp8_row), got ", activations);
+  if (const char* why = refused_activations(weight.format, activations)) check(false, kOp, ": ", why, ", got ", activations);
   Tensor bias_row;
   if (bias) {
     check_same_device(kOp, "bias", *bias, "x", x);
@@ -189,7 +197,9 @@ std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
   params.dtype = static_cast<DType>(get("dtype", static_cast<int64_t>(DType::kFloat16)));
   params.weight = weight_spec(kOp, get("N", 1), get("K", 1), get("format", 4), get("group_size", 32), get("zeros", 0));
   params.x_row_stride = params.weight.K;
-  params.activations = static_cast<Activations>(get("activations", 0));
+  const int64_t activations = get("activations", 0);
+  if (const char* why = refused_activations(params.weight.format, activations)) check(false, kOp, ": ", why, ", got ", activations);
+  params.activations = static_cast<Activations>(activations);
   params.device = &device(static_cast<int>(get("device_index", 0)));
   params.batch_invariant = batch_invariant();
   return explain_table(kOp, kImpls, params);

@@ -28,6 +28,7 @@ struct Probe {
   const char* kinds;  // of each input word; see random_word
   int outputs;
   void (*kernel)(const uint32_t*, uint32_t*);
+  int threads = 32, smem_bytes = 0;  // of a block
 };
 
 // A kernel of one warp per block around a body that sees its lane's inputs as `in` and leaves `out`. On older GPUs the body
@@ -42,7 +43,7 @@ struct Probe {
     (void)lane, (void)in;                                                                              \
   }
 
-constexpr bool kSm80 = TAUT_ARCH_AT_LEAST(80), kSm89 = TAUT_ARCH_AT_LEAST(89);
+constexpr bool kSm80 = TAUT_ARCH_AT_LEAST(80), kSm89 = TAUT_ARCH_AT_LEAST(89), kSm90 = TAUT_ARCH_AT_LEAST(90);
 
 // ---- copies -----------------------------------------------------------------------------------------------------------
 
@@ -128,6 +129,45 @@ TAUT_PROBE(cvt_e4m3x2, 2, 1, kSm89, {
   out[0] = ptx::cvt_e4m3x2(lo, hi);
 })
 
+// Two E4M3 numbers in the low half of a word.
+TAUT_PROBE(cvt_f16x2_e4m3x2, 1, 1, kSm89, { out[0] = ptx::cvt_f16x2_e4m3x2(static_cast<uint16_t>(in[0])); })
+
+// ---- Hopper -----------------------------------------------------------------------------------------------------------
+
+TAUT_PROBE(stmatrix_x4_trans, 4, 4, kSm90, {
+  __shared__ __align__(16) uint32_t s_words[128];
+  ptx::stmatrix_x4_trans(s_words + 4 * lane, in);
+  __syncwarp();
+  for (int i = 0; i < 4; i++) out[i] = s_words[4 * lane + i];
+})
+
+// 128 threads; in = a[4], half a row of b (64 rows of 64 k), d[32]. Block i multiplies by k 16i to 16i + 15 of b.
+template <class Type>
+__global__ void __launch_bounds__(128) wgmma_m64n64k16(const uint32_t* g_in, uint32_t* g_out) {
+#if TAUT_ARCH_90A
+  constexpr int kInputs = 4 + 16 + 32, kOutputs = 32;
+  TAUT_DYNAMIC_SMEM(smem);
+  const int t = static_cast<int>(threadIdx.x), thread = static_cast<int>(blockIdx.x) * 128 + t, row = t / 2;
+  const uint32_t* const in = g_in + thread * kInputs;
+  uint32_t a[4];
+  float d[32];
+  for (int i = 0; i < 4; i++) a[i] = in[i];
+  for (int i = 0; i < 16; i++) {
+    const int piece = t % 2 * 4 + i / 4;  // of 16 bytes
+    reinterpret_cast<uint32_t*>(smem + row * 128 + (piece ^ row % 8) * 16)[i % 4] = in[4 + i];
+  }
+  memcpy(d, in + 20, sizeof d);
+  ptx::fence_proxy_async();
+  __syncthreads();
+  ptx::wgmma_pin(a);
+  ptx::wgmma_fence();
+  ptx::wgmma_m64k16<Type, 64>(d, a, ptx::swizzled_128b_descriptor(smem + blockIdx.x % 4 * 32));
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+  memcpy(g_out + thread * kOutputs, d, sizeof d);
+#endif
+}
+
 constexpr Probe kProbes[] = {
     {"cp_async_16", 80, "xxxxx", 4, cp_async_16},
     {"cp_async_4", 80, "xx", 1, cp_async_4},
@@ -145,6 +185,15 @@ constexpr Probe kProbes[] = {
     {"arithmetic_f16", 75, "HHH", 3, arithmetic_f16},
     {"arithmetic_bf16", 80, "BBB", 3, arithmetic_bf16},
     {"cvt_e4m3x2", 89, "FF", 1, cvt_e4m3x2},
+    {"cvt_f16x2_e4m3x2", 89, "e", 1, cvt_f16x2_e4m3x2},
+    {"stmatrix_x4_trans", 90, "xxxx", 4, stmatrix_x4_trans},
+};
+
+// sm_90 alone.
+#define TAUT_WGMMA_KINDS(kind) kind kind kind kind kind "ffffffffffffffffffffffffffffffff"
+constexpr Probe kHopperProbes[] = {
+    {"wgmma_m64n64k16_f16", 90, TAUT_WGMMA_KINDS("hhhh"), 32, wgmma_m64n64k16<half>, 128, 8192},
+    {"wgmma_m64n64k16_bf16", 90, TAUT_WGMMA_KINDS("bbbb"), 32, wgmma_m64n64k16<__nv_bfloat16>, 128, 8192},
 };
 
 // ---- inputs -----------------------------------------------------------------------------------------------------------
@@ -209,17 +258,18 @@ uint32_t random_word(Random& random, char kind, bool exact) {
 
 void run(const Probe& probe, const uint32_t* in, uint32_t* out, int warps) {
   const size_t in_bytes = static_cast<size_t>(warps) * 128 * strlen(probe.kinds), out_bytes = static_cast<size_t>(warps) * 128 * probe.outputs;
+  const dim3 grid(static_cast<unsigned>(warps * 32 / probe.threads)), block(static_cast<unsigned>(probe.threads));
 #if defined(TAUT_EMULATE)
   emulator::expose("inputs", in, in_bytes, false);
   emulator::expose("outputs", out, out_bytes, true);
-  launch(probe.name, probe.kernel, dim3(static_cast<unsigned>(warps)), dim3(32), 0, nullptr, in, out);
+  launch(probe.name, probe.kernel, grid, block, probe.smem_bytes, nullptr, in, out);
   emulator::hide_all();
 #else
   void *g_in = nullptr, *g_out = nullptr;
   check_cuda(cudaMalloc(&g_in, in_bytes), probe.name);
   check_cuda(cudaMalloc(&g_out, out_bytes), probe.name);
   check_cuda(cudaMemcpy(g_in, in, in_bytes, cudaMemcpyHostToDevice), probe.name);
-  launch(probe.name, probe.kernel, dim3(static_cast<unsigned>(warps)), dim3(32), 0, nullptr, static_cast<const uint32_t*>(g_in), static_cast<uint32_t*>(g_out));
+  launch(probe.name, probe.kernel, grid, block, probe.smem_bytes, nullptr, static_cast<const uint32_t*>(g_in), static_cast<uint32_t*>(g_out));
   check_cuda(cudaMemcpy(out, g_out, out_bytes, cudaMemcpyDeviceToHost), probe.name);
   cudaFree(g_in), cudaFree(g_out);
 #endif
@@ -227,8 +277,7 @@ void run(const Probe& probe, const uint32_t* in, uint32_t* out, int warps) {
 
 void record(const std::string& folder, int sm) {
   Random random;
-  for (const Probe& probe : kProbes) {
-    if (probe.sm > sm) continue;
+  const auto record_one = [&](const Probe& probe) {
     const size_t inputs = strlen(probe.kinds);
     std::vector<uint32_t> in(kWarps * 32 * inputs), out(kWarps * 32 * static_cast<size_t>(probe.outputs));
     for (size_t i = 0; i < in.size(); i++) in[i] = random_word(random, probe.kinds[i % inputs], i < in.size() / 2);
@@ -239,7 +288,11 @@ void record(const std::string& folder, int sm) {
     fprintf(file, "taut golden 1 %s %d %zu %d %d %s\n", probe.name, sm, inputs, probe.outputs, kWarps, probe.kinds);
     const bool whole = fwrite(in.data(), 4, in.size(), file) == in.size() && fwrite(out.data(), 4, out.size(), file) == out.size();
     if (fclose(file) != 0 || !whole) throw std::runtime_error("cannot write " + path);
-  }
+  };
+  for (const Probe& probe : kProbes)
+    if (probe.sm <= sm) record_one(probe);
+  for (const Probe& probe : kHopperProbes)
+    if (sm == 90) record_one(probe);
 }
 
 }  // namespace
@@ -265,6 +318,8 @@ extern "C" __attribute__((visibility("default"))) const char* taut_golden_record
 extern "C" __attribute__((visibility("default"))) const char* taut_golden_run(const char* name, const uint32_t* in, uint32_t* out, int warps) {
   return message_of([&] {
     for (const Probe& probe : kProbes)
+      if (strcmp(probe.name, name) == 0) return run(probe, in, out, warps);
+    for (const Probe& probe : kHopperProbes)
       if (strcmp(probe.name, name) == 0) return run(probe, in, out, warps);
     throw std::runtime_error(std::string("no probe ") + name);
   });

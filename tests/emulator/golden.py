@@ -66,6 +66,8 @@ class Sums:
 TENSOR_CORE_SUMS = {
     "mma_m16n8k16_f16": Sums(16, 4.0**2, 2.0**-20),
     "mma_m16n8k16_bf16": Sums(16, 4.0**2, 2.0**-20),
+    "wgmma_m64n64k16_f16": Sums(16, 4.0**2, 2.0**-20),
+    "wgmma_m64n64k16_bf16": Sums(16, 4.0**2, 2.0**-20),
     "mma_m16n8k8_f16": Sums(8, 4.0**2, 2.0**-20),
     "mma_m16n8k32_e4m3": Sums(32, 448.0**2, 2.0**-12),
 }

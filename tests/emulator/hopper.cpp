@@ -18,6 +18,7 @@
 #include <map>
 #include <unordered_map>
 
+#include "common/device.h"
 #include "hopper.h"
 #include "runtime.h"
 
@@ -393,6 +394,7 @@ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(static_cas
 
 void wgmma_fence(Site site) {
   require_sm(90, "wgmma", site);
+  if (taut::device(0).sm != 90) fail("%s: only sm_90 has it; this device is sm_%d", at("wgmma.fence", site).c_str(), taut::device(0).sm);
   wgmma_threads[run.current].fences++;
 }
 
