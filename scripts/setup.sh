@@ -15,7 +15,7 @@ if [[ -z "${TAUT_CUDA_ARCHS:-}" ]]; then
   # Without a GPU: as few as have every kernel between them.
   if nvidia-smi -L >/dev/null 2>&1; then TAUT_CUDA_ARCHS=native; else TAUT_CUDA_ARCHS="75-real;80-real;89-real;90a-real"; fi
 fi
-TAUT_CONFIG=(-C "cmake.define.TAUT_CUDA=${TAUT_CUDA:-AUTO}" -C "cmake.define.TAUT_CUDA_ARCHS=$TAUT_CUDA_ARCHS")
+TAUT_CONFIG=(--config-settings "cmake.define.TAUT_CUDA=${TAUT_CUDA:-AUTO}" --config-settings "cmake.define.TAUT_CUDA_ARCHS=$TAUT_CUDA_ARCHS")
 
 setup_say() { printf 'setup: %s\n' "$*" >&2; }
 
