@@ -73,6 +73,11 @@ setup_taut() {
     setup_say "installing nvcc"
     "${pip[@]}" 'cuda-toolkit[nvcc,cudart,cccl,nvvm,crt]==13.0.*' || return
   fi
+  # A set-up with other kernels built in, whose stamp would be believed, is replaced by this one.
+  if [[ "$(cat "$TAUT_ROOT/.venv/taut-config" 2>/dev/null)" != "${TAUT_CONFIG[*]}" ]]; then
+    rm -f "$TAUT_ROOT"/.venv/taut-setup-*
+    printf '%s\n' "${TAUT_CONFIG[*]}" >"$TAUT_ROOT/.venv/taut-config"
+  fi
   setup_say "building taut"
   "${pip[@]}" 'scikit-build-core>=0.10' 'pybind11>=2.13' cmake ninja || return
   if setup_is_editable; then
