@@ -12,8 +12,9 @@ namespace {
 constexpr const char* kOp = "quant_linear";
 
 // From how many rows on it pays to write w once as 16-bit numbers and leave the product to cuBLAS, which mma.sync does not
-// reach at large M (on sm_100 its tensor cores want other instructions altogether), and wgmma only nearly. All crossovers of
-// this file are predictions of bench/model.py, which no GPU has confirmed yet.
+// reach at large M (on sm_100 the tensor cores want other instructions altogether). All crossovers of this file are
+// predictions of bench/model.py, which no GPU has confirmed yet. For wgmma against cuBLAS they lie within what the model
+// cannot know (0.8 to 1.1): wgmma runs, which needs no 16-bit copy of w.
 int64_t dense_from(const CudaParams& p) {
   switch (p.device->sm) {
     case 89:
@@ -27,10 +28,7 @@ constexpr int64_t kDenseOverSimtM = 16;
 // From here on wgmma beats mma.sync; below it both wait for the weights, and mma.sync has smaller tiles.
 constexpr int64_t kWgmmaM = 48;
 
-const char* prefer_wgmma(const CudaParams& p) {
-  if (p.M < kWgmmaM) return "below M=48 mma.sync streams the weights as fast, and cuts K finer";
-  return p.M < dense_from(p) ? nullptr : "for so many rows dequantizing once and cuBLAS are faster";
-}
+const char* prefer_wgmma(const CudaParams& p) { return p.M >= kWgmmaM ? nullptr : "below M=48 mma.sync streams the weights as fast, and cuts K finer"; }
 
 const char* prefer_mma(const CudaParams& p) {
   return p.batch_invariant || p.M < dense_from(p) ? nullptr : "for so many rows dequantizing once and cuBLAS are faster";
