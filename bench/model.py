@@ -130,8 +130,7 @@ class Kernel:
     source: str  # where it is, and where the numbers below are from
     unit: str  # of the tensor cores: 16, int8, fp8
     tiles: tuple[Tile, ...]
-    cuts: str  # how k is shared by blocks: stream (equal stretches of all steps), split (few blocks: k in parts), none
-    best_tile: bool = False  # takes the tile with the fewest rows in its waves; else the first that holds all rows of x
+    cuts: str  # how k is shared by blocks: stream (equal stretches of all steps), split (few blocks: k in parts)
     wgmma: bool = False  # multiplies by itself what mma.sync does warp by warp, and is fed by a copy engine
     scales_weights: bool = False  # the scale of a group multiplies w; else the sums, every 64 k or every group of 32
     rounds_x: bool = False  # x is rounded to 8 bits by a kernel of its own
@@ -162,22 +161,25 @@ SCALE = {"f16": 1 / 2, "bf16": 1.0}
 
 _MMA_TILES = (
     Tile(64, 8, 256, (64, 8), 4, 4), Tile(128, 16, 128, (64, 16), 4, 3), Tile(128, 32, 64, (32, 32), 4, 3),
-    Tile(128, 64, 64, (32, 64), 3, 2), Tile(128, 128, 64, (32, 64), 3, 1),
+    Tile(128, 64, 64, (32, 32), 3, 1), Tile(128, 128, 64, (32, 64), 3, 1),
+)  # fmt: skip
+_MMA75_TILES = (
+    Tile(64, 8, 256, (64, 8), 2, 3), Tile(128, 16, 128, (64, 16), 2, 2), Tile(128, 32, 64, (32, 32), 2, 3),
+    Tile(128, 64, 64, (32, 32), 2, 1),
 )  # fmt: skip
 _MMA8_TILES = (
     Tile(32, 8, 256, (32, 8), 4, 4), Tile(32, 16, 256, (32, 16), 4, 4), Tile(64, 32, 256, (64, 32), 3, 2),
-    Tile(64, 64, 128, (64, 32), 4, 3), Tile(128, 128, 64, (64, 64), 4, 2),
+    Tile(64, 64, 128, (64, 32), 4, 2), Tile(128, 128, 64, (64, 64), 4, 2),
 )  # fmt: skip
+_WGMMA_STEP_CYCLES = {256: 1140, 128: 620, 64: 390}  # what its host code reckons with when it picks a tile and the parts of k
 _WGMMA_TILES = tuple(Tile(128, rows, 64, (16, rows), 5 if rows == 256 else 8, 1) for rows in (256, 128, 64))
 
 KERNELS = (
-    Kernel(
-        "cuda_sm90a.wgmma", "cuda_sm90a_wgmma.cu", "16", _WGMMA_TILES, "none", best_tile=True, wgmma=True, scales_weights=True, sms=(90, 90)
-    ),
+    Kernel("cuda_sm90a.wgmma", "cuda_sm90a_wgmma.cu", "16", _WGMMA_TILES, "split", wgmma=True, scales_weights=True, sms=(90, 90)),
     Kernel("cuda_sm89.fp8", "cuda_mma8.cuh", "fp8", _MMA8_TILES, "split", rounds_x=True, sms=(89, 999)),
     Kernel("cuda_sm80.int8", "cuda_mma8.cuh", "int8", _MMA8_TILES, "split", rounds_x=True, sms=(80, 999)),
     Kernel("cuda_sm80.mma", "cuda_mma.cuh", "16", _MMA_TILES, "stream", sms=(80, 999)),
-    Kernel("cuda_sm75.mma", "cuda_mma.cuh", "16", tuple(replace(tile, stages=2) for tile in _MMA_TILES), "stream", sms=(75, 79)),
+    Kernel("cuda_sm75.mma", "cuda_mma.cuh", "16", _MMA75_TILES, "stream", sms=(75, 79)),
 )
 EXPANDED = "cuda_sm75.dense"  # w is turned into 16-bit numbers in memory, and the library's dense product does the rest
 DENSE = "cublas"
@@ -304,7 +306,7 @@ def predict_dense(gpu: Gpu, m: int, n: int, k: int) -> Prediction:
 
 def predict_kernel(gpu: Gpu, kernel: Kernel, m: int, n: int, k: int, name: str) -> Prediction:
     """One kernel on one case."""
-    format, tile = Format.parse(name), _tile_for(gpu, kernel, m, n)
+    format, (tile, splits) = Format.parse(name), _plan(gpu, kernel, m, n, k)
     weight_bytes = format.packed_bytes(n, k)
     nbytes, operations = work(m, n, k, weight_bytes)
     blocks_n, blocks_m = -(-n // tile.columns), -(-m // tile.rows)
@@ -313,7 +315,6 @@ def predict_kernel(gpu: Gpu, kernel: Kernel, m: int, n: int, k: int, name: str) 
         blocks = min(gpu.sm_count * tile.per_sm, max(tiles, -(-tiles * steps // 4)))
         longest, partial_tiles = -(-tiles * steps // blocks), 0 if tiles % blocks == 0 else blocks
     else:
-        splits = max(1, min(gpu.sm_count // tiles, steps // tile.stages, 16)) if kernel.cuts == "split" else 1
         blocks, longest, partial_tiles = tiles * splits, -(-steps // splits), tiles * splits if splits > 1 else 0
     # Steps of the multiprocessor that has the most of them, over its fair share.
     uneven = -(-blocks // gpu.sm_count) * longest * gpu.sm_count / (tiles * steps)
@@ -336,7 +337,7 @@ def predict_kernel(gpu: Gpu, kernel: Kernel, m: int, n: int, k: int, name: str) 
     limit = max(parts, key=parts.__getitem__)
     fixed = LAUNCH_US + FILL_US
     if partial_tiles:  # a second kernel adds the partial sums up; from sm_90 on it is there before the first ends
-        fixed += FILL_US / 2 + (0.0 if kernel.cuts == "stream" and gpu.sm >= 90 else LAUNCH_US)
+        fixed += FILL_US / 2 + (0.0 if kernel.unit == "16" and gpu.sm >= 90 else LAUNCH_US)
     if kernel.rounds_x:  # and one before rounds x
         fixed += LAUNCH_US + FILL_US
     us = fixed + parts[limit] + OVERLAP * (sum(parts.values()) - parts[limit])
@@ -346,19 +347,31 @@ def predict_kernel(gpu: Gpu, kernel: Kernel, m: int, n: int, k: int, name: str) 
     )  # fmt: skip
 
 
-def _tile_for(gpu: Gpu, kernel: Kernel, m: int, n: int) -> Tile:
-    if kernel.best_tile:
-
-        def wave_rows(tile: Tile) -> int:
-            tiles = -(-n // tile.columns) * -(-m // tile.rows)
-            return -(-tiles // gpu.sm_count) * (tile.rows + 16)
-
-        return min(kernel.tiles, key=wave_rows)
+def _plan(gpu: Gpu, kernel: Kernel, m: int, n: int, k: int) -> tuple[Tile, int]:
+    """The tile, and the number of parts of k, that the kernel's host code picks."""
+    if kernel.wgmma:
+        return min(_wgmma_plans(gpu, kernel, m, n, k), key=lambda plan: plan[0])[1:]
     tile = next((tile for tile in kernel.tiles if tile.rows >= m), kernel.tiles[-1])
-    if kernel.cuts == "split" and m > 32:  # the larger tile where it keeps every multiprocessor busy
+    if kernel.cuts == "stream":
+        return tile, 1
+    if m > 32:  # the largest tile where it keeps every multiprocessor busy
         few = -(-n // kernel.tiles[-1].columns) * -(-m // kernel.tiles[-1].rows) < gpu.sm_count
         tile = kernel.tiles[-2 if few else -1]
-    return tile
+    tiles, steps = -(-n // tile.columns) * -(-m // tile.rows), -(-k // tile.depth)
+    return tile, max(1, min(gpu.sm_count // tiles, steps // tile.stages, 16))
+
+
+def _wgmma_plans(gpu: Gpu, kernel: Kernel, m: int, n: int, k: int) -> Iterator[tuple[float, Tile, int]]:
+    """Cycles, tile and parts of k, by the counts in cuda_sm90a_wgmma.cu."""
+    steps = -(-k // 64)
+    for tile in kernel.tiles:
+        tiles = -(-n // tile.columns) * -(-m // tile.rows)
+        for splits in range(1, 9):
+            partial_bytes = splits * tiles * tile.columns * tile.rows * 4 if splits > 1 else 0
+            if splits > 1 and (steps < 4 * splits or partial_bytes > 64 << 20):
+                break
+            cycles = -(-tiles * splits // gpu.sm_count) * (-(-steps // splits) * _WGMMA_STEP_CYCLES[tile.rows] + 2500)
+            yield cycles + (3000 + 2 * partial_bytes // (gpu.sm_count * 16) if splits > 1 else 0), tile, splits
 
 
 def instructions(kernel: Kernel, format: Format, tile: Tile) -> float:

@@ -15,7 +15,7 @@ if [[ -z "${TAUT_CUDA_ARCHS:-}" ]]; then
   # Without a GPU: as few as have every kernel between them.
   if nvidia-smi -L >/dev/null 2>&1; then TAUT_CUDA_ARCHS=native; else TAUT_CUDA_ARCHS="75-real;80-real;89-real;90a-real"; fi
 fi
-TAUT_CONFIG=(-C "cmake.define.TAUT_CUDA=${TAUT_CUDA:-AUTO}" -C "cmake.define.TAUT_CUDA_ARCHS=$TAUT_CUDA_ARCHS")
+TAUT_CONFIG=(--config-settings "cmake.define.TAUT_CUDA=${TAUT_CUDA:-AUTO}" --config-settings "cmake.define.TAUT_CUDA_ARCHS=$TAUT_CUDA_ARCHS")
 
 setup_say() { printf 'setup: %s\n' "$*" >&2; }
 
@@ -72,6 +72,11 @@ setup_taut() {
   if [[ "${TAUT_CUDA:-}" == ON && -z "${CUDACXX:-}" && ! -x /usr/local/cuda/bin/nvcc ]] && ! command -v nvcc >/dev/null; then
     setup_say "installing nvcc"
     "${pip[@]}" 'cuda-toolkit[nvcc,cudart,cccl,nvvm,crt]==13.0.*' || return
+  fi
+  # A set-up with other kernels built in, whose stamp would be believed, is replaced by this one.
+  if [[ "$(cat "$TAUT_ROOT/.venv/taut-config" 2>/dev/null)" != "${TAUT_CONFIG[*]}" ]]; then
+    rm -f "$TAUT_ROOT"/.venv/taut-setup-*
+    printf '%s\n' "${TAUT_CONFIG[*]}" >"$TAUT_ROOT/.venv/taut-config"
   fi
   setup_say "building taut"
   "${pip[@]}" 'scikit-build-core>=0.10' 'pybind11>=2.13' cmake ninja || return

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,11 +48,12 @@ def emulated_impls(op: str) -> list[str]:
 def forced(request: pytest.FixtureRequest):
     """``forced(impl, **sizes)``: from here to the end of the test the module's op runs ``impl``, or the test is skipped
     with the reason why this machine or this call rules it out. An emulated impl runs on CPU tensors, on an emulated device
-    that has what it needs; a CUDA impl (listed where there is a GPU) on copies of them on the GPU."""
+    that has what it needs; a CUDA impl (listed where there is a GPU) on copies of them on the GPU. Gives ``runs(**sizes)``, which
+    says whether the impl takes another call as well."""
     op = request.module.OP
     with contextlib.ExitStack() as stack:
 
-        def force(impl: str, **sizes: int) -> None:
+        def force(impl: str, **sizes: int) -> Callable[..., bool]:
             device = "cpu"
             if match := re.fullmatch(r"(\S+) \(emulated, (\w+)\)", impl):
                 impl, mode = match.groups()
@@ -61,10 +63,14 @@ def forced(request: pytest.FixtureRequest):
                 stack.enter_context(on_gpu())
                 device = "cuda"
             stack.enter_context(taut.force_impl(op, impl))
-            rows = taut._C.explain(op, sizes, device)
-            chosen, reason = next((chosen, reason) for name, chosen, reason in rows if name == impl)
+
+            def verdict(**sizes: int) -> tuple[bool, str]:
+                return next((chosen, reason) for name, chosen, reason in taut._C.explain(op, sizes, device) if name == impl)
+
+            chosen, reason = verdict(**sizes)
             if not chosen:
                 pytest.skip(f"{impl}: {reason}")
+            return lambda **sizes: verdict(**sizes)[0]
 
         yield force
 

@@ -112,15 +112,14 @@ def test_a_download_that_fails_says_so(demo, monkeypatch, tmp_path):
 
 
 def bash(script: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, env={**os.environ, **environment}, check=False
-    )
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("TAUT_")}
+    return subprocess.run(["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, env=ours | environment, check=False)
 
 
 def test_setup_runs_once_for_the_same_sources(tmp_path):
     """setup_taut with an interpreter that only writes down how it was called."""
     root = tmp_path / "checkout"
-    for name in ("scripts", "csrc", "python", ".venv/bin"):
+    for name in ("scripts", "cmake", "csrc", "python", ".venv/bin"):
         (root / name).mkdir(parents=True)
     (root / "scripts" / "setup.sh").write_text((SCRIPTS / "setup.sh").read_text())
     for name in ("CMakeLists.txt", "pyproject.toml", "csrc/a.cpp"):
@@ -133,7 +132,7 @@ def test_setup_runs_once_for_the_same_sources(tmp_path):
     done = bash(script)
     assert done.returncode == 0, done.stderr
     calls = log.read_text()
-    assert f"--no-build-isolation {root}[transformers]" in calls
+    assert "--no-build-isolation" in calls and f" {root}[transformers]" in calls
     assert "--no-deps a-package==1" in calls
     assert "torch==2.13.0" not in calls, "the torch that is there was kept"
 
@@ -142,11 +141,15 @@ def test_setup_runs_once_for_the_same_sources(tmp_path):
     (root / "csrc" / "a.cpp").write_text("changed")
     assert bash(script).returncode == 0
     assert log.read_text() == calls * 2
+    assert bash(script, TAUT_CUDA="OFF").returncode == 0
+    assert log.read_text().count("TAUT_CUDA=OFF") == 1, "other kernels are wanted: built again"
+    assert bash(script).returncode == 0
+    assert log.read_text().count("TAUT_CUDA=AUTO") == 3, "and again, since what was built last is without them"
 
 
 def test_setup_that_fails_is_not_remembered(tmp_path):
     root = tmp_path / "checkout"
-    for name in ("scripts", "csrc", "python", ".venv/bin"):
+    for name in ("scripts", "cmake", "csrc", "python", ".venv/bin"):
         (root / name).mkdir(parents=True)
     (root / "scripts" / "setup.sh").write_text((SCRIPTS / "setup.sh").read_text())
     for name in ("CMakeLists.txt", "pyproject.toml"):

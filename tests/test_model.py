@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +83,26 @@ def test_packed_bytes_are_those_of_the_layout() -> None:
             spec = formats.WeightFormat(own, group, zeros)
             for n, k in ((64, 64), (1, 1), (65, 200), (4096, 14336)):
                 assert Format(weights, group, zeros, "bf16").packed_bytes(n, k) == spec.layout_bytes(n, k, 1)
+
+
+def tiles_in(source: str, template: str, rows_first: bool) -> list[model.Tile]:
+    """The tiles that a kernel's host code chooses from, by the template arguments that name their numbers of warps."""
+    found = []
+    for text in re.findall(rf"{template}<(\d+(?:, \d+){{6}})>", (ROOT / "csrc" / "quant_linear" / source).read_text()):
+        first, second, warps_n, warps_m, warps_k, stages, per_sm = map(int, text.split(", "))
+        warp = (16 * second, first) if rows_first else (16 * first, second)
+        found.append(model.Tile(warp[0] * warps_n, warp[1] * warps_m, 64 * warps_k, warp, stages, per_sm))
+    return found
+
+
+def test_the_tiles_are_those_of_the_kernels() -> None:
+    mma = tiles_in("cuda_mma.cuh", "MmaTile", rows_first=True)
+    assert mma == [*KERNEL["cuda_sm80.mma"].tiles, *KERNEL["cuda_sm75.mma"].tiles]
+    # the last two are its largest tile without scales to multiply in between, and with them
+    assert tiles_in("cuda_mma8.cuh", "Mma8Shape", rows_first=False)[:5] == list(KERNEL["cuda_sm80.int8"].tiles)
+    wgmma = (ROOT / "csrc" / "quant_linear" / "cuda_sm90a_wgmma.cu").read_text()
+    assert "kStages = kTokens == 256 ? 5 : 8" in wgmma
+    assert "kHeights[] = {{256, 1140}, {128, 620}, {64, 390}}" in wgmma
 
 
 # ---- limits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, note, settings
+from hypothesis import HealthCheck, assume, given, note, settings
 from hypothesis import strategies as st
 
 import taut
@@ -132,6 +132,8 @@ def test_a_row_does_not_depend_on_its_batch(impl, format, activations, forced):
 @pytest.mark.parametrize("rows", (1, 3, 70))
 @each_kind
 def test_threads_change_nothing(impl, rows, activations, format, forced, threads):
+    if impl.startswith("cuda"):
+        pytest.skip("no thread of the CPU computes here, unless in torch's own matmul")
     case = LinearCase(rows, 100, 4500 if rows == 1 else 1536, format, activations, bias=True)
     forced(impl, **case.sizes())
     inputs = case.make()
@@ -362,11 +364,6 @@ def test_extreme_scales(impl, activations, format, forced):
         assert_linear(run(case, changed), inputs.x, changed, case, impl=f"{impl} (scale {scale})")
 
 
-def can_run(impl: str, case: LinearCase) -> bool:
-    with taut.force_impl(OP, impl):
-        return any(verdict.chosen for verdict in taut.explain(OP, **case.sizes()))
-
-
 # ---- Fuzz ----
 
 
@@ -384,17 +381,19 @@ def fuzz_cases(activations: str):
 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)
-def test_fuzz(impl, activations):
-    if not can_run(impl, LinearCase(1, 8, 32, PAIRS[activations][0], activations)):
-        pytest.skip(f"{impl} does not compute with {activations} activations here")
+def test_fuzz(impl, activations, forced):
+    runs = forced(impl, **LinearCase(1, 8, 32, PAIRS[activations][-1], activations, torch.float16).sizes())  # the pair that most impls take
 
-    @settings(max_examples=60, deadline=None, print_blob=True)
+    # WHY no health check: what an impl refuses (float32, a K that is no multiple of 8) is most of some impls' cases.
+    @settings(
+        max_examples=15 if "emulated" in impl else 60, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.filter_too_much]
+    )  # fmt: skip
     @given(case=fuzz_cases(activations))
     def fuzz(case: LinearCase) -> None:
         note(f"seed {case.seed}")
+        assume(runs(**case.sizes()))
         inputs = case.make()
-        with taut.force_impl(OP, impl):
-            out = run(case, inputs)
+        out = run(case, inputs)
         assert_linear(out, inputs.x, inputs, case, impl=impl)
 
     fuzz()

@@ -11,21 +11,27 @@ namespace {
 
 constexpr const char* kOp = "quant_linear";
 
-bool has_wgmma(const CudaParams& p) { return p.device->sm == 90; }
-
-// From here on it pays to write w once as 16-bit numbers and leave the product to cuBLAS, which the mma.sync kernel does
-// not reach at large M. Predicted (bench/model.py), not measured yet.
-constexpr int64_t kDenseM = 1024;
+// From how many rows on it pays to write w once as 16-bit numbers and leave the product to cuBLAS, which mma.sync does not
+// reach at large M (on sm_100 the tensor cores want other instructions altogether). All crossovers of this file are
+// predictions of bench/model.py, which no GPU has confirmed yet. For wgmma against cuBLAS they lie within what the model
+// cannot know (0.8 to 1.1): wgmma runs, which needs no 16-bit copy of w.
+int64_t dense_from(const CudaParams& p) {
+  switch (p.device->sm) {
+    case 89:
+    case 120: return 3072;  // half the tensor rate for fp32 sums, so that mma.sync is close to cuBLAS
+    case 100: return 96;
+    default: return 1536;
+  }
+}
 // The same for products that only the SIMT kernel could do.
 constexpr int64_t kDenseOverSimtM = 16;
-// Above this wgmma beats mma.sync: below it both wait for the weights, and mma.sync has smaller tiles and more splits of K.
-constexpr int64_t kWgmmaM = 64;
+// From here on wgmma beats mma.sync; below it both wait for the weights, and mma.sync has smaller tiles.
+constexpr int64_t kWgmmaM = 48;
 
-const char* prefer_wgmma(const CudaParams& p) { return p.M > kWgmmaM ? nullptr : "up to M=64 mma.sync streams the weights as fast, and splits K"; }
+const char* prefer_wgmma(const CudaParams& p) { return p.M >= kWgmmaM ? nullptr : "below M=48 mma.sync streams the weights as fast, and cuts K finer"; }
 
 const char* prefer_mma(const CudaParams& p) {
-  if (p.batch_invariant || p.M < kDenseM) return nullptr;
-  return "from M=1024 dequantizing once and cuBLAS are faster";
+  return p.batch_invariant || p.M < dense_from(p) ? nullptr : "for so many rows dequantizing once and cuBLAS are faster";
 }
 
 const char* dense_supported(const CudaParams& p) {
