@@ -467,7 +467,8 @@ Mma8Plan mma8_plan(const CudaParams& p) {
     plan.steps = blocks(MmaTiles{p.weight}.num_tiles_k(), Shape::kWarpsK);
     // K is split where there are fewer blocks than SMs, as long as every part fills the pipeline.
     constexpr int64_t kMaxSplits = 16;
-    const int64_t wanted = p.device->sm_count / (int64_t{plan.blocks_m} * plan.blocks_n), most = std::min<int64_t>(plan.steps / Shape::kStages, kMaxSplits);
+    const int64_t wanted = p.device->sm_count / std::max<int64_t>(1, int64_t{plan.blocks_m} * plan.blocks_n);
+    const int64_t most = std::min<int64_t>(plan.steps / Shape::kStages, kMaxSplits);
     plan.splits = fixed_order ? 1 : static_cast<int>(std::max<int64_t>(1, std::min(wanted, most)));
   });
   return plan;
