@@ -15,7 +15,8 @@
 //           4 schedulers; the inner loop of a tile takes about 250 (dequantization 150, mma 16, scales 25, copies 40).
 //           Large M: tensor cores; a fragment of w costs about 10 instructions and feeds kWarpM / 8 mma.
 // LIMITS    x fp16 or bf16 (sm_75: fp16); activations float. Any M, N, K, stride; x whose rows are not 16-byte aligned is
-//           copied once (align_rows).
+//           copied once (align_rows). Sums of up to 64 products are scaled after they are added: bf16 x above 2^110 may
+//           overflow to infinity where the scaled sum would not.
 #pragma once
 
 #include <algorithm>

@@ -25,8 +25,9 @@ def quant_linear(
     how), and a row that holds a NaN or an infinity gives NaN. ``"int8"``: one scale per row per 32 k, for int4 and int8
     weights. ``"int8_row"``: one scale per row, for int8 weights. ``"fp8_row"``: float8 E4M3, one scale per row, for fp8_e4m3
     weights. ``"auto"``: see ``taut.formats.resolve_activations``.
-    On the CPU a row's result does not depend on the rows around it in a given impl. Differentiable in ``x`` (through the
-    dequantized weight) and ``bias``. Raises ``ValueError`` for wrong shapes, dtypes or devices.
+    A row's result does not depend on the rows around it: on the CPU in a given impl, on CUDA within ``taut.batch_invariant()``.
+    On CUDA bfloat16 x above 2^110 in size may overflow to infinity before a small scale brings the sum back into range.
+    Differentiable in ``x`` (through the dequantized weight) and ``bias``. Raises ``ValueError`` for wrong shapes, dtypes or devices.
     """
     check_call(x, packed, bias, out_features, format)
     device = x.device.type
