@@ -212,7 +212,7 @@ struct Loader {
   Chunk<kDeferred> x[kX], codes[kCodes], scales[kScales], zeros[kZeroPoints];
 
   const unsigned char* x_source[kX];  // of the next step; rows past the end of M: any address in x
-  int x_bytes[kX];                    // 16, or 0 for such a row
+  uint32_t x_rows;                    // bit i: x_source[i] is a row of x
   const unsigned char* code_source;   // of the next step, first n, this thread's first chunk
   int64_t code_n_stride;              // bytes from one n64 to the next
   int first_n64, k64;                 // tile of n; tile of k of the next step
@@ -233,9 +233,10 @@ struct Loader {
   TAUT_DEVICE void set_tile(const MmaArgs& args, int tile, int step) {
     const int m0 = tile % args.tiles_m * Tile::kTileM;
     first_n64 = tile / args.tiles_m * Tile::kTilesN64, k64 = step * Tile::kWarpsK;
+    x_rows = 0;
     for_chunks<kX, Stage::kXChunks>([&](int i, int c) {
       const int m = m0 + c / 8 % Tile::kTileM, panel = c / 8 / Tile::kTileM;
-      x_bytes[i] = m < args.M ? 16 : 0;
+      x_rows |= static_cast<uint32_t>(m < args.M) << i;
       x_source[i] = static_cast<const unsigned char*>(args.x) + ((m < args.M ? m * args.x_row_stride : 0) + (k64 + panel) * 64 + c % 8 * 8) * 2;
     });
     code_n_stride = static_cast<int64_t>(args.tiles_k) * Stage::kTileBytes;
@@ -263,7 +264,7 @@ struct Loader {
     for_chunks<kX, Stage::kXChunks>([&](int i, int c) {
       const bool there = kWhole || (k64 + c / 8 / Tile::kTileM) * 64 + c % 8 * 8 < args.K;
       x[i].fetch(stage + x_offset(threadIdx.x) + i * Tile::kThreads * 16, there ? x_source[i] : static_cast<const unsigned char*>(args.x),
-                 there ? x_bytes[i] : 0);
+                 there && (x_rows >> i & 1) ? 16 : 0);
     });
     for_chunks<kCodes, Stage::kCodeChunks>([&](int i, int c) {
       // Chunk i of this thread lies i * kThreads further on: so many pieces of n, and the rest within its piece.
@@ -449,6 +450,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) mma_kernel
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int warp_n = warp % Tile::kWarpsN, warp_m = warp / Tile::kWarpsN % Tile::kWarpsM, warp_k = warp / (Tile::kWarpsN * Tile::kWarpsM);
     const int64_t begin = stretch_begin(blockIdx.x, args.units, gridDim.x), end = stretch_begin(blockIdx.x + 1, args.units, gridDim.x);
+    const int first_tile = static_cast<int>(begin / args.steps);
 
     Loader<!kAsync, kFormat, kGroup32, kZeros, Tile> loader;
     Accumulators<Tile> acc;
@@ -471,7 +473,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) mma_kernel
           const int m0 = tile % args.tiles_m * Tile::kTileM + warp_m * Tile::kWarpM, n0 = tile / args.tiles_m * Tile::kTileN + warp_n * Tile::kWarpN;
           store_out<T, Tile>(args, acc, m0, n0, s_rows, lane);
         } else {
-          const int64_t slot = 2 * static_cast<int64_t>(blockIdx.x) + (tile == begin / args.steps ? 0 : 1);
+          const int64_t slot = 2 * static_cast<int64_t>(blockIdx.x) + (tile == first_tile ? 0 : 1);
           acc.store(args.partials + (slot * Tile::kPositions + position) * kSlot, lane);
         }
       }
@@ -480,8 +482,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) mma_kernel
     };
 
     // The unit that is loaded next runs ahead of the one that is computed.
-    int load_tile = static_cast<int>(begin / args.steps), load_step = static_cast<int>(begin % args.steps);
-    int64_t to_load = end - begin;
+    int load_tile = first_tile, load_step = static_cast<int>(begin % args.steps);
+    int to_load = static_cast<int>(end - begin), to_compute = to_load;
     const auto fetch = [&](int slot) {
       loader.fetch(args, smem + slot * kStageBytes);
       if (++load_step == args.steps) loader.set_tile(args, ++load_tile, load_step = 0);
@@ -501,9 +503,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) mma_kernel
       loader.land(smem);
       __syncthreads();
     }
-    for (int64_t unit = begin; unit < end;) {
-      const int last_step = static_cast<int>(min(static_cast<int64_t>(args.steps), step + end - unit));
-      unit += last_step - step;
+    while (to_compute > 0) {
+      const int last_step = min(args.steps, step + to_compute);
+      to_compute -= last_step - step;
       for (; step < last_step; step++) {
         if constexpr (kAsync) {
           ptx::cp_async_wait<kStages - 2>();
@@ -637,7 +639,7 @@ void run_tile(const CudaParams& p) {
 // WHY batch-invariant mode begins at the third: the order in which an output's k are added must be the same for every M.
 template <int kSm>
 struct Tiles {
-  using M8 = MmaTile<8, 4, 1, 1, 4, 4, 4>;
+  using M8 = MmaTile<8, 4, 1, 1, 4, 4, 3>;
   using M16 = MmaTile<16, 4, 2, 1, 2, 4, 3>;
   using M32 = MmaTile<32, 2, 4, 1, 1, 4, 3>;
   using M64 = MmaTile<32, 2, 4, 2, 1, 3, 1>;
