@@ -179,7 +179,8 @@ def unpack_wheels(folder: Path, site: Path) -> list[str]:
                     members = [member for member in archive.getmembers() if member.name.split("/")[1:2] == [name]]
                     for member in members:
                         member.name = member.name.split("/", 1)[1]
-                    archive.extractall(site, members, filter="data")
+                    safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.4 and newer
+                    archive.extractall(site, members, **safely)
         names += [path.name.split("-")[0]] if wanted else []
     return names
 
