@@ -640,7 +640,7 @@ void run_tile(const CudaParams& p) {
 template <int kSm>
 struct Tiles {
   using M8 = MmaTile<8, 4, 1, 1, 4, 4, 3>;
-  using M16 = MmaTile<16, 4, 2, 1, 2, 4, 3>;
+  using M16 = MmaTile<16, 4, 2, 1, 2, 4, 2>;
   using M32 = MmaTile<32, 2, 4, 1, 1, 4, 3>;
   using M64 = MmaTile<32, 2, 4, 2, 1, 3, 1>;
   using M128 = MmaTile<64, 2, 4, 2, 1, 3, 1>;
@@ -650,7 +650,7 @@ template <>
 struct Tiles<75> {
   using M8 = MmaTile<8, 4, 1, 1, 4, 2, 3>;
   using M16 = MmaTile<16, 4, 2, 1, 2, 2, 2>;
-  using M32 = MmaTile<32, 2, 4, 1, 1, 2, 3>;
+  using M32 = MmaTile<32, 2, 4, 1, 1, 2, 2>;
   using M64 = MmaTile<32, 2, 4, 2, 1, 2, 1>;
   using M128 = M64;
 };
