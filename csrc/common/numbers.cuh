@@ -12,6 +12,10 @@ TAUT_DEVICE float to_float(float value) { return value; }
 TAUT_DEVICE float to_float(__half value) { return __half2float(value); }
 TAUT_DEVICE float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
+// The fp16 in the low and in the high half of a word.
+TAUT_DEVICE float lower_half(uint32_t word) { return __half2float(__ushort_as_half(static_cast<unsigned short>(word & 0xffffu))); }
+TAUT_DEVICE float upper_half(uint32_t word) { return __half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16))); }
+
 // To nearest, ties to even.
 template <class T>
 TAUT_DEVICE T from_float(float value) {

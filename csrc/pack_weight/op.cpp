@@ -105,13 +105,9 @@ Tensor dequantize_weight(const Tensor& packed, int64_t out_features, int64_t in_
 }  // namespace taut::pack_weight
 
 STABLE_TORCH_LIBRARY_FRAGMENT(taut, m) {
-  m.def("pack_weight(Tensor codes, Tensor scales, Tensor? zeros, int in_features, int format, int group_size, int layout) -> Tensor");
-  m.def(
-      "unpack_weight(Tensor packed, int out_features, int in_features, int format, int group_size, bool zeros, int layout) -> "
-      "(Tensor, Tensor, Tensor)");
-  m.def(
-      "dequantize_weight(Tensor packed, int out_features, int in_features, int format, int group_size, bool zeros, "
-      "int layout, int row_begin, int row_end, ScalarType dtype) -> Tensor");
+  m.def(taut::pack_weight::kPackSchema);
+  m.def(taut::pack_weight::kUnpackSchema);
+  m.def(taut::pack_weight::kDequantizeSchema);
 }
 STABLE_TORCH_LIBRARY_IMPL(taut, CPU, m) {
   m.impl("pack_weight", TORCH_BOX(&taut::pack_weight::pack_weight));

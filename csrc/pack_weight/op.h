@@ -7,6 +7,14 @@
 
 namespace taut::pack_weight {
 
+constexpr const char* kPackSchema =
+    "pack_weight(Tensor codes, Tensor scales, Tensor? zeros, int in_features, int format, int group_size, int layout) -> Tensor";
+constexpr const char* kUnpackSchema =
+    "unpack_weight(Tensor packed, int out_features, int in_features, int format, int group_size, bool zeros, int layout) -> (Tensor, Tensor, Tensor)";
+constexpr const char* kDequantizeSchema =
+    "dequantize_weight(Tensor packed, int out_features, int in_features, int format, int group_size, bool zeros, int layout, int row_begin, int row_end, "
+    "ScalarType dtype) -> Tensor";
+
 struct Params {
   WeightSpec weight;
   Layout layout;

@@ -98,13 +98,9 @@ Tensor dequantize_weight(const Tensor& packed, int64_t out_features, int64_t in_
 
 #if defined(TAUT_EMULATE)
 TAUT_CUDA_SCHEMAS(m) {
-  m.def("pack_weight(Tensor codes, Tensor scales, Tensor? zeros, int in_features, int format, int group_size, int layout) -> Tensor");
-  m.def(
-      "unpack_weight(Tensor packed, int out_features, int in_features, int format, int group_size, bool zeros, int layout) -> "
-      "(Tensor, Tensor, Tensor)");
-  m.def(
-      "dequantize_weight(Tensor packed, int out_features, int in_features, int format, int group_size, bool zeros, "
-      "int layout, int row_begin, int row_end, ScalarType dtype) -> Tensor");
+  m.def(taut::pack_weight::kPackSchema);
+  m.def(taut::pack_weight::kUnpackSchema);
+  m.def(taut::pack_weight::kDequantizeSchema);
 }
 #endif
 TAUT_CUDA_LIBRARY(m) {

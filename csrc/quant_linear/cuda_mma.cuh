@@ -24,6 +24,7 @@
 #include "common/cuda.cuh"
 #include "common/dequant.cuh"
 #include "common/launch.h"
+#include "common/numbers.cuh"
 #include "common/ptx.cuh"
 #include "quant_linear/op.h"
 
@@ -96,19 +97,6 @@ template <Format kFormat, bool kGroup32, class Tile>
 constexpr int smem_bytes() {
   return Tile::kStages * ((StageLayout<kFormat, kGroup32, Tile>::kBytes + 127) / 128 * 128) + EpilogueLayout<Tile>::kBytes;
 }
-
-template <class T>
-TAUT_DEVICE T from_float(float v);
-template <>
-TAUT_DEVICE __half from_float<__half>(float v) {
-  return __float2half_rn(v);
-}
-template <>
-TAUT_DEVICE __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
-  return __float2bfloat16_rn(v);
-}
-TAUT_DEVICE float to_float(__half v) { return __half2float(v); }
-TAUT_DEVICE float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 
 // ---- One warp's accumulators -------------------------------------------------------------------------------------------
 
@@ -404,8 +392,8 @@ TAUT_DEVICE void compute_unit(const unsigned char* stage, Accumulators<Tile>& ac
         StripCodes<kFormat> codes;
         load_strip<kFormat, kGroups>(codes, s_tile, (Tile::kWarpStrips == 4 ? 0 : first_strip) + s0 + s, h, lane);
         const uint32_t pair = scales.pair(s0 + s);
-        scale[s][0] = __half2float(__ushort_as_half(static_cast<unsigned short>(pair & 0xffff))) * Dequant<kFormat, T>::kScale;
-        scale[s][1] = __half2float(__ushort_as_half(static_cast<unsigned short>(pair >> 16))) * Dequant<kFormat, T>::kScale;
+        scale[s][0] = lower_half(pair) * Dequant<kFormat, T>::kScale;
+        scale[s][1] = upper_half(pair) * Dequant<kFormat, T>::kScale;
         const FragmentZeros zeros = Dequant<kFormat, T>::zeros(zero_points.lower(s0 + s), zero_points.upper(s0 + s));
 #pragma unroll
         for (int step = 0; step < kSteps; step++) Dequant<kFormat, T>::fragment(codes, step, zeros, a[s][step]);
@@ -593,7 +581,8 @@ Plan make_plan(const CudaParams& p) {
     // A tile is cut only as far as every block keeps a few units, to hide its start and its share of the combining.
     plan.blocks = std::min(resident, std::max(plan.tiles, ceil_div(plan.units, 4)));
   }
-  for (int64_t b = 1; b < plan.blocks && !plan.cut; b++) plan.cut = stretch_begin(b, plan.units, plan.blocks) % plan.steps != 0;
+  // Whole tiles for every block, or one step to a tile; else some block's stretch begins inside a tile.
+  plan.cut = plan.steps > 1 && plan.tiles % plan.blocks != 0;
   plan.align = p.weight.K % 8 != 0 || reinterpret_cast<uintptr_t>(p.x) % 16 != 0 || (p.x_row_stride % 8 != 0 && p.M > 1);
   plan.partial_bytes = plan.cut ? plan.blocks * 2 * Tile::kTileM * Tile::kTileN * 4 : 0;
   plan.workspace_bytes = plan.partial_bytes + (plan.align ? p.M * aligned_k(p) * 2 : 0);

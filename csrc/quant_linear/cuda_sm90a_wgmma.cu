@@ -25,6 +25,7 @@
 
 #include "common/dequant.cuh"
 #include "common/launch.h"
+#include "common/numbers.cuh"
 #include "common/ptx.cuh"
 #include "common/tensor_map.h"
 #include "quant_linear/op.h"
@@ -129,12 +130,6 @@ TAUT_DEVICE uint32_t bits_of(const __nv_bfloat162& pair) {
 }
 TAUT_DEVICE uint32_t pack(half, float lo, float hi) { return bits_of(__floats2half2_rn(lo, hi)); }
 TAUT_DEVICE uint32_t pack(__nv_bfloat16, float lo, float hi) { return bits_of(__floats2bfloat162_rn(lo, hi)); }
-TAUT_DEVICE float to_float(half v) { return __half2float(v); }
-TAUT_DEVICE float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
-
-// The fp16 in the low and in the high half of a word.
-TAUT_DEVICE float lower_half(uint32_t word) { return __half2float(__ushort_as_half(static_cast<unsigned short>(word & 0xffffu))); }
-TAUT_DEVICE float upper_half(uint32_t word) { return __half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16))); }
 
 // The scales of a lane's rows g and g + 8, ready to multiply A registers with one rounding.
 template <class Type>

@@ -117,9 +117,5 @@ const bool registered = register_table("quant_linear", "cpu", kImpls, explain);
 }  // namespace
 }  // namespace taut::quant_linear
 
-STABLE_TORCH_LIBRARY_FRAGMENT(taut, m) {
-  m.def(
-      "quant_linear(Tensor x, Tensor packed, Tensor? bias, int out_features, int format, int group_size, bool zeros, "
-      "int activations) -> Tensor");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(taut, m) { m.def(taut::quant_linear::kSchema); }
 STABLE_TORCH_LIBRARY_IMPL(taut, CPU, m) { m.impl("quant_linear", TORCH_BOX(&taut::quant_linear::quant_linear)); }

@@ -9,6 +9,9 @@
 
 namespace taut::quant_linear {
 
+constexpr const char* kSchema =
+    "quant_linear(Tensor x, Tensor packed, Tensor? bias, int out_features, int format, int group_size, bool zeros, int activations) -> Tensor";
+
 // kFloat: x enters as it is; products and sums in fp32.
 // kInt8:  x is quantized inside, one scale per row per 32 k (quantize_row in cpu_scalar.cpp is the definition):
 //         row_max = max|x|, group_max = max|x| over 32 k, m = clamp(ceil(group_max * 32767 / row_max), 1, 32767),
