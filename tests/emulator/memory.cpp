@@ -346,6 +346,8 @@ static void forget(const Buffer& b) {
 
 void expose(const char* name, const void* p, size_t bytes, bool writable, bool initialised) {
   if (bytes == 0) return;
+  // NaN in every float format: an element of out that no kernel writes must not keep the result of the call before.
+  if (writable && !initialised) memset(const_cast<void*>(p), 0xff, bytes);
   Buffer b{name, reinterpret_cast<uintptr_t>(p), reinterpret_cast<uintptr_t>(p) + bytes, writable, nullptr};
   // What was exposed there before has been freed since.
   std::erase_if(buffers, [&](const Buffer& old) {
