@@ -4,14 +4,16 @@
 //           B: panel fp32 [k][2 strips][8 outputs], dequantized exactly as torch would: float(q - z) * scale
 // WORK      A 32-bit lane of a packed vector holds codes of one output: a shift left and an arithmetic shift right leave one
 //           code, signed, in 8 outputs' lanes; convert, then one fma a row with a broadcast x.
-//           small (x86_loops.h): R <= 4 rows, w converted in registers; zero point and scale go in per weight, as in the
+//           small (cpu_loops.h): R <= 4 rows, w converted in registers; zero point and scale go in per weight, as in the
 //           tile: scaled after the sum, an outlier in x would not cancel where q = z, and large x would overflow.   tile: an fp32 panel in L1, 6 rows x 16 outputs of plain fma.
 // BOUND     M=1: issue width, 6 instructions per 8 weights (7 with zeros), about 20 GB/s of int4 on two 3 GHz cores.
 //           Large M: fp32 fma, 2 per cycle and core (204 GFLOP/s on two 3.1 GHz Zen 3 cores).
 // LIMITS    AVX2, FMA, F16C; float activations
 #include <utility>
 
-#include "quant_linear/x86_loops.h"
+#include "quant_linear/x86_rows.h"
+
+#include "quant_linear/cpu_loops.h"
 
 namespace taut::quant_linear::cpu_float_avx2 {
 namespace {

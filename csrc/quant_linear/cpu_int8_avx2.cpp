@@ -8,13 +8,14 @@
 //           int4 sums cannot overflow: 16 lanes-in-one of 15*127 = 30480 in int16, started at -z*sum(a); wrap-around on
 //           the way is harmless, the end is in range. int8 is two passes of the same kind: w = 16*(hi - 8) + lo.
 //           |int32| <= 2*30480*32767 < 2^31.
-//           small (x86_loops.h): R <= 4 rows, weights unpacked in registers.  tile: 6 rows x 16 outputs.
+//           small (cpu_loops.h): R <= 4 rows, weights unpacked in registers.  tile: 6 rows x 16 outputs.
 // BOUND     M=1: DRAM read of the weights.  Large M: issue width; 3.35 instructions per vpmaddubsw (64 operations).
 // LIMITS    AVX2, FMA, F16C; int8 activations
 // TRIED     a zero correction per group after the sum: +6%.  12 rows x 1 vector: broadcasts bind, 0.8x.  int8 by the sign
 //           trick (vpsignb): the same instruction count as two nibble passes, and a second kernel.
 #include "quant_linear/x86_int8.h"
-#include "quant_linear/x86_loops.h"
+
+#include "quant_linear/cpu_loops.h"
 
 namespace taut::quant_linear::cpu_int8_avx2 {
 namespace {

@@ -5,7 +5,7 @@
 //           fp32 m [R].   B: panel u8 [k/32][8 chunks][2 strips][32], the unpacked codes
 // WORK      One step: vpdpbusd of 16 outputs x 4 k of unsigned codes with 4 k of one row, broadcast from memory by the
 //           instruction. After 32 k: convert, fma by (scale * m).  int8 codes are stored + 128; the sum starts at -128*sum(a).
-//           small (x86_loops.h): R <= 4 rows, 4 strips in two zmm.  tile: 12 rows x 16 outputs, 12 integer and 12 fp32 sums
+//           small (cpu_loops.h): R <= 4 rows, 4 strips in two zmm.  tile: 12 rows x 16 outputs, 12 integer and 12 fp32 sums
 //           in registers.
 // BOUND     M=1: DRAM read of the weights.  Large M: vpdpbusd, one zmm a cycle on Zen 4 (128 operations), and per 32 k and
 //           row a multiply and an fma on the same pipes: 8 / (8 + 2) = 80% of that peak.
@@ -13,7 +13,8 @@
 #include <utility>
 
 #include "quant_linear/x86_int8.h"
-#include "quant_linear/x86_loops.h"
+
+#include "quant_linear/cpu_loops.h"
 
 namespace taut::quant_linear::cpu_int8_avx512vnni {
 namespace {

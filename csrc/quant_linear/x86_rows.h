@@ -56,8 +56,9 @@ inline __m128i to_bf16(__m256 v) {  // round to nearest even; NaN stays NaN
   return _mm256_castsi256_si128(packed);
 }
 
-// Eight results of row m, columns [8*strip, 8*strip+8), plus bias, into out; columns past N are dropped.
-inline void store_strip(const Params& p, int64_t m, int64_t strip, __m256 sums) {
+// Eight results of row m, columns [8*strip, 8*strip+8): sums * unit plus bias, into out; columns past N are dropped.
+inline void store_strip(const Params& p, int64_t m, int64_t strip, const float* tile /* [8], 32-byte aligned */, float unit) {
+  __m256 sums = _mm256_mul_ps(_mm256_load_ps(tile), _mm256_set1_ps(unit));
   const int64_t N = p.weight.N, n = strip * 8, at = m * N + n;
   if (n + 8 <= N) {
     if (p.dtype == DType::kFloat32) {

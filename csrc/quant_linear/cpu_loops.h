@@ -1,6 +1,7 @@
-// The two loops around the kernels, written once for every x86 ISA and both kinds of activations. Kernel is a policy: see
-// Int8Avx2 in cpu_int8_avx2.cpp, which explains A (the prepared rows of x) and B (the panel). All of it in an anonymous
-// namespace: each ISA file compiles its own copy with its own flags.
+// The two loops around the kernels, written once for every CPU and both kinds of activations. Kernel is a policy: see
+// Int8Avx2 in cpu_int8_avx2.cpp, which explains A (the prepared rows of x) and B (the panel). A kernel file includes the rows of
+// its ISA first (x86_rows.h: load_row, store_strip). All of it in an anonymous namespace: each ISA file compiles its own
+// copy with its own flags.
 //
 //   small  weights are streamed once per kRows rows of x and unpacked in registers. A thread walks kStreams strips at a
 //          time that start far apart, so that as many hardware prefetch streams run.
@@ -8,13 +9,10 @@
 //          reused by every row block; fp32 sums live in a small tile C.
 #pragma once
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cstring>
 
 #include "quant_linear/op.h"
-#include "quant_linear/x86_rows.h"
 
 namespace taut::quant_linear {
 namespace {
@@ -38,8 +36,8 @@ struct BlockCursor {
   BlockCursor(const Strips& strips, int64_t strip, int64_t first_block)
       : s(strips), header(s.data + s.layout.header_offset(strip * 8, first_block * 32)), codes(s.data + s.layout.block_offset(strip * 8, first_block * 32)),
         group(first_block / s.blocks_per_group % 4), block(first_block % s.blocks_per_group) {}
-  const uint8_t* scales() const { return header + group * 16; }
-  const uint8_t* zeros() const { return header + 64 + group * 8; }
+  const uint8_t* scales() const { return header + group * s.layout.group_scale_bytes(); }
+  const uint8_t* zeros() const { return header + s.layout.zeros_begin() + group * 8; }
   void next() {
     codes += s.block_bytes;
     if (++block < s.blocks_per_group) return;
@@ -57,7 +55,7 @@ void small_rows(const Params& p, const Strips& s, int64_t strip0, int64_t strip1
   alignas(64) float sums[kStreams * kRows * 8];
   const int64_t per_stream = (strip1 - strip0) / kStreams;
   const auto store = [&](int64_t strip, const float* tile) {
-    for (int r = 0; r < kRows; r++) store_strip(p, m + r, strip, _mm256_mul_ps(_mm256_load_ps(tile + r * 8), _mm256_set1_ps(unit[r])));
+    for (int r = 0; r < kRows; r++) store_strip(p, m + r, strip, tile + r * 8, unit[r]);
   };
   for (int64_t i = 0; i < per_stream; i++) {
     const int64_t strip = strip0 + i;
@@ -159,8 +157,7 @@ void tile_loop(const Params& p) {
           const int64_t slice = next_n < panel1 && (next_n + 1) * kPanelStrips <= num_strips ? (next_bytes / blocks + 63) / 64 * 64 : 0;
           for (int64_t b = block0; b < block1; b++) {
             for (int64_t offset = (b - block0) * slice; offset < std::min(next_bytes, (b - block0 + 1) * slice); offset += 64)
-              for (int strip = 0; strip < kPanelStrips; strip++)
-                _mm_prefetch(reinterpret_cast<const char*>(next + strip * s.strip_bytes + offset), _MM_HINT_T1);
+              for (int strip = 0; strip < kPanelStrips; strip++) __builtin_prefetch(next + strip * s.strip_bytes + offset, 0, 2);
             const int in_block = static_cast<int>(std::min<int64_t>(kRows, rows - b * kRows));
             Kernel::template micro_rows<kZeros, kFormat>(in_block, a + k0 / kPanelK * panel_stride + b * kRows * row_panel_bytes, panel, k_blocks,
                                                          c + (b - block0) * kRows * kPanelStrips * 8);
@@ -169,7 +166,7 @@ void tile_loop(const Params& p) {
         for (int64_t m = block0 * kRows; m < std::min(rows, block1 * kRows); m++)
           for (int strip = 0; strip < strips; strip++) {
             const float* sums = c + ((m - block0 * kRows) * kPanelStrips + strip) * 8;
-            store_strip(p, m0 + m, n * kPanelStrips + strip, _mm256_mul_ps(_mm256_load_ps(sums), _mm256_set1_ps(unit[m])));
+            store_strip(p, m0 + m, n * kPanelStrips + strip, sums, unit[m]);
           }
       }
     });
