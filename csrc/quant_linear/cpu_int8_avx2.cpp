@@ -23,19 +23,7 @@ struct Avx2 : Simd256 {
   static constexpr int64_t kPanelBytes = 16384;
 
   using X = Bytes;
-  // WHY asm: gcc would load a vector of copies, or keep what it can load again; a broadcast from memory is free.
-  static TAUT_INLINE Bytes broadcast4(const uint8_t* p) {
-    Bytes v;
-    asm volatile("vpbroadcastd %1,%0" : "=x"(v) : "m"(*reinterpret_cast<const int32_t*>(p)));
-    return v;
-  }
   static TAUT_INLINE X at(const uint8_t* p) { return broadcast4(p); }
-  template <class T>
-  static TAUT_INLINE Bytes load_bytes(const T* p) {
-    Bytes v;
-    asm volatile("vmovdqa %1,%0" : "=x"(v) : "m"(*reinterpret_cast<const Bytes*>(p)));
-    return v;
-  }
   // WHY asm: gcc 12 reassociates the int16 sum into a tree and spills it (2x slower); this keeps one running sum.
   static TAUT_INLINE void dot(Bytes& sum, Bytes codes, X x) {
     Bytes product;
@@ -45,27 +33,6 @@ struct Avx2 : Simd256 {
     asm volatile("vpmaddubsw %2,%1,%0\n\tvpaddw %0,%3,%0" : "=&x"(sum) : "x"(codes), "x"(x), "x"(start));
   }
   static TAUT_INLINE void dot_first(Bytes& sum, Bytes codes, X x) { asm volatile("vpmaddubsw %2,%1,%0" : "=x"(sum) : "x"(codes), "x"(x)); }
-
-  static TAUT_INLINE Bytes load_zeros(const uint8_t* p, int64_t far) {  // 8 zero points, each as an int16 pair
-    const Bytes z = widen(p, far);
-    return z | _mm256_slli_epi32(z, 16);
-  }
-  static TAUT_INLINE Bytes times_zero(Bytes start, Bytes zeros) { return _mm256_mullo_epi16(start, zeros); }
-
-  static TAUT_INLINE Floats zero() { return _mm256_setzero_ps(); }
-  static TAUT_INLINE Floats splat_float(float v) { return _mm256_set1_ps(v); }
-  static TAUT_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
-  static TAUT_INLINE Floats load_floats(const float* p) { return _mm256_load_ps(p); }
-  static TAUT_INLINE void store_floats(float* p, Floats v) { _mm256_store_ps(p, v); }
-  static TAUT_INLINE void store_strips(float* p, int64_t, Floats v) { _mm256_store_ps(p, v); }
-  using M = Bytes;
-  static TAUT_INLINE M load_multiple(const uint8_t* p) { return broadcast4(p); }
-  static TAUT_INLINE Floats to_floats(Bytes sum, M m) { return _mm256_cvtepi32_ps(_mm256_madd_epi16(sum, m)); }
-  static TAUT_INLINE Floats times(Floats scale, M) { return scale; }
-  // In memory: gcc otherwise keeps a second, spilled copy of the tile.
-  static TAUT_INLINE void accumulate(float* sums, Floats value, Floats scale) {
-    asm volatile("vfmadd213ps %1,%2,%0\n\tvmovaps %0,%1" : "+x"(value), "+m"(*reinterpret_cast<Floats*>(sums)) : "x"(scale));
-  }
 };
 
 }  // namespace

@@ -1,11 +1,9 @@
 // The int8 kernels of x86, written once: Int8Kernel<Isa> is the policy that the loops in cpu_loops.h run. An ISA is a Simd
-// (x86_decode.h) and
+// (x86_simd.h) and
 //   kInt32       a sum is 32 bits (vpdpbusd), else 16 (vpmaddubsw, vpaddw)
-//   kTileRows    rows of x in a register tile of 16 outputs
+//   kTileRows    rows of x in a register tile of 16 outputs;  kPanelBytes: of codes
 //   X, at        what multiplies a vector of codes: 4 k of one row, broadcast
-//   dot          sum += codes . x;   dot_from: sum = start + codes . x;   dot_first: sum = codes . x
-//   to_floats    a sum, times m where that is cheaper in integers;   times: a scale, times m where it was not
-//   accumulate   a vector of totals in memory += value * scale
+//   dot          sum += codes . x;   dot_from: sum = start + codes . x;   dot_first (16 bits): sum = codes . x
 //
 // A: per block of R rows, per 32 k: int8 [8 chunks][R][4], the starts of the sums [1 or 2][R], the multiples m [R].
 //    16-bit sums: a start is int16x2, -zero * sum(a) over k % 4 in {0, 1} and {2, 3};  m is int16x2.
@@ -25,6 +23,23 @@ namespace {
 
 using Int8Formats =
     Formats<Format::kTernary, Format::kInt2, Format::kInt3, Format::kInt4, Format::kNf4, Format::kMxfp4, Format::kNvfp4, Format::kInt8>;
+
+// The multiple m of a row and block: with 16-bit sums it does their widening, in integers; with 32-bit sums, which it could
+// overflow, it goes to the weights' scales.
+template <class Isa, bool kInt32 = Isa::kInt32>
+struct Multiple {
+  typename Isa::Bytes m;
+  explicit TAUT_INLINE Multiple(const uint8_t* p) : m(Isa::broadcast4(p)) {}
+  TAUT_INLINE typename Isa::Floats of_sum(typename Isa::Bytes sum) const { return Isa::from_int32(Isa::madd(sum, m)); }
+  TAUT_INLINE typename Isa::Floats of_scale(typename Isa::Floats scale) const { return scale; }
+};
+template <class Isa>
+struct Multiple<Isa, true> {
+  typename Isa::Floats m;
+  explicit TAUT_INLINE Multiple(const uint8_t* p) : m(Isa::splat_float(load_as<float>(p))) {}
+  TAUT_INLINE typename Isa::Floats of_sum(typename Isa::Bytes sum) const { return Isa::from_int32(sum); }
+  TAUT_INLINE typename Isa::Floats of_scale(typename Isa::Floats scale) const { return scale * m; }
+};
 
 template <class Isa>
 struct Int8Kernel {
@@ -81,6 +96,15 @@ struct Int8Kernel {
     });
   }
 
+  // A row's start for outputs with zero points of their own (as `zeros` loads them): -sum(a) * z. Both fit int16, so that with
+  // 32-bit sums vpmaddwd of the low halves is the product.
+  static TAUT_INLINE Bytes zeros(const uint8_t* p, int64_t far) {
+    const Bytes z = Isa::widen(p, far);
+    if constexpr (Isa::kInt32) return z;
+    else return Isa::twice16(z);
+  }
+  static TAUT_INLINE Bytes times_zeros(Bytes start, Bytes zeros) { return Isa::kInt32 ? Isa::madd(start, zeros) : Isa::multiply16(start, zeros); }
+
   // sums[kStreams][kRows][8] = A[kRows, K] @ w[8 rows, K]^T for kStreams strips `stride` bytes apart.
   template <bool kZeros, Format kFormat, int kRows, int kStreams>
   static __attribute__((noinline)) void strip_product(const Strips& s, const uint8_t* w, int64_t stride, const uint8_t* a, float* sums) {
@@ -99,7 +123,7 @@ struct Int8Kernel {
       const uint8_t* codes = w + s.header_bytes;
       for (int g = 0; g < 4 && left > 0; g++)
         for (int64_t b = 0; b < s.blocks_per_group && left > 0; b++, left--, a += row_block_bytes<kFormat> * kRows, codes += kBlockBytes) {
-          const uint8_t *scales = w + g * W::kScaleBytes, *zeros = w + 4 * W::kScaleBytes + g * 8;
+          const uint8_t *scales = w + g * W::kScaleBytes, *zero_points = w + 4 * W::kScaleBytes + g * 8;
           if (kRows > 1)
             TAUT_FOR (int i = 0; i < kStreams; i++)
               TAUT_FOR (int line = 0; line < kBlockBytes; line += 64)
@@ -108,12 +132,12 @@ struct Int8Kernel {
           // codes of chunk `chunk`, vector i, into the sum of row r; i = 0 comes first
           const auto multiply = [&](int chunk, int part, int i, int r, Bytes code, typename Isa::X x) __attribute__((always_inline)) {
             Bytes& to = sum[part][i][r];
-            if (chunk % (8 / W::kScales) != 0) Isa::dot(to, code, x);
-            else if (kPasses == 2 && part == 1) Isa::dot_first(to, code, x);  // low nibbles start at 0
-            else {
-              if (i == 0) start[part] = Isa::broadcast4(a + ((8 + part) * kRows + r) * 4);
-              Isa::dot_from(to, kZeros ? Isa::times_zero(start[part], Isa::load_zeros(zeros + i * apart, stride)) : start[part], code, x);
+            if constexpr (kPasses == 2) {
+              if (chunk == 0 && part == 1) return Isa::dot_first(to, code, x);  // low nibbles start at 0
             }
+            if (chunk % (8 / W::kScales) != 0) return Isa::dot(to, code, x);
+            if (i == 0) start[part] = Isa::broadcast4(a + ((8 + part) * kRows + r) * 4);
+            Isa::dot_from(to, kZeros ? times_zeros(start[part], zeros(zero_points + i * apart, stride)) : start[part], code, x);
           };
           const auto part_of = [&](int chunk, int pass) { return W::kScales == 2 ? chunk / 4 : pass; };
           TAUT_FOR (int c = 0; c < W::kSteps; c++) {
@@ -147,14 +171,14 @@ struct Int8Kernel {
           if (kRows > 1)
             TAUT_FOR (int i = 0; i < kVectors; i++) W::load_scales(scales + i * apart, stride, scale[i]);
           TAUT_FOR (int r = 0; r < kRows; r++) {
-            const typename Isa::M m = Isa::load_multiple(a + ((8 + W::kScales) * kRows + r) * 4);
+            const Multiple<Isa> m(a + ((8 + W::kScales) * kRows + r) * 4);
             TAUT_FOR (int i = 0; i < kVectors; i++) {
               if (kRows == 1) W::load_scales(scales + i * apart, stride, scale[i]);
               TAUT_FOR (int h = 0; h < W::kScales; h++) {
-                Floats value = Isa::to_floats(sum[h][i][r], m);
-                if constexpr (kPasses == 2) value = Isa::fma(value, Isa::splat_float(16.0f), Isa::to_floats(sum[1][i][r], m));
-                if (kInRegisters) total[i][r] = Isa::fma(value, Isa::times(scale[i][h], m), total[i][r]);
-                else Isa::accumulate(sums + (i * kRows + r) * 8, value, Isa::times(scale[i][h], m));
+                Floats value = m.of_sum(sum[h][i][r]);
+                if constexpr (kPasses == 2) value = Isa::fma(value, Isa::splat_float(16.0f), m.of_sum(sum[1][i][r]));
+                if constexpr (kInRegisters) total[i][r] = Isa::fma(value, m.of_scale(scale[i][h]), total[i][r]);
+                else Isa::accumulate(sums + (i * kRows + r) * 8, value, m.of_scale(scale[i][h]));
               }
             }
           }
@@ -178,7 +202,7 @@ struct Int8Kernel {
       TAUT_FOR (int h = 0; h < W::kScales; h++) _mm256_store_ps(panel.scales + ((b * W::kScales + h) * kPanelStrips + half_of_panel) * 8, scale[h]);
       if (kZeros) {
         __m256i z = Simd256::widen(at.zeros(), 0);
-        if (!Isa::kInt32) z = z | _mm256_slli_epi32(z, 16);
+        if (!Isa::kInt32) z = Simd256::twice16(z);
         _mm256_store_si256(reinterpret_cast<__m256i*>(panel.zeros + (b * kPanelStrips + half_of_panel) * 8), z);
       }
       uint8_t* out = panel.codes + b * kPasses * 8 * kRow + half_of_panel * 32;
@@ -218,12 +242,12 @@ struct Int8Kernel {
           TAUT_FOR (int r = 0; r < kRows; r++) {
             const Bytes start = chunk == 0 && !low_nibbles ? Isa::broadcast4(a + ((8 + part) * kRows + r) * 4 - 128) : Bytes();
             if (chunk == 0 && kZeros)
-              TAUT_FOR (int i = 0; i < kVectors; i++) sum[r][i] = Isa::times_zero(start, *reinterpret_cast<const Bytes*>(zeros + i * kWidth));
+              TAUT_FOR (int i = 0; i < kVectors; i++) sum[r][i] = times_zeros(start, *reinterpret_cast<const Bytes*>(zeros + i * kWidth));
             const typename Isa::X x = Isa::at(a + ((kScales == 2 ? part * 4 + chunk : chunk) * kRows + r) * 4 - 128);
             TAUT_FOR (int i = 0; i < kVectors; i++) {
               if (chunk != 0 || kZeros) Isa::dot(sum[r][i], code[i], x);
-              else if (low_nibbles) Isa::dot_first(sum[r][i], code[i], x);
-              else Isa::dot_from(sum[r][i], start, code[i], x);
+              else if (!low_nibbles) Isa::dot_from(sum[r][i], start, code[i], x);
+              else if constexpr (kPasses == 2) Isa::dot_first(sum[r][i], code[i], x);
             }
           }
         }
@@ -235,10 +259,10 @@ struct Int8Kernel {
         }
         if (kPasses == 1 || low_nibbles) scales += kPanelStrips * 8;
         TAUT_FOR (int r = 0; r < kRows; r++) {
-          const typename Isa::M m = Isa::load_multiple(a + ((8 + kScales) * kRows + r) * 4 - 128);
+          const Multiple<Isa> m(a + ((8 + kScales) * kRows + r) * 4 - 128);
           TAUT_FOR (int i = 0; i < kVectors; i++) {
-            const Floats value = Isa::to_floats(sum[r][i], m), times = Isa::times(scale[i], m);
-            if (kInRegisters) total[r][i] = Isa::fma(value, times, total[r][i]);
+            const Floats value = m.of_sum(sum[r][i]), times = m.of_scale(scale[i]);
+            if constexpr (kInRegisters) total[r][i] = Isa::fma(value, times, total[r][i]);
             else Isa::accumulate(reinterpret_cast<float*>(tile + (r * kVectors + i) * kWidth * 4 - 128), value, times);
           }
         }
