@@ -54,7 +54,7 @@ struct Int8NeonDot : NeonInt8<false> {
                   const int8x16_t chunk = block.template chunk<kChunk>(table);
                   TAUT_FOR (int r = 0; r < kRows; r++) sum[r] = vdotq_laneq_s32(sum[r], chunk, x[r][kChunk / 4], kChunk % 4);
                 });
-                const float32x4_t scale = load_scales<kFormat>(w + i * stride + g * scale_bytes + part * (scale_bytes / 2), half);
+                const float32x4_t scale = load_scales<kFormat>(w + i * stride + g * scale_bytes + part * 8, half);
                 TAUT_FOR (int r = 0; r < kRows; r++)
                   total[i][r][half] = vfmaq_f32(total[i][r][half], vcvtq_f32_s32(sum[r]), vmulq_n_f32(scale, multiple[r]));
               });
@@ -115,7 +115,11 @@ struct Int8NeonDot : NeonInt8<false> {
 
 }  // namespace
 
-void run_small(const Params& p) { TAUT_FOR_FORMAT(small_loop, Int8NeonDot, p); }
-void run_tile(const Params& p) { TAUT_FOR_FORMAT(tile_loop, Int8NeonDot, p); }
+void run_small(const Params& p) {
+  for_format(p.weight, Int8Formats(), [&]<bool kZeros, Format kFormat>() { small_loop<Int8NeonDot, kZeros, kFormat>(p); });
+}
+void run_tile(const Params& p) {
+  for_format(p.weight, Int8Formats(), [&]<bool kZeros, Format kFormat>() { tile_loop<Int8NeonDot, kZeros, kFormat>(p); });
+}
 
 }  // namespace taut::quant_linear::cpu_int8_neondot

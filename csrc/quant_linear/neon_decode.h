@@ -16,7 +16,7 @@ struct Decode {
   static constexpr int kVectors = kFormat == Format::kInt3 ? 2 : kBits;  // of codes; int3 has one of third bits besides
   static constexpr bool kTable = kBits == 4 && kFormat != Format::kInt4;
   static constexpr int kZero = kFormat == Format::kInt8 ? 0 : is_integer(kFormat) ? zero_code(kFormat) : 0;
-  // Scales of a block: nvfp4 has one for chunks 0-3 and one for chunks 4-7.
+  // Scales of a block: nvfp4 has 8 for chunks 0-3 and 8 for chunks 4-7.
   static constexpr int kParts = kFormat == Format::kNvfp4 ? 2 : 1;
 
   uint8x16_t packed[kBits];
@@ -88,6 +88,14 @@ TAUT_INLINE float32x4_t load_scales(const uint8_t* scales, int half) {
     const uint32x4_t quiet = vandq_u32(vceqq_u32(bits, vdupq_n_u32(0x7f800000)), vdupq_n_u32(0x00400000));  // 255 is NaN
     return vreinterpretq_f32_u32(vorrq_u32(vmaxq_u32(bits, vdupq_n_u32(0x00400000)), quiet));               // 0 is 2^-127
   }
+}
+
+template <Format kFormat>
+inline float load_global_scale(const Params& p) {
+  if constexpr (kFormat != Format::kNvfp4) return 1.0f;
+  float scale;
+  std::memcpy(&scale, p.packed + Rows8{p.weight}.global_scale_offset(), 4);
+  return scale;
 }
 
 TAUT_INLINE int32x4_t load_zeros(const uint8_t* zeros, int half) {

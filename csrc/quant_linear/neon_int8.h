@@ -42,9 +42,13 @@ inline float quantize_row(const float* x /* [padded_k] */, int64_t padded_k, Act
 // What int8 kernels share: how x is prepared, and the panel of centred codes that the tiles read.
 //   A, per block of R rows, per 32 k: int8 codes [R][32], or by pairs of rows [R/2][4][2][8] (an odd last row [4][8]);
 //   fp32 m [R]; int32 -sum(a) (times the format's zero code where the group has no zero point) [R].
+using Int8Formats =
+    Formats<Format::kTernary, Format::kInt2, Format::kInt3, Format::kInt4, Format::kNf4, Format::kMxfp4, Format::kNvfp4, Format::kInt8>;
 template <bool kPairs>
 struct NeonInt8 {
-  static constexpr int kRowBlockBytes = 40;  // of A, per row and 32 k
+  static constexpr int kRowBlockBytes = 40;
+  template <Format kFormat>
+  static constexpr int row_block_bytes = kRowBlockBytes;  // of A, per row and 32 k
   template <Format kFormat>
   static constexpr int code_bytes = 1;  // of B
   template <Format kFormat>
@@ -68,6 +72,13 @@ struct NeonInt8 {
     });
   }
 
+  // The tables hold the codebook in other steps.
+  template <Format kFormat>
+  static float factor(const Params& p) {
+    if constexpr (kFormat == Format::kNf4) return 1.0f / 127.0f;
+    else return load_global_scale<kFormat>(p) * (Decode<kFormat>::kTable ? 0.5f : 1.0f);
+  }
+
   // k-blocks [block0, block0 + k_blocks) of one strip, to its half of the panel: codes less their zero points, so that the
   // tile need not know of them.  B: int8 [k/32][8 chunks][2 strips][8 rows][4], or [k/32][4][2 strips][8 rows][8].
   template <bool kZeros, Format kFormat, class PanelT>
@@ -77,7 +88,9 @@ struct NeonInt8 {
     for (int64_t b = 0; b < k_blocks; b++, at.next()) {
       int8_t* out = reinterpret_cast<int8_t*>(panel.codes) + b * 8 * kPanelStrips * 32 + strip_of_panel * (kPairs ? 64 : 32);
       TAUT_FOR (int half = 0; half < 2; half++) {
-        vst1q_f32(panel.scales + (b * kPanelStrips + strip_of_panel) * 8 + half * 4, load_scales<kFormat>(at.scales(), half));
+        constexpr int kParts = Decode<kFormat>::kParts;
+        TAUT_FOR (int part = 0; part < kParts; part++)
+          vst1q_f32(panel.scales + ((b * kParts + part) * kPanelStrips + strip_of_panel) * 8 + half * 4, load_scales<kFormat>(at.scales() + part * 8, half));
         int8x16_t zero = vdupq_n_s8(Decode<kFormat>::kZero);
         if (kZeros) {
           const uint8x16_t spread = vreinterpretq_u8_u32(vmulq_n_u32(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(0x03020100u)))), 0x01010101u));

@@ -282,7 +282,8 @@ bool matches(const Case& c, const Params& p, const Weight& weight, const uint8_t
         if (std::isnan(truth) ? !std::isnan(value) : value != truth) return false;
         continue;
       }
-      double size = 0, bias = p.bias ? load_float(p.bias, n, c.dtype) : 0.0;
+      const double bias = p.bias ? load_float(p.bias, n, c.dtype) : 0.0;
+      double size = std::fabs(bias);
       for (int64_t k = 0; k < K; k++)
         size += std::fabs(load_float(p.x, m * p.x_row_stride + k, c.dtype)) * (std::fabs(weight.values[n * K + k]) + weight.steps[n * K + k]);
       const double error = std::fabs(value - truth);
@@ -304,6 +305,29 @@ bool matches(const Case& c, const Params& p, const Weight& weight, const uint8_t
   return true;
 }
 
+// The truth itself, held against the numbers that were packed.
+void check_truth(const Case& c, const Params& p, const Weight& weight, const uint8_t* found) {
+  if (c.activations != Activations::kFloat || c.data == Data::kSpecial || c.dtype != DType::kFloat32) return;
+  const int64_t N = c.weight.N, K = c.weight.K;
+  for (int i = 0; i < kNumImpls; i++) {
+    if (!is_truth(kImpls[i])) continue;
+    Tally& tally = tallies[i][static_cast<int>(c.weight.format)][c.weight.zeros];
+    tally.cases++;
+    for (int64_t m = 0; m < c.M; m++)
+      for (int64_t n = 0; n < N; n++) {
+        double sum = p.bias ? load_float(p.bias, n, c.dtype) : 0.0, size = std::fabs(sum);
+        for (int64_t k = 0; k < K; k++) {
+          const double term = load_float(p.x, m * p.x_row_stride + k, c.dtype) * weight.values[n * K + k];
+          sum += term, size += std::fabs(term);
+        }
+        const double error = std::fabs(load_float(found, m * N + n, c.dtype) - sum), allowed = 0x1p-23 * std::fabs(sum) + 0x1p-40 * size;
+        tally.worst_error = std::fmax(tally.worst_error, size > 0 ? error / size : 0);
+        tally.worst_share = std::fmax(tally.worst_share, allowed > 0 ? error / allowed : 0);
+        if (!(error <= allowed)) return fail(kImpls[i], c, tally, "the truth is not what was packed");
+      }
+  }
+}
+
 void run_case(const Case& c) {
   const Weight weight(c);
   const Inputs in(c);
@@ -314,6 +338,7 @@ void run_case(const Case& c) {
   Output expected(bytes);
   p.out = expected.data();
   quant_linear::cpu_scalar::run(p);
+  check_truth(c, p, weight, expected.data());
 
   for (int i = 0; i < kNumImpls; i++) {
     const LinearImpl& impl = kImpls[i];
@@ -338,8 +363,12 @@ void run_case(const Case& c) {
     if (c.data != Data::kRandom || c.dtype != DType::kFloat32) continue;
     // A planted fault: one bit of one code turns over between the truth's run and the kernel's. It must show.
     const Rows8 layout{c.weight};
-    uint8_t& code = weight.packed[layout.code_offset(c.weight.N - 1, c.weight.K / 2)];
-    const uint8_t bit = static_cast<uint8_t>((c.weight.format == Format::kInt8 || c.weight.format >= Format::kFp8E4M3 ? 32 : 2) << layout.code_shift(c.weight.K / 2));
+    int64_t k = 0;
+    for (int64_t j = 1; j < c.weight.K; j++)
+      if (std::fabs(load_float(p.x, j, c.dtype)) > std::fabs(load_float(p.x, k, c.dtype))) k = j;
+    uint8_t& code = weight.packed[layout.code_offset(c.weight.N - 1, k)];
+    const int bits = static_cast<int>(code_bits(c.weight.format));
+    const uint8_t bit = static_cast<uint8_t>((bits == 8 ? 64 : bits == 4 ? 4 : 2) << layout.code_shift(k));
     code ^= bit;
     p.out = found.data(), p.num_threads = 1;
     impl.run(p);
