@@ -52,8 +52,9 @@ CpuFeatures detect() {
 
 CpuFeatures detect() {
   CpuFeatures features;
-  features.neon_dotprod = getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
-  features.neon_i8mm = getauxval(AT_HWCAP2) & HWCAP2_I8MM;
+  features.neon = getauxval(AT_HWCAP) & HWCAP_ASIMD;
+  features.neondot = features.neon && (getauxval(AT_HWCAP) & HWCAP_ASIMDDP);
+  features.i8mm = features.neondot && (getauxval(AT_HWCAP2) & HWCAP2_I8MM);
   return features;
 }
 

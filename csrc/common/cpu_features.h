@@ -8,8 +8,9 @@ struct CpuFeatures {
   bool avx512vnni = false;    // AVX-512 F, DQ, BW, VL and VNNI, and the OS saves zmm
   bool avx512bf16 = false;    // AVX-512 BF16 besides
   bool amx_int8 = false;      // AMX tiles with int8, and the OS grants them
-  bool neon_dotprod = false;  // ARM sdot
-  bool neon_i8mm = false;     // ARM smmla
+  bool neon = false;        // 64-bit ARM
+  bool neondot = false;     // ARM sdot (dotprod)
+  bool i8mm = false;        // ARM smmla besides
 };
 
 __attribute__((visibility("default"))) const CpuFeatures& cpu_features();

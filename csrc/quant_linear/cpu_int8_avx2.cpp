@@ -54,7 +54,9 @@ TAUT_INLINE void accumulate(float* sums, __m256 c, __m256 scale) {
 }
 
 struct Int8Avx2 {
-  static constexpr int kRowBlockBytes = 40;   // of A, per row and 32 k
+  static constexpr int kRowBlockBytes = 40;  // of A, per row and 32 k
+  template <Format>
+  static constexpr int row_block_bytes = kRowBlockBytes;
   static constexpr int kTileRows = 6;         // 6 x 2 sums + 2 codes + 1 broadcast + 1 product = 16 registers
   static constexpr int64_t kChunkRows = 516;  // 2.6 MB of A at K=4096
   template <Format kFormat>
@@ -259,7 +261,11 @@ struct Int8Avx2 {
 
 }  // namespace
 
-void run_small(const Params& p) { TAUT_FOR_FORMAT(small_loop, Int8Avx2, p); }
-void run_tile(const Params& p) { TAUT_FOR_FORMAT(tile_loop, Int8Avx2, p); }
+void run_small(const Params& p) {
+  for_format(p.weight, Formats<Format::kInt4, Format::kInt8>(), [&]<bool kZeros, Format kFormat>() { small_loop<Int8Avx2, kZeros, kFormat>(p); });
+}
+void run_tile(const Params& p) {
+  for_format(p.weight, Formats<Format::kInt4, Format::kInt8>(), [&]<bool kZeros, Format kFormat>() { tile_loop<Int8Avx2, kZeros, kFormat>(p); });
+}
 
 }  // namespace taut::quant_linear::cpu_int8_avx2

@@ -58,6 +58,8 @@ TAUT_INLINE __m512 scaled(__m512i sum, __m512 scale, const uint8_t* multiple, __
 
 struct Int8Avx512Vnni {
   static constexpr int kRowBlockBytes = 40;
+  template <Format>
+  static constexpr int row_block_bytes = kRowBlockBytes;
   static constexpr int kTileRows = 12;
   static constexpr int64_t kChunkRows = 516;
   template <Format kFormat>
@@ -189,7 +191,11 @@ struct Int8Avx512Vnni {
 
 }  // namespace
 
-void run_small(const Params& p) { TAUT_FOR_FORMAT(small_loop, Int8Avx512Vnni, p); }
-void run_tile(const Params& p) { TAUT_FOR_FORMAT(tile_loop, Int8Avx512Vnni, p); }
+void run_small(const Params& p) {
+  for_format(p.weight, Formats<Format::kInt4, Format::kInt8>(), [&]<bool kZeros, Format kFormat>() { small_loop<Int8Avx512Vnni, kZeros, kFormat>(p); });
+}
+void run_tile(const Params& p) {
+  for_format(p.weight, Formats<Format::kInt4, Format::kInt8>(), [&]<bool kZeros, Format kFormat>() { tile_loop<Int8Avx512Vnni, kZeros, kFormat>(p); });
+}
 
 }  // namespace taut::quant_linear::cpu_int8_avx512vnni
