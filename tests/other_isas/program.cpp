@@ -297,7 +297,7 @@ bool matches(const Case& c, const Params& p, const Weight& weight, const uint8_t
       if (c.dtype == DType::kFloat16) allowed += 0x1p-24;
       if (exact) allowed = 0;
       if (!(error <= allowed)) return false;
-      if (tally != nullptr && size > 0) {
+      if (tally != nullptr && size > 0 && c.data != Data::kSpecial) {
         tally->worst_error = std::fmax(tally->worst_error, c.dtype == DType::kFloat32 ? error / size : 0);
         tally->worst_share = std::fmax(tally->worst_share, allowed > 0 ? error / allowed : 0);
       }
