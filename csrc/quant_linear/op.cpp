@@ -33,6 +33,10 @@ const char* needs_float(const Params& p) {
 #if defined(__x86_64__)
 const char* needs_int8_avx2(const Params& p) { return cpu_features().avx2 ? needs_int8(p) : "this processor has no AVX2, FMA and F16C"; }
 
+const char* needs_int8_avxvnni(const Params& p) { return cpu_features().avxvnni ? needs_int8(p) : "this processor has no AVX-VNNI"; }
+
+const char* needs_int8_avx512bw(const Params& p) { return cpu_features().avx512bw ? needs_int8(p) : "this processor has no AVX-512 F, BW, DQ and VL"; }
+
 const char* needs_int8_avx512vnni(const Params& p) { return cpu_features().avx512vnni ? needs_int8(p) : "this processor has no AVX-512 VNNI"; }
 
 const char* needs_float_avx2(const Params& p) { return cpu_features().avx2 ? needs_float(p) : "this processor has no AVX2, FMA and F16C"; }
@@ -54,6 +58,10 @@ constexpr Impl<Params> kImpls[] = {
 #if defined(__x86_64__)
     {"cpu_avx512vnni.int8_small", needs_int8_avx512vnni, int8_small_m, cpu_int8_avx512vnni::run_small},
     {"cpu_avx512vnni.int8_tile", needs_int8_avx512vnni, always, cpu_int8_avx512vnni::run_tile},
+    {"cpu_avxvnni.int8_small", needs_int8_avxvnni, int8_small_m, cpu_int8_avxvnni::run_small},
+    {"cpu_avxvnni.int8_tile", needs_int8_avxvnni, always, cpu_int8_avxvnni::run_tile},
+    {"cpu_avx512bw.int8_small", needs_int8_avx512bw, int8_small_m, cpu_int8_avx512bw::run_small},
+    {"cpu_avx512bw.int8_tile", needs_int8_avx512bw, always, cpu_int8_avx512bw::run_tile},
     {"cpu_avx2.int8_small", needs_int8_avx2, int8_small_m, cpu_int8_avx2::run_small},
     {"cpu_avx2.int8_tile", needs_int8_avx2, always, cpu_int8_avx2::run_tile},
     {"cpu_avx2.float_small", needs_float_avx2, float_small_m, cpu_float_avx2::run_small},
