@@ -86,6 +86,7 @@ struct Int8NeonDot : NeonInt8<false> {
           codes += kPanelStrips * 32;
         });
         if ((quarter + 1) % (2 / kParts)) continue;
+        asm("" : "+r"(c));  // WHY: gcc 12 keeps c in registers from one time to the next, and spills
         TAUT_FOR (int i = 0; i < 4; i++) {
           const float32x4_t scale = vld1q_f32(scales + i * 4);
           TAUT_FOR (int r = 0; r < kRows; r++) {
