@@ -12,15 +12,13 @@ namespace {
 constexpr const char* kOp = "quant_linear";
 
 // The formats each kernel knows; the others are for cpu_scalar.
-const char* int4_int8(const Params& p) {
-  return p.weight.format == Format::kInt4 || p.weight.format == Format::kInt8 ? nullptr : "it computes with int4 and int8 weights";
-}
 const char* int4_int8_fp8(const Params& p) {
-  return !int4_int8(p) || p.weight.format == Format::kFp8E4M3 ? nullptr : "it computes with int4, int8 and fp8_e4m3 weights";
+  return p.weight.format == Format::kInt4 || p.weight.format == Format::kInt8 || p.weight.format == Format::kFp8E4M3
+             ? nullptr
+             : "it computes with int4, int8 and fp8_e4m3 weights";
 }
 
-const char* needs_int8(const Params& p) {
-  if (const char* why = int4_int8(p)) return why;
+const char* needs_int8(const Params& p) {  // every format that may be multiplied with int8 activations
   return p.activations == Activations::kInt8 || p.activations == Activations::kInt8Row ? nullptr : "it computes with int8 activations";
 }
 
