@@ -48,24 +48,49 @@ const char* needs_float_neon(const Params& p) { return cpu_features().neon ? nee
 
 // The small loops stream the packed weights and unpack them in registers, for up to 4 rows at a time; the tiles unpack
 // 16 rows of w once to L1 and reuse them for every row of x.
-const char* int8_small_m(const Params& p) { return p.M <= 16 ? nullptr : "above M=16 the tile is faster"; }
+// How many rows of x it takes to change that depends on the work of unpacking a code.
+struct SmallRows {
+  int64_t plain, int3, mxfp4, nvfp4, nf4, int8;  // plain: ternary, int2, int4
+};
+template <SmallRows kRows>
+const char* int8_small_m(const Params& p) {
+  const auto most = [&] {
+    switch (p.weight.format) {
+      case Format::kInt3: return kRows.int3;
+      case Format::kMxfp4: return kRows.mxfp4;
+      case Format::kNvfp4: return kRows.nvfp4;
+      case Format::kNf4: return kRows.nf4;
+      case Format::kInt8: return kRows.int8;
+      default: return kRows.plain;
+    }
+  };
+  return p.M <= most() ? nullptr : "for this many rows the tile is faster";
+}
+#if defined(__x86_64__)
+constexpr auto int8_small_avx512vnni = int8_small_m<SmallRows{16, 16, 12, 8, 12, 20}>;
+constexpr auto int8_small_avxvnni = int8_small_m<SmallRows{12, 8, 12, 6, 8, 24}>;
+constexpr auto int8_small_avx512bw = int8_small_m<SmallRows{20, 16, 12, 8, 24, 24}>;
+constexpr auto int8_small_avx2 = int8_small_m<SmallRows{12, 8, 8, 4, 12, 12}>;
+#elif defined(__aarch64__)
+constexpr auto int8_small_neondot = int8_small_m<SmallRows{16, 16, 16, 16, 16, 16}>;
+#endif
 const char* float_small_m(const Params& p) { return p.M <= 4 ? nullptr : "above M=4 the tile is faster"; }
 
 // In priority order. Every crossover is in this table, and nowhere else.
 constexpr Impl<Params> kImpls[] = {
 #if defined(__x86_64__)
-    {"cpu_avx512vnni.int8_small", needs_int8_avx512vnni, int8_small_m, cpu_int8_avx512vnni::run_small},
+    {"cpu_avx512vnni.int8_small", needs_int8_avx512vnni, int8_small_avx512vnni, cpu_int8_avx512vnni::run_small},
     {"cpu_avx512vnni.int8_tile", needs_int8_avx512vnni, always, cpu_int8_avx512vnni::run_tile},
-    {"cpu_avxvnni.int8_small", needs_int8_avxvnni, int8_small_m, cpu_int8_avxvnni::run_small},
+    {"cpu_avxvnni.int8_small", needs_int8_avxvnni, int8_small_avxvnni, cpu_int8_avxvnni::run_small},
     {"cpu_avxvnni.int8_tile", needs_int8_avxvnni, always, cpu_int8_avxvnni::run_tile},
-    {"cpu_avx512bw.int8_small", needs_int8_avx512bw, int8_small_m, cpu_int8_avx512bw::run_small},
+    {"cpu_avx512bw.int8_small", needs_int8_avx512bw, int8_small_avx512bw, cpu_int8_avx512bw::run_small},
     {"cpu_avx512bw.int8_tile", needs_int8_avx512bw, always, cpu_int8_avx512bw::run_tile},
-    {"cpu_avx2.int8_small", needs_int8_avx2, int8_small_m, cpu_int8_avx2::run_small},
+    {"cpu_avx2.int8_small", needs_int8_avx2, int8_small_avx2, cpu_int8_avx2::run_small},
     {"cpu_avx2.int8_tile", needs_int8_avx2, always, cpu_int8_avx2::run_tile},
     {"cpu_avx2.float_small", needs_float_avx2, float_small_m, cpu_float_avx2::run_small},
     {"cpu_avx2.float_tile", needs_float_avx2, always, cpu_float_avx2::run_tile},
 #elif defined(__aarch64__)
-    {"cpu_neondot.int8_small", needs_int8_neondot, int8_small_m, cpu_int8_neondot::run_small},
+    {"cpu_neondot.int8_small", needs_int8_neondot, int8_small_neondot, cpu_int8_neondot::run_small},
     {"cpu_i8mm.int8_tile", needs_int8_i8mm, always, cpu_int8_i8mm::run_tile},
     {"cpu_neondot.int8_tile", needs_int8_neondot, always, cpu_int8_neondot::run_tile},
     {"cpu_neon.float_small", needs_float_neon, float_small_m, cpu_float_neon::run_small},
