@@ -1,4 +1,5 @@
-// COMPUTES  out[M,N] = x[M,K] @ dequant(w)[N,K]^T + bias;  x, bias, out fp32, bf16 or fp16; sums in double
+// COMPUTES  out[M,N] = prologue(x)[M,K] @ dequant(w)[N,K]^T + bias + residual;  x, bias, residual, out fp32, bf16 or fp16;
+//           prologue in fp32, sums in double
 // LAYOUT    w: Rows8 (common/formats.h), read element by element through its offsets
 // WORK      a task is a range of output columns; for each, all rows of x
 // BOUND     none: this is the truth in C++, written to be read. About 0.2 GFLOP/s a core.
@@ -7,7 +8,7 @@
 #include <cmath>
 #include <vector>
 
-#include "quant_linear/op.h"
+#include "quant_linear/rows_prologue.h"
 
 namespace taut::quant_linear::cpu_scalar {
 namespace {
@@ -52,7 +53,8 @@ void run(const Params& p) {
   const int64_t M = p.M, N = p.weight.N, K = p.weight.K;
   std::vector<float> x(M * K), unit(M, 1.0f);
   for (int64_t m = 0; m < M; m++) {
-    for (int64_t k = 0; k < K; k++) x[m * K + k] = load_float(p.x, m * p.x_row_stride + k, p.dtype);
+    const float* row = load_row(p, m, K, &x[m * K]);
+    if (row != &x[m * K]) std::copy(row, row + K, &x[m * K]);
     if (p.activations != Activations::kFloat) unit[m] = quantize_row(&x[m * K], K, p.activations);
   }
   const int64_t num_tasks = std::clamp<int64_t>(N, 1, p.num_threads);
@@ -64,7 +66,8 @@ void run(const Params& p) {
       for (int64_t m = 0; m < M; m++) {
         double sum = 0;
         for (int64_t k = 0; k < K; k++) sum += x[m * K + k] * w[k];
-        store_float(p.out, m * N + n, p.dtype, static_cast<float>(sum * unit[m] + bias));
+        const double residual = p.residual ? load_float(p.residual, m * N + n, p.dtype) : 0.0;
+        store_float(p.out, m * N + n, p.dtype, static_cast<float>(sum * unit[m] + bias + residual));
       }
     }
   });

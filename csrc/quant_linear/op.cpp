@@ -9,6 +9,8 @@
 namespace taut::quant_linear {
 namespace {
 
+constexpr const char* kOp = "quant_linear";
+
 const char* needs_int8(const Params& p) {
   return p.activations == Activations::kInt8 || p.activations == Activations::kInt8Row ? nullptr : "it computes with int8 activations";
 }
@@ -41,62 +43,117 @@ constexpr Impl<Params> kImpls[] = {
 // A second thread costs about 4 us to start and join; one thread does this many multiply-adds in that time.
 constexpr int64_t kMinWorkPerThread = 1 << 18;
 
-int64_t useful_threads(int64_t M, const WeightSpec& weight) {
-  const int64_t work = std::max<int64_t>(M, 1) * weight.N * weight.K;
-  return std::clamp<int64_t>(work / kMinWorkPerThread, 1, torch::stable::get_num_threads());
-}
-
 Activations activations_for(const char* op, Format format, int64_t activations) {
   if (const char* why = refused_activations(format, activations)) check(false, op, ": ", why, ", got ", activations);
   return static_cast<Activations>(activations);
 }
 
-Tensor quant_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t out_features, int64_t format, int64_t group_size,
-                    bool zeros, int64_t activations) {
-  constexpr const char* kOp = "quant_linear";
-  check(x.dim() >= 1, kOp, ": x must be [..., K], got a scalar");
-  check_cpu(kOp, "x", x);
-  check_cpu(kOp, "packed", packed);
-  const int64_t N = out_features, K = x.size(x.dim() - 1);
-  const WeightSpec weight = weight_spec(kOp, N, K, format, group_size, zeros);
-  const DType dtype = float_dtype(kOp, "x", x);
-  check(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous(), kOp,
+// What both ops take; fused_linear gives the rest as well.
+struct Call {
+  const char* op;
+  const Tensor& x;
+  const Tensor& packed;
+  const std::optional<Tensor>& bias;
+  int64_t out_features, in_features, format, group_size;
+  bool zeros;
+  int64_t activations;
+  Prologue prologue = Prologue::kNone;
+  const Tensor* norm_weight = nullptr;
+  double norm_eps = 0, norm_offset = 0;
+  const Tensor* residual = nullptr;
+};
+
+Tensor linear(const Call& c) {
+  const Tensor& x = c.x;
+  const int64_t N = c.out_features, K = c.in_features, width = is_glu(c.prologue) ? 2 * K : K;
+  check_cpu(c.op, "x", x);
+  check_cpu(c.op, "packed", c.packed);
+  const WeightSpec weight = weight_spec(c.op, N, K, c.format, c.group_size, c.zeros);
+  const DType dtype = float_dtype(c.op, "x", x);
+  check(c.packed.scalar_type() == ScalarType::Byte && c.packed.dim() == 1 && c.packed.is_contiguous(), c.op,
         ": packed must be a contiguous 1-D uint8 tensor from pack_weight");
-  check(packed.numel() == Rows8{weight}.total_bytes(), kOp, ": packed holds ", packed.numel(), " bytes, but [", N, ", ", K, "] in this format takes ",
-        Rows8{weight}.total_bytes(), "; is x's last dimension (", K, ") the weight's in_features?");
-  const Activations mode = activations_for(kOp, weight.format, activations);
+  check(c.packed.numel() == Rows8{weight}.total_bytes(), c.op, ": packed holds ", c.packed.numel(), " bytes, but [", N, ", ", K, "] in this format takes ",
+        Rows8{weight}.total_bytes(), "; is x's last dimension (", x.size(x.dim() - 1), ") the weight's in_features?");
+  check(x.size(x.dim() - 1) == width, c.op, ": x must be [..., ", width, "] for this prologue, got ", shape_string(x));
+  const Activations mode = activations_for(c.op, weight.format, c.activations);
   Tensor bias_row;
-  if (bias) {
-    check_cpu(kOp, "bias", *bias);
-    check(bias->dim() == 1 && bias->size(0) == N, kOp, ": bias must be [", N, "], got ", shape_string(*bias));
-    check(bias->scalar_type() == x.scalar_type(), kOp, ": bias must have the dtype of x");
-    bias_row = torch::stable::contiguous(*bias);
+  if (c.bias) {
+    check_cpu(c.op, "bias", *c.bias);
+    check(c.bias->dim() == 1 && c.bias->size(0) == N, c.op, ": bias must be [", N, "], got ", shape_string(*c.bias));
+    check(c.bias->scalar_type() == x.scalar_type(), c.op, ": bias must have the dtype of x");
+    bias_row = torch::stable::contiguous(*c.bias);
+  }
+  Tensor norm_row;
+  if (c.prologue == Prologue::kRmsNorm) {
+    check(c.norm_weight != nullptr, c.op, ": prologue 1 (rms_norm) needs norm_weight");
+    check_cpu(c.op, "norm_weight", *c.norm_weight);
+    check(c.norm_weight->dim() == 1 && c.norm_weight->size(0) == K, c.op, ": norm_weight must be [", K, "], got ", shape_string(*c.norm_weight));
+    check(c.norm_weight->scalar_type() == x.scalar_type() || c.norm_weight->scalar_type() == ScalarType::Float, c.op,
+          ": norm_weight must have the dtype of x or be float32");
+    norm_row = torch::stable::contiguous(*c.norm_weight);
+  } else {
+    check(c.norm_weight == nullptr, c.op, ": norm_weight goes with prologue 1 (rms_norm) only");
   }
 
   // Rows may be far apart, but all leading dimensions must fold into one stride; else x is copied.
   Tensor rows = x;
-  int64_t M = 1, stride = K;
-  for (int64_t d = 0; d < x.dim() - 1; d++) M *= x.size(d);
+  int64_t M = 1, stride = width;
+  std::vector<int64_t> shape;
+  for (int64_t d = 0; d < x.dim() - 1; d++) {
+    M *= x.size(d);
+    shape.push_back(x.size(d));
+  }
   if (x.dim() == 2 && x.stride(1) == 1) stride = x.stride(0);
   else if (!x.is_contiguous()) rows = torch::stable::contiguous(x);
-  std::vector<int64_t> shape;
-  for (int64_t d = 0; d < x.dim() - 1; d++) shape.push_back(x.size(d));
   shape.push_back(N);
+  Tensor residual_rows;
+  if (c.residual) {
+    check_cpu(c.op, "residual", *c.residual);
+    check(c.residual->scalar_type() == x.scalar_type(), c.op, ": residual must have the dtype of x");
+    bool same = c.residual->dim() == x.dim();
+    for (int64_t d = 0; same && d < x.dim(); d++) same = c.residual->size(d) == shape[d];
+    check(same, c.op, ": residual must have the shape of the output, got ", shape_string(*c.residual));
+    residual_rows = torch::stable::contiguous(*c.residual);
+  }
   Tensor out = torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()));
   if (M == 0 || N == 0) return out;
 
-  const Params params{rows.const_data_ptr(),
-                      stride,
-                      static_cast<const uint8_t*>(packed.const_data_ptr()),
-                      bias ? bias_row.const_data_ptr() : nullptr,
-                      out.mutable_data_ptr(),
-                      dtype,
-                      M,
-                      weight,
-                      mode,
-                      useful_threads(M, weight)};
-  select(kOp, kImpls, params).run(params);
+  Params params{rows.const_data_ptr(),
+                stride,
+                static_cast<const uint8_t*>(c.packed.const_data_ptr()),
+                c.bias ? bias_row.const_data_ptr() : nullptr,
+                out.mutable_data_ptr(),
+                dtype,
+                M,
+                weight,
+                mode,
+                useful_threads(M, weight)};
+  params.prologue = c.prologue;
+  if (c.prologue == Prologue::kRmsNorm) {
+    params.norm_weight = norm_row.const_data_ptr();
+    params.norm_dtype = float_dtype(c.op, "norm_weight", norm_row);
+    params.norm_eps = static_cast<float>(c.norm_eps);
+    params.norm_offset = static_cast<float>(c.norm_offset);
+  }
+  if (c.residual) params.residual = residual_rows.const_data_ptr();
+  choose(params)(params);
   return out;
+}
+
+Tensor quant_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t out_features, int64_t format, int64_t group_size,
+                    bool zeros, int64_t activations) {
+  check(x.dim() >= 1, "quant_linear: x must be [..., K], got a scalar");
+  return linear({kOp, x, packed, bias, out_features, x.size(x.dim() - 1), format, group_size, zeros, activations});
+}
+
+Tensor fused_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t out_features, int64_t in_features, int64_t format,
+                    int64_t group_size, bool zeros, int64_t activations, int64_t prologue, const std::optional<Tensor>& norm_weight, double norm_eps,
+                    double norm_offset, const std::optional<Tensor>& residual) {
+  constexpr const char* kFused = "fused_linear";
+  check(x.dim() >= 1, kFused, ": x must be [..., K], got a scalar");
+  check(0 <= prologue && prologue <= 4, kFused, ": prologue must be 0 (none), 1 (rms_norm), 2 (silu_glu), 3 (gelu_tanh_glu) or 4 (gelu_glu), got ", prologue);
+  return linear({kFused, x, packed, bias, out_features, in_features, format, group_size, zeros, activations, static_cast<Prologue>(prologue),
+                 norm_weight ? &*norm_weight : nullptr, norm_eps, norm_offset, residual ? &*residual : nullptr});
 }
 
 std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
@@ -107,15 +164,29 @@ std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
   Params params{};
   params.M = get("M", 1);
   params.dtype = static_cast<DType>(get("dtype", 0));
-  params.weight = weight_spec("quant_linear", get("N", 1), get("K", 1), get("format", 4), get("group_size", 32), get("zeros", 0));
-  params.activations = activations_for("quant_linear", params.weight.format, get("activations", params.weight.format == Format::kFp8E4M3 ? 0 : 1));
-  return explain_table("quant_linear", kImpls, params);
+  params.weight = weight_spec(kOp, get("N", 1), get("K", 1), get("format", 4), get("group_size", 32), get("zeros", 0));
+  params.activations = activations_for(kOp, params.weight.format, get("activations", params.weight.format == Format::kFp8E4M3 ? 0 : 1));
+  return explain_table(kOp, kImpls, params);
 }
 
-const bool registered = register_table("quant_linear", "cpu", kImpls, explain);
+const bool registered = register_table(kOp, "cpu", kImpls, explain);
 
 }  // namespace
+
+void (*choose(const Params& p))(const Params&) { return select(kOp, kImpls, p).run; }
+
+int64_t useful_threads(int64_t M, const WeightSpec& weight) {
+  const int64_t work = std::max<int64_t>(M, 1) * weight.N * weight.K;
+  return std::clamp<int64_t>(work / kMinWorkPerThread, 1, torch::stable::get_num_threads());
+}
+
 }  // namespace taut::quant_linear
 
-STABLE_TORCH_LIBRARY_FRAGMENT(taut, m) { m.def(taut::quant_linear::kSchema); }
-STABLE_TORCH_LIBRARY_IMPL(taut, CPU, m) { m.impl("quant_linear", TORCH_BOX(&taut::quant_linear::quant_linear)); }
+STABLE_TORCH_LIBRARY_FRAGMENT(taut, m) {
+  m.def(taut::quant_linear::kSchema);
+  m.def(taut::quant_linear::kFusedSchema);
+}
+STABLE_TORCH_LIBRARY_IMPL(taut, CPU, m) {
+  m.impl("quant_linear", TORCH_BOX(&taut::quant_linear::quant_linear));
+  m.impl("fused_linear", TORCH_BOX(&taut::quant_linear::fused_linear));
+}

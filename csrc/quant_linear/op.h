@@ -11,6 +11,10 @@ namespace taut::quant_linear {
 
 constexpr const char* kSchema =
     "quant_linear(Tensor x, Tensor packed, Tensor? bias, int out_features, int format, int group_size, bool zeros, int activations) -> Tensor";
+// The same matmul with what stands before and after it in a decoder layer; CPU only.
+constexpr const char* kFusedSchema =
+    "fused_linear(Tensor x, Tensor packed, Tensor? bias, int out_features, int in_features, int format, int group_size, bool zeros, int activations, "
+    "int prologue, Tensor? norm_weight, float norm_eps, float norm_offset, Tensor? residual) -> Tensor";
 
 // kFloat: x enters as it is; products and sums in fp32.
 // kInt8:  x is quantized inside, one scale per row per 32 k (quantize_row in cpu_scalar.cpp is the definition):
@@ -34,8 +38,13 @@ constexpr const char* refused_activations(Format format, int64_t activations) {
   return "unknown format";
 }
 
+// What is done to a row of x before it is multiplied, in fp32 (rows_prologue.h):
+// kRmsNorm: x * rsqrt(mean(x^2) + eps) * (offset + norm_weight).  k*Glu: x is [M,2K], a gate and what it gates: unit(x[:K]) * x[K:].
+enum class Prologue : int64_t { kNone = 0, kRmsNorm = 1, kSiluGlu = 2, kGeluTanhGlu = 3, kGeluGlu = 4 };
+constexpr bool is_glu(Prologue prologue) { return prologue >= Prologue::kSiluGlu; }
+
 struct Params {
-  const void* x;          // [M,K], last dimension contiguous
+  const void* x;          // [M,K], or [M,2K] for a glu; last dimension contiguous
   int64_t x_row_stride;   // elements
   const uint8_t* packed;  // Rows8
   const void* bias;       // [N] in `dtype`, or nullptr
@@ -45,7 +54,17 @@ struct Params {
   WeightSpec weight;
   Activations activations;
   int64_t num_threads;
+  Prologue prologue = Prologue::kNone;
+  const void* norm_weight = nullptr;  // [K], kRmsNorm
+  DType norm_dtype = DType::kFloat32;
+  float norm_eps = 0, norm_offset = 0;
+  const void* residual = nullptr;  // [M,N] in `dtype`, or nullptr; added in fp32; may be `out` itself
 };
+
+// The impl that the table gives for this call; throws where one is forced that cannot run it.
+void (*choose(const Params&))(const Params&);
+// As many threads as this matmul has work for, of those torch may use.
+int64_t useful_threads(int64_t M, const WeightSpec&);
 
 namespace cpu_scalar {
 void run(const Params&);

@@ -140,7 +140,9 @@ def explain(op: str, device: str = "cpu", **sizes: Any) -> list[Verdict]:
 _EXPLAIN_SIZES = {
     "quant_linear": ("M", "N", "K", "format", "group_size", "zeros", "activations", "dtype", "device_index"),
     "quantize_weight": (),
+    "rms_norm": (),
     "roofline": (),
+    "split_rope": (),
 }
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/common/dtypes.h numbers them
 
