@@ -125,6 +125,39 @@ def check_strict(found: list[Fused]) -> None:
         raise ValueError(f"strict=True: {len(bad)} of {len(layers)} decoder layers cannot be fused: {'; '.join(bad[:5])}{more}")
 
 
+def check_wanted(model: nn.Module, linears: dict, fuse: bool | str, strict: bool) -> None:
+    """Raises ``ValueError`` where a swap by these rules would not fuse what it was asked to. ``linears``: see ``survey``."""
+    if strict:
+        check_strict(survey(model, linears))
+    elif fuse is True:
+        found = [entry for entry in survey(model, linears) if entry.kind == "layer"]
+        if not any(entry.reason is None for entry in found):
+            why = f"{found[0].name}: {found[0].reason}" if found else "it has no decoder layers that taut knows"
+            raise ValueError(f"fuse=True, but nothing in this model can be fused: {why}")
+
+
+def summary(found: list[Fused]) -> str:
+    """The end of a report's line: how many decoder layers are fused, where there are any."""
+    layers = [entry for entry in found if entry.kind == "layer"]
+    if not layers:
+        return ""
+    return f"; fused {sum(entry.reason is None for entry in layers)} of {len(layers)} decoder layers"
+
+
+def words(found: list[Fused]) -> list[str]:
+    """A line for each reason why blocks are not fused."""
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for entry in found:
+        if entry.reason is not None:
+            by_reason.setdefault((entry.kind, entry.reason), []).append(entry.name)
+    lines = []
+    for (kind, reason), names in by_reason.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        what = "not fused" if kind == "layer" else "layers called one by one in"
+        lines.append(f"{what} {', '.join(names[:3])}{more}: {reason}")
+    return lines
+
+
 def fuse_model(model: nn.Module) -> list[Fused]:
     """Gives the decoder layers and stacks of a swapped ``model`` their fused classes, in place; says what was fused and what not."""
     from .nn.fused_block import fuse_layer

@@ -26,7 +26,8 @@ class _Rows:
 
     key_buffer: Any = None
     value_buffer: Any = None
-    begin = end = 0
+    form: Any = None  # ((B, Hkv, D), dtype) of the buffers
+    capacity = begin = end = 0
     shown = False
     plain_keys: Any = None
     plain_values: Any = None
@@ -40,7 +41,7 @@ class _Rows:
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
-        self._to_plain()
+        self.to_plain()
         self.plain_keys = value
 
     @property
@@ -52,13 +53,14 @@ class _Rows:
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
-        self._to_plain()
+        self.to_plain()
         self.plain_values = value
 
-    def _to_plain(self) -> None:
+    def to_plain(self) -> None:
+        """From rows of buffers to plain tensors, which the next append copies."""
         if self.key_buffer is not None:
             self.plain_keys, self.plain_values = self.keys, self.values
-            self.key_buffer = self.value_buffer = None
+            self.key_buffer = self.value_buffer = self.form = None
 
     def rows(self) -> int:
         """How many rows are held."""
@@ -66,30 +68,49 @@ class _Rows:
             return self.end - self.begin
         return 0 if self.plain_keys is None or self.plain_keys.numel() == 0 else self.plain_keys.shape[2]
 
-    def reserve(self, new: int, like: Tensor, shape: tuple[int, int, int]) -> None:
-        """Makes room for ``new`` rows after ``end``. ``like`` gives dtype and device, ``shape`` is ``(B, Hkv, D)``."""
-        buffer = self.key_buffer
-        if buffer is not None and self.end + new <= buffer.shape[2] and (not buffer.is_inference() or torch.is_inference_mode_enabled()):
-            return
+    def frozen(self) -> bool:
+        """Whether the buffers were made in inference mode, so that they may not be written outside of it."""
+        return self.key_buffer is not None and self.key_buffer.is_inference() and not torch.is_inference_mode_enabled()
+
+    def reserve(self, new: int, like: Tensor, shape: tuple[int, int, int], absolute: bool = False) -> bool:
+        """Makes room for ``new`` rows after ``end``. ``like`` gives dtype and device, ``shape`` is ``(B, Hkv, D)``.
+
+        ``absolute``: each row stands where it did in the text, also those that have left a window. False where what is held
+        is of another shape or dtype.
+        """
         held = self.rows()
+        first = self.get_seq_length() - held if absolute else 0
+        buffer = self.key_buffer
+        if buffer is not None and self.form == (shape, like.dtype) and self.end + new <= self.capacity and not self.frozen():
+            if not absolute or self.begin == first:
+                return True
         keys, values = (self.keys, self.values) if held else (None, None)
-        wanted = held + new
+        for tensor in (keys, values):
+            if tensor is not None and (tensor.dtype != like.dtype or (*tensor.shape[:2], tensor.shape[3]) != shape):
+                return False
+        wanted = first + held + new
         capacity = -(-(wanted + (wanted // 2 if held else 0)) // _ROUND) * _ROUND
         batch, heads, width = shape
         self.key_buffer, self.value_buffer = (like.new_empty((batch, heads, capacity, width)) for _ in range(2))
         if held:
-            self.key_buffer.narrow(2, 0, held).copy_(keys)
-            self.value_buffer.narrow(2, 0, held).copy_(values)
-        self.begin, self.end, self.shown = 0, held, False
+            self.key_buffer.narrow(2, first, held).copy_(keys)
+            self.value_buffer.narrow(2, first, held).copy_(values)
+        self.begin, self.end, self.shown = first, first + held, False
+        self.form, self.capacity = (shape, like.dtype), capacity
         self.plain_keys = self.plain_values = None
         self.is_initialized, self.dtype, self.device = True, like.dtype, like.device
+        return True
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Writes new rows after the last one."""
+        """Writes new rows after the last one; ``appended`` counts them."""
         batch, heads, new, width = keys.shape
-        self.reserve(new, keys, (batch, heads, width))
+        if not self.reserve(new, keys, (batch, heads, width)):
+            raise ValueError(f"the cache holds {self.dtype} {list(self.keys.shape)}, which {keys.dtype} {list(keys.shape)} cannot follow")
         self.key_buffer.narrow(2, self.end, new).copy_(keys)
         self.value_buffer.narrow(2, self.end, new).copy_(values)
+
+    def appended(self, new: int) -> None:
+        """``new`` rows were written after ``end``."""
         self.end += new
 
     def visible(self, begin: int) -> tuple[Tensor, Tensor]:
@@ -148,6 +169,7 @@ class GrowingLayer(_Rows, DynamicLayer):
                 DynamicLayer.lazy_initialization(self, key_states, value_states)
             return DynamicLayer.update(self, key_states, value_states, *args, **kwargs)
         self.append(key_states, value_states)
+        self.appended(key_states.shape[2])
         return self.visible(self.begin)
 
     def get_seq_length(self) -> int:
@@ -170,12 +192,12 @@ class GrowingSlidingLayer(_Rows, DynamicSlidingWindowLayer):
             return DynamicSlidingWindowLayer.update(self, key_states, value_states, *args, **kwargs)
         new = key_states.shape[2]
         self.append(key_states, value_states)
-        seen = self.visible(max(self.begin, self.end - new - self.sliding_window + 1) if self.record_past else self.begin)
+        first = max(self.begin, self.end - self.sliding_window + 1) if self.record_past else self.begin
         self.appended(new)
-        return seen
+        return self.visible(first)
 
     def appended(self, new: int) -> None:
-        """``new`` rows stand before ``end`` now: what has left the window is let go."""
+        self.end += new
         self.cumulative_length += new
         if not self.record_past:
             self.begin = max(self.begin, self.end - self.sliding_window + 1)

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _native
-from ..formats import ACTIVATIONS, WeightFormat, activation_code
+from ..formats import WeightFormat, activation_code
 from ..fuse import Family, FusedClass, family_of_layer, fused_class, grad_needed
 from ..ops.fused_linear import PROLOGUES
 from .quant_linear import QuantLinear
@@ -51,13 +50,13 @@ def _form(name: str, linear: Any, rules: Mapping | None) -> tuple[_Form | None, 
     if type(linear) is QuantLinear:
         format, activations = linear.format, linear.activations
         device = (linear._like if linear.packed is None else linear.packed).device.type
-        if device not in ("cpu", "meta"):
-            return None, f"{name} is on {device}; fused ops run on the CPU"
     elif rules is not None and id(linear) in rules:
-        format, activations, device = rules[id(linear)].format, rules[id(linear)].activations, "cpu"
+        format, activations, device = rules[id(linear)].format, rules[id(linear)].activations, linear.weight.device.type
     else:
         kind = type(linear).__name__
         return None, f"{name} is not a low-bit layer (it is a {kind})" if linear is not None else f"it has no {name}"
+    if device not in ("cpu", "meta"):
+        return None, f"{name} is on {device}; fused ops run on the CPU"
     return _Form(format, activation_code(activations, format), linear.in_features, linear.bias is not None), ""
 
 
@@ -187,6 +186,7 @@ class Plan:
         self.extra: dict[str, Any] = {} if family.window is None else {"sliding_window": window}
         if family.softcap:
             self.extra["softcap"] = attention.attn_logit_softcapping
+        self.interfaces = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
         self.default_attention = sys.modules[family.path].eager_attention_forward
 
         linears = [getattr(attention, name) for name in (*family.qkv, "o_proj")]
@@ -275,8 +275,6 @@ def run_layer(
     position_embeddings: tuple[Tensor, Tensor] = (), **kwargs: Any,
 ) -> Tensor:  # fmt: skip
     """The layer, with the model's own attention function and cache."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     ops, attention = torch.ops.taut, plan.attention
     eps, offset = plan.norm_eps, plan.norm_offset
     norm, post, mlp_norm, mlp_post = plan.norms
@@ -286,7 +284,7 @@ def run_layer(
     q, k, v = ops.split_rope(heads, cos, sin, plan.q_heads, plan.kv_heads, plan.head_dim, plan.q_norm, plan.k_norm, plan.qk_eps, offset)
     if past_key_values is not None:
         k, v = past_key_values.update(k, v, attention.layer_idx)
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, plan.default_attention)
+    function = plan.interfaces.get_interface(attention.config._attn_implementation, plan.default_attention)
     found, _ = function(attention, q, k, v, attention_mask, dropout=0.0, scaling=attention.scaling, **plan.extra, **kwargs)
     found = found.reshape(*x.shape[:-1], -1).contiguous()
     if post is None:
