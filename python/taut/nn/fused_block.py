@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..formats import WeightFormat, activation_code
 from ..fuse import Family, FusedClass, family_of_layer, fused_class, grad_needed
+from ..ops import rms_norm, split_rope  # noqa: F401  (they say what their ops do where shapes are only traced)
 from ..ops.fused_linear import PROLOGUES
 from .quant_linear import QuantLinear
 
