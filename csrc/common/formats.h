@@ -133,7 +133,11 @@ struct WeightSpec {
     if (format == Format::kTernary) return (K + 4) / 5;
     return (K * code_bits(format) + 7) / 8;
   }
-  constexpr int64_t scale_rows() const { return format == Format::kFp8Block ? (N + 127) / 128 : N; }
+  TAUT_HOST_DEVICE constexpr int64_t scale_rows() const { return format == Format::kFp8Block ? (N + 127) / 128 : N; }
+  // Where the scale of w[n,k] is in the canonical form.
+  constexpr int64_t scale_index(int64_t n, int64_t k) const {
+    return (format == Format::kFp8Block ? n / 128 : n) * num_groups() + (group_size ? k / group_size : 0);
+  }
 };
 
 struct Rows8 {

@@ -10,8 +10,16 @@ namespace taut::quant_linear {
 namespace {
 
 constexpr const char* kOp = "quant_linear";
+// The formats each kernel knows; the others are for cpu_scalar.
+const char* int4_int8(const Params& p) {
+  return p.weight.format == Format::kInt4 || p.weight.format == Format::kInt8 ? nullptr : "it computes with int4 and int8 weights";
+}
+const char* int4_int8_fp8(const Params& p) {
+  return !int4_int8(p) || p.weight.format == Format::kFp8E4M3 ? nullptr : "it computes with int4, int8 and fp8_e4m3 weights";
+}
 
 const char* needs_int8(const Params& p) {
+  if (const char* why = int4_int8(p)) return why;
   return p.activations == Activations::kInt8 || p.activations == Activations::kInt8Row ? nullptr : "it computes with int8 activations";
 }
 
@@ -21,6 +29,7 @@ const char* needs_int8_avx512vnni(const Params& p) { return cpu_features().avx51
 
 const char* needs_float_avx2(const Params& p) {
   if (!cpu_features().avx2) return "this processor has no AVX2, FMA and F16C";
+  if (const char* why = int4_int8_fp8(p)) return why;
   return p.activations == Activations::kFloat ? nullptr : "it computes with float activations";
 }
 
@@ -165,7 +174,7 @@ std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
   params.M = get("M", 1);
   params.dtype = static_cast<DType>(get("dtype", 0));
   params.weight = weight_spec(kOp, get("N", 1), get("K", 1), get("format", 4), get("group_size", 32), get("zeros", 0));
-  params.activations = activations_for(kOp, params.weight.format, get("activations", params.weight.format == Format::kFp8E4M3 ? 0 : 1));
+  params.activations = activations_for(kOp, params.weight.format, get("activations", refused_activations(params.weight.format, 1) ? 0 : 1));
   return explain_table(kOp, kImpls, params);
 }
 
