@@ -72,30 +72,26 @@ class _Rows:
         """Whether the buffers were made in inference mode, so that they may not be written outside of it."""
         return self.key_buffer is not None and self.key_buffer.is_inference() and not torch.is_inference_mode_enabled()
 
-    def reserve(self, new: int, like: Tensor, shape: tuple[int, int, int], absolute: bool = False) -> bool:
+    def reserve(self, new: int, like: Tensor, shape: tuple[int, int, int]) -> bool:
         """Makes room for ``new`` rows after ``end``. ``like`` gives dtype and device, ``shape`` is ``(B, Hkv, D)``.
 
-        ``absolute``: each row stands where it did in the text, also those that have left a window. False where what is held
-        is of another shape or dtype.
+        False where what is held is of another shape or dtype.
         """
+        if self.key_buffer is not None and self.form == (shape, like.dtype) and self.end + new <= self.capacity and not self.frozen():
+            return True
         held = self.rows()
-        first = self.get_seq_length() - held if absolute else 0
-        buffer = self.key_buffer
-        if buffer is not None and self.form == (shape, like.dtype) and self.end + new <= self.capacity and not self.frozen():
-            if not absolute or self.begin == first:
-                return True
         keys, values = (self.keys, self.values) if held else (None, None)
         for tensor in (keys, values):
             if tensor is not None and (tensor.dtype != like.dtype or (*tensor.shape[:2], tensor.shape[3]) != shape):
                 return False
-        wanted = first + held + new
+        wanted = held + new
         capacity = -(-(wanted + (wanted // 2 if held else 0)) // _ROUND) * _ROUND
         batch, heads, width = shape
         self.key_buffer, self.value_buffer = (like.new_empty((batch, heads, capacity, width)) for _ in range(2))
         if held:
-            self.key_buffer.narrow(2, first, held).copy_(keys)
-            self.value_buffer.narrow(2, first, held).copy_(values)
-        self.begin, self.end, self.shown = first, first + held, False
+            self.key_buffer.narrow(2, 0, held).copy_(keys)
+            self.value_buffer.narrow(2, 0, held).copy_(values)
+        self.begin, self.end, self.shown = 0, held, False
         self.form, self.capacity = (shape, like.dtype), capacity
         self.plain_keys = self.plain_values = None
         self.is_initialized, self.dtype, self.device = True, like.dtype, like.device

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..fuse import Family, FusedClass, family_of_stack, fused_class
+from ..ops.decoder_layers import MOST_TOKENS
 from .fused_block import Plan, plan_of
 
-MAX_TOKENS = 16  # new ones in a call of the op; more are better served by matmuls over all of them
 _INTS = 20  # of each layer; the last four: rope table, begin, length, window
 _BEGIN, _LENGTH = _INTS - 3, _INTS - 2
 _ROPE_ROWS = 256
@@ -193,7 +193,7 @@ def write(
     if use_cache is False or (use_cache is None and not config.use_cache):
         return None
     plan = _plan_of(stack)
-    if plan is None or not plan.free() or not make_growing(cache, plan.count) or not 0 < tokens <= MAX_TOKENS:
+    if plan is None or not plan.free() or not make_growing(cache, plan.count) or not 0 < tokens <= MOST_TOKENS:
         return None
     if config._attn_implementation not in ("sdpa", "eager") or config.output_attentions or config.output_hidden_states:
         return None
@@ -209,7 +209,7 @@ def write(
             return None
         if not attention_mask.all():
             mask = attention_mask.bool()
-    if not _reserve(layers, past, tokens, x, plan, mask is not None):
+    if not _reserve(layers, past, tokens, x, plan):
         return None
     if position_ids is None:
         first, last = past, past + tokens - 1
@@ -234,16 +234,16 @@ def write(
     return plan.output(last_hidden_state=x, past_key_values=cache)
 
 
-def _reserve(layers: list, past: int, tokens: int, x: Tensor, plan: StackPlan, absolute: bool) -> bool:
+def _reserve(layers: list, past: int, tokens: int, x: Tensor, plan: StackPlan) -> bool:
     """Room for the new tokens in every layer of a cache; False where the layers differ, or hold something else than x would."""
     form = (x.shape[0], plan.kv_heads, plan.head_dim), x.dtype
     if layers[0].frozen():
         for layer in layers:
             layer.to_plain()
     for layer in layers:
-        if layer.form == form and layer.end + tokens <= layer.capacity and not absolute and layer.get_seq_length() == past:
-            continue
-        if layer.get_seq_length() != past or not layer.reserve(tokens, x, form[0], absolute):
+        if layer.get_seq_length() != past:
+            return False
+        if (layer.form != form or layer.end + tokens > layer.capacity) and not layer.reserve(tokens, x, form[0]):
             return False
     return True
 
