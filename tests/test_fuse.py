@@ -184,7 +184,9 @@ def state_equals(model: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 def test_the_modules_and_their_state_stay_what_they_were():
     plain, fused = pair("qwen2")
-    assert [(name, type(m).__name__) for name, m in plain.named_modules()] == [(name, type(m).__name__) for name, m in fused.named_modules()]
+    assert [(name, type(m).__name__) for name, m in plain.named_modules()] == [
+        (name, type(m).__name__) for name, m in fused.named_modules()
+    ]
     assert [name for name, _ in plain.named_parameters()] == [name for name, _ in fused.named_parameters()]
     assert state_equals(plain, fused)
     layer = fused.model.layers[0]
@@ -223,7 +225,9 @@ def test_streamed_from_a_float_checkpoint(tmp_path):
     assert "fused" not in plain.taut_report.summary
     ids = prompt(1, 20)
     assert_close(steps(fused, ids, (18, 1, 1)), steps(plain, ids, (18, 1, 1)))
-    with pytest.raises(ValueError, match=r"strict=True: 1 of 2 decoder layers cannot be fused: model.layers.1: q_proj is not a low-bit layer"):
+    with pytest.raises(
+        ValueError, match=r"strict=True: 1 of 2 decoder layers cannot be fused: model.layers.1: q_proj is not a low-bit layer"
+    ):
         load(tmp_path, quantization_config=taut.Config(skip=["layers.1.self_attn.q_proj"], strict=True))
 
 
@@ -254,7 +258,9 @@ def test_copies_are_fused_too_and_hold_no_more(again, calls):
     assert torch.equal(steps(other, ids, (18, 1, 1)), expected)
     assert calls.take() == (2, 2)
     mine = {m.packed.untyped_storage().data_ptr() for m in fused.modules() if isinstance(m, QuantLinear)}
-    storages = {m.packed.untyped_storage().data_ptr(): m.packed.untyped_storage().nbytes() for m in other.modules() if isinstance(m, QuantLinear)}
+    storages = {
+        m.packed.untyped_storage().data_ptr(): m.packed.untyped_storage().nbytes() for m in other.modules() if isinstance(m, QuantLinear)
+    }
     assert not mine & set(storages)
     assert sum(storages.values()) == sum(m.packed.numel() for m in other.modules() if isinstance(m, QuantLinear))
     other.model.layers[0].self_attn.q_proj.packed.zero_()
@@ -271,7 +277,7 @@ def test_another_dtype_and_another_state(calls):
     one.self_attn.k_proj.bias.data.zero_()
     with torch.no_grad():
         unfused = copy.deepcopy(other)
-        taut.fuse.unfuse_model(unfused)
+        taut.unfuse(unfused)
         assert_close(steps(other, ids, (18, 1, 1)), steps(unfused, ids, (18, 1, 1)))
         other.load_state_dict(fused.state_dict())
         assert torch.equal(steps(other, ids, (18, 1, 1)), steps(fused, ids, (18, 1, 1)))
@@ -311,7 +317,7 @@ def test_training_is_that_of_the_modules(calls):
 
 def test_lora_trains_beside_it_and_goes_again(calls):
     peft = pytest.importorskip("peft")
-    plain, fused = pair("llama")
+    _, fused = pair("llama")
     ids = prompt(2, 20)
     expected = steps(fused, ids, (18, 1, 1))
     settings = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], layers_to_transform=[0], layers_pattern="layers")

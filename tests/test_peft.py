@@ -65,12 +65,12 @@ def logits(model: nn.Module) -> torch.Tensor:
 def test_trains_and_loads_again(checkpoint, tmp_path, targets):
     torch.manual_seed(0)
     base = load(checkpoint)
+    taut.unfuse(base)  # layers with adapters are not fused, and would round otherwise than those without
     before, plain = packed(base), logits(base)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=targets))
     wrapped = [module for module in model.modules() if isinstance(module, QuantLoraLinear)]
     assert len(wrapped) == (14 if targets == "all-linear" else 4)
-    # lora_B starts at zero; but layers with adapters are not fused, and round otherwise
-    assert torch.allclose(logits(model), plain, atol=1e-2 * plain.abs().max())
+    assert torch.equal(logits(model), plain)  # lora_B starts at zero
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trainable
     assert all("lora_" in name for name in trainable)

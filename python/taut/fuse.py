@@ -168,13 +168,13 @@ def fuse_model(model: nn.Module) -> list[Fused]:
     for entry in found:
         if entry.reason is None and entry.kind == "layer":
             fuse_layer(modules[entry.name])
-    for name, module in modules.items():
+    for module in modules.values():
         if family_of_stack(module) is not None and all(isinstance(layer, FusedClass) for layer in module.layers):
             fuse_stack(module)
     return found
 
 
-def unfuse_model(model: nn.Module) -> None:
+def unfuse(model: nn.Module) -> None:
     """Gives every module its original class back. Weights stay where they are."""
     for module in model.modules():
         if isinstance(module, FusedClass):

@@ -309,7 +309,7 @@ class TautQuantizer(HfQuantizer):
         return None, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        fusing.unfuse_model(model)
+        fusing.unfuse(model)
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear):
                 linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")

@@ -219,7 +219,11 @@ class Plan:
 
     def takes(self, dtype: torch.dtype) -> bool:
         """Whether norms and biases are of a dtype that the ops take with x of ``dtype``."""
-        norms = all(weight.dtype == dtype or weight.dtype == torch.float32 for weight in (*self.norms, self.q_norm, self.k_norm) if weight is not None)
+        norms = all(
+            weight.dtype == dtype or weight.dtype == torch.float32
+            for weight in (*self.norms, self.q_norm, self.k_norm)
+            if weight is not None
+        )
         return norms and all(bias.dtype == dtype for bias, _ in self.biases)
 
     def free(self) -> bool:
@@ -295,7 +299,9 @@ def run_layer(
     wide = ops.fused_linear(x, gate_up.packed, gate_up.bias, *gate_up.sizes, _RMS_NORM, mlp_norm, eps, offset, None)
     if mlp_post is None:
         return ops.fused_linear(wide, down.packed, down.bias, *down.sizes, plan.glu, None, 0.0, 0.0, x)
-    return ops.rms_norm(ops.fused_linear(wide, down.packed, down.bias, *down.sizes, plan.glu, None, 0.0, 0.0, None), mlp_post, eps, offset, x)
+    return ops.rms_norm(
+        ops.fused_linear(wide, down.packed, down.bias, *down.sizes, plan.glu, None, 0.0, 0.0, None), mlp_post, eps, offset, x
+    )
 
 
 def fuse_layer(layer: nn.Module) -> None:

@@ -152,6 +152,7 @@ def _plan_of(stack: nn.Module) -> StackPlan | None:
 
 def _alike(plan: Plan, first: Plan) -> bool:
     """Whether two layers have the sizes and numbers that the op takes once for all layers."""
+
     def facts(p: Plan) -> tuple:
         attention = p.attention
         numbers = p.norm_eps, p.qk_eps, attention.scaling, p.extra.get("softcap")
