@@ -53,7 +53,7 @@ PYBIND11_MODULE(_C, m) {
         d["avx2"] = f.avx2;
         d["avx512vnni"] = f.avx512vnni;
         d["avx512bf16"] = f.avx512bf16;
-        d["amx_int8"] = f.amx_int8;
+        d["amx"] = f.amx;
         d["neon_dotprod"] = f.neon_dotprod;
         d["neon_i8mm"] = f.neon_i8mm;
         return d;

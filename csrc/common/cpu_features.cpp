@@ -44,7 +44,7 @@ CpuFeatures detect() {
   features.avx512vnni = features.avx2 && zmm && f512 && dq && bw && vl && (c7 & (1u << 11));
   unsigned a71 = 0, b71 = 0, c71 = 0, d71 = 0;
   if (__get_cpuid_count(7, 1, &a71, &b71, &c71, &d71)) features.avx512bf16 = features.avx512vnni && (a71 & (1u << 5));
-  features.amx_int8 = features.avx512vnni && tiles && (d7 & (1u << 24)) && (d7 & (1u << 25)) && request_amx_tiles();
+  features.amx = features.avx512bf16 && tiles && (d7 & (1u << 22)) && (d7 & (1u << 24)) && (d7 & (1u << 25)) && request_amx_tiles();
   return features;
 }
 

@@ -17,6 +17,8 @@ const char* needs_int8_avx2(const Params& p) { return cpu_features().avx2 ? need
 
 const char* needs_int8_avx512vnni(const Params& p) { return cpu_features().avx512vnni ? needs_int8(p) : "this processor has no AVX-512 VNNI"; }
 
+const char* needs_int8_amx(const Params& p) { return cpu_features().amx ? needs_int8(p) : "this processor has no AMX, or the system grants none"; }
+
 const char* needs_float_avx2(const Params& p) {
   if (!cpu_features().avx2) return "this processor has no AVX2, FMA and F16C";
   return p.activations == Activations::kFloat ? nullptr : "it computes with float activations";
@@ -25,10 +27,12 @@ const char* needs_float_avx2(const Params& p) {
 // The small loops stream the packed weights and unpack them in registers, for up to 4 rows at a time; the tiles unpack
 // 16 rows of w once to L1 and reuse them for every row of x.
 const char* int8_small_m(const Params& p) { return p.M <= 16 ? nullptr : "above M=16 the tile is faster"; }
+const char* amx_m(const Params& p) { return p.M > 16 ? nullptr : "up to M=16 a C tile is mostly empty"; }
 const char* float_small_m(const Params& p) { return p.M <= 4 ? nullptr : "above M=4 the tile is faster"; }
 
 // In priority order. Every crossover is in this table, and nowhere else.
 constexpr Impl<Params> kImpls[] = {
+    {"cpu_amx.int8_tile", needs_int8_amx, amx_m, cpu_int8_amx::run},
     {"cpu_avx512vnni.int8_small", needs_int8_avx512vnni, int8_small_m, cpu_int8_avx512vnni::run_small},
     {"cpu_avx512vnni.int8_tile", needs_int8_avx512vnni, always, cpu_int8_avx512vnni::run_tile},
     {"cpu_avx2.int8_small", needs_int8_avx2, int8_small_m, cpu_int8_avx2::run_small},
