@@ -67,10 +67,11 @@ struct Shape {
 
 // What the epilogue needs of a chunk whose products are done.
 struct Chunk {
-  const float* sums;       // [4 C tiles][4 units][16][16]
+  const float* sums;       // C tile t of unit u is at t * tile_stride + u * unit_stride
   const float* scales;     // [units][32], of columns
   const float* multiples;  // [units][32], of rows
   float* totals;           // [4][16][16]
+  int64_t tile_stride, unit_stride;
   int tiles, units;
   bool fresh;  // totals begin here
 };
@@ -79,18 +80,20 @@ struct Chunk {
 struct Unit {
   const uint8_t *a, *b;
   int k_tiles, tiles;
-  float* sums;  // of C tile 0
+  float* sums;  // where C tile 0 goes; the others follow, tile_stride apart
+  int64_t tile_stride;
+};
+struct Unstored {  // what the last step left in the C tiles
+  float* sums;
+  int64_t tile_stride;
 };
 
-constexpr int kSumsOfTile = kUnits * kTile * kTile;
-
-// One step: the products of `unit` (none where its a is null), and the epilogue of C tile u of `done`. `unstored` is where the
-// C tiles that the last step left belong, or null.
+// One step: the products of `unit` (none where its a is null), and the epilogue of C tile u of `done`.
 template <class Product, int u>
-__attribute__((always_inline)) inline void step(Unit unit, const Chunk& done, float*& unstored) {
+__attribute__((always_inline)) inline void step(Unit unit, const Chunk& done, Unstored& unstored) {
   using S = Shape<Product>;
   const bool finishing = u < done.tiles;
-  const float* sums = done.sums + u * kSumsOfTile;
+  const float* sums = done.sums + u * done.tile_stride;
   const float *scales = done.scales + u % 2 * kTile, *multiples = done.multiples + u / 2 * kTile;
   float* totals = done.totals + u * kTile * kTile;
   __m512 total[kTile];
@@ -102,7 +105,7 @@ __attribute__((always_inline)) inline void step(Unit unit, const Chunk& done, fl
     for (int r = 0; r < kTile; r++) total[r] = _mm512_setzero_ps();
   }
   const auto quarter = [&]<int t>() __attribute__((always_inline)) {
-    if (unstored) tile_store<t>(unstored + t * kSumsOfTile);
+    if (unstored.sums) tile_store<t>(unstored.sums + t * unstored.tile_stride);
     if (unit.a && t < unit.tiles) {
       if (t == 0) tile_load<4>(unit.a, S::kARowBytes);
       if (t == 0) tile_load<6>(unit.b, 64);
@@ -111,13 +114,13 @@ __attribute__((always_inline)) inline void step(Unit unit, const Chunk& done, fl
       Product::template begin<t>();
       Product::template multiply<t, 4 + t / 2, 6 + t % 2>();
     }
-    if (finishing && t < done.units) Product::finish(total, sums + t * kTile * kTile, scales + t * kPairColumns, multiples + t * kPairRows);
+    if (finishing && t < done.units) Product::finish(total, sums + t * done.unit_stride, scales + t * kPairColumns, multiples + t * kPairRows);
   };
   quarter.template operator()<0>();
   quarter.template operator()<1>();
   quarter.template operator()<2>();
   quarter.template operator()<3>();
-  unstored = nullptr;
+  unstored.sums = nullptr;
   if (unit.a) {
     for (int j = 1; j < unit.k_tiles; j++) {
       unit.a += 2 * S::kATileBytes, unit.b += 2 * S::kBTileBytes;
@@ -131,7 +134,7 @@ __attribute__((always_inline)) inline void step(Unit unit, const Chunk& done, fl
       Product::template multiply<2, 5, 6>();
       Product::template multiply<3, 5, 7>();
     }
-    unstored = unit.sums;
+    unstored = {unit.sums, unit.tile_stride};
   }
   if (finishing) {
 #pragma GCC unroll 16
@@ -140,7 +143,7 @@ __attribute__((always_inline)) inline void step(Unit unit, const Chunk& done, fl
 }
 
 template <class Product>
-__attribute__((noinline)) void four_steps(const Unit (&units)[kUnits], const Chunk& done, float*& unstored) {
+__attribute__((noinline)) void four_steps(const Unit (&units)[kUnits], const Chunk& done, Unstored& unstored) {
   step<Product, 0>(units[0], done, unstored);
   step<Product, 1>(units[1], done, unstored);
   step<Product, 2>(units[2], done, unstored);
@@ -153,27 +156,42 @@ struct PanelShape {
   bool fresh;
 };
 
+// WHY 2 KB more than four C tiles: else every store would lie a multiple of 4 KB from the loads behind it, and they would wait for it.
+constexpr int64_t kNear = kTile * kTile, kFar = kUnits * kNear + 512, kSumsBytes = kUnits * kFar * 4;
+
 // totals [row blocks][4][16][16] += A @ panel.
+// WHY sums are transposed from chunk to chunk: step u of a chunk has freed the places of one C tile's four units, and just as many
+// are needed for the four C tiles of its own unit. 16 KB in place of 32: with A, B and totals the rest of L1 is full.
 template <class Product>
-void panel_product(const PanelShape& shape, const uint8_t* a, const uint8_t* b, const float* scales, float* totals, float* sums /* [2][4][4][16][16] */) {
+void panel_product(const PanelShape& shape, const uint8_t* a, const uint8_t* b, const float* scales, float* totals, float* sums /* kSumsBytes */) {
   using S = Shape<Product>;
-  Chunk done{sums, scales, scales, totals, 0, 0, true};
-  float* unstored = nullptr;
-  int half = 0;
+  Chunk done{sums, scales, scales, totals, kNear, kFar, 0, 0, true};
+  Unstored unstored{nullptr, 0};
   for (int64_t row = 0; row < shape.rows; row += kPairRows, a += shape.a_block_bytes, totals += 4 * kTile * kTile) {
     const int tiles = shape.rows - row > kTile ? 4 : 2;
     const float* multiples = reinterpret_cast<const float*>(a + shape.multiples_offset);
-    for (int64_t unit0 = 0; unit0 < shape.units; unit0 += kUnits, half ^= 1) {
-      float* half_sums = sums + half * 4 * kSumsOfTile;
+    for (int64_t unit0 = 0; unit0 < shape.units; unit0 += kUnits) {
+      const int64_t tile_stride = done.unit_stride, unit_stride = done.tile_stride;
       Unit units[kUnits];
       for (int u = 0; u < kUnits; u++) {
         const int64_t k_tile = (unit0 + u) * S::kTilesPerUnit, left = shape.k_tiles - k_tile;
-        units[u] = {left > 0 ? a + k_tile * 2 * S::kATileBytes : nullptr, b + k_tile * 2 * S::kBTileBytes,
-                    static_cast<int>(std::min<int64_t>(S::kTilesPerUnit, left)), tiles, half_sums + u * kTile * kTile};
+        units[u] = {left > 0 ? a + k_tile * 2 * S::kATileBytes : nullptr,
+                    b + k_tile * 2 * S::kBTileBytes,
+                    static_cast<int>(std::min<int64_t>(S::kTilesPerUnit, left)),
+                    tiles,
+                    sums + u * unit_stride,
+                    tile_stride};
       }
       four_steps<Product>(units, done, unstored);
-      done = {half_sums, scales + unit0 * kPairColumns, multiples + unit0 * kPairRows, totals, tiles,
-              static_cast<int>(std::min<int64_t>(kUnits, shape.units - unit0)), shape.fresh && unit0 == 0};
+      done = {sums,
+              scales + unit0 * kPairColumns,
+              multiples + unit0 * kPairRows,
+              totals,
+              tile_stride,
+              unit_stride,
+              tiles,
+              static_cast<int>(std::min<int64_t>(kUnits, shape.units - unit0)),
+              shape.fresh && unit0 == 0};
     }
   }
   const Unit none[kUnits] = {};
@@ -220,7 +238,7 @@ void amx_loop(const Params& p) {
       const int64_t block0 = row_blocks * (task / across) / down, block1 = row_blocks * (task / across + 1) / down;
       const int64_t first_row = block0 * kPairRows, task_rows = std::min(rows, block1 * kPairRows) - first_row;
       const int64_t b_bytes = panel_tiles * 2 * S::kBTileBytes, scales_bytes = panel_units * kPairColumns * 4;
-      constexpr int64_t kSumsBytes = 2 * 4 * kSumsOfTile * 4, kTotalsBytes = 4 * kTile * kTile * 4;
+      constexpr int64_t kTotalsBytes = 4 * kTile * kTile * 4;
       uint8_t* memory = scratch(1, kSumsBytes + kGroupPanels * (b_bytes + scales_bytes + (block1 - block0) * kTotalsBytes));
       float* sums = reinterpret_cast<float*>(memory);
       uint8_t* b = memory + kSumsBytes;
