@@ -216,7 +216,7 @@ void amx_loop(const Params& p) {
   const int64_t codes_bytes = k_tiles * 2 * S::kATileBytes, a_block_bytes = codes_bytes + (Kernel::kMultiples ? num_units * kPairRows * 4 : 0);
   uint8_t* a = scratch(0, chunk_blocks * (a_block_bytes + kPairRows * sizeof(float)));
   float* unit = reinterpret_cast<float*>(a + chunk_blocks * a_block_bytes);
-  const float factor = Kernel::factor(p);
+  const float factor = Kernel::factor(s);
 
   for (int64_t m0 = 0; m0 < p.M; m0 += chunk_rows) {
     const int64_t rows = std::min(chunk_rows, p.M - m0), row_blocks = (rows + kPairRows - 1) / kPairRows;
@@ -259,7 +259,7 @@ void amx_loop(const Params& p) {
             for (int half = 0; half < 2; half++) {
               // WHY min: a strip past the last one is one nobody stores, but it must be readable.
               const int64_t strip = std::min((group + i) * 4 + half * 2, num_strips - 1);
-              Kernel::unpack(s, strip, std::min(strip + 1, num_strips - 1), block_k0, blocks, half, b_panel, panel_scales);
+              Kernel::unpack(s, strip, strip + 1 < num_strips ? s.strip_bytes : 0, block_k0, blocks, half, b_panel, panel_scales);
             }
             panel_product<Product>(shape, a + block0 * a_block_bytes + tile0 * 2 * S::kATileBytes, b_panel, panel_scales, totals + i * totals_floats, sums);
           }

@@ -7,14 +7,13 @@
 // BOUND     per 16 x 16 outputs and 32 k: the epilogue's multiply and fma of 16 vectors. Beside tile instructions they go to one
 //           port only: 32 cycles, 256 multiply-adds a cycle. The product takes 16, the store of a C tile 16.
 // LIMITS    AMX tile and int8, AVX-512 F, BW, DQ, VL, VNNI; int8 activations
+#include "quant_linear/x86_decode.h"
 #include "quant_linear/x86_int8.h"
 
 #include "quant_linear/amx_loops.h"
 
 namespace taut::quant_linear::cpu_int8_amx {
 namespace {
-
-#define TAUT_INLINE inline __attribute__((always_inline))
 
 // 1.5 * 2^23: an integer under 2^22 in size, added to its bits, makes the float that is as much larger.
 // WHY not vcvtdq2ps on a C tile that begins at zero: beside tile instructions it shares one port with the multiplications.
@@ -48,11 +47,12 @@ struct Int8Product {
 
 template <bool kZeros, Format kFormat, bool kRowScale>
 struct Int8Amx {
+  using Weight = Decode<Simd512, kFormat>;
   static constexpr bool kMultiples = !kRowScale;
-  using Product = std::conditional_t<kRowScale, Int8Product<256, 64, false>, Int8Product<32, 32, true>>;
+  using Product = std::conditional_t<kRowScale, Int8Product<256, 64, false>, Int8Product<32 / Weight::kScales, 32 / Weight::kScales, true>>;
   using S = Shape<Product>;
 
-  static float factor(const Params&) { return 1.0f; }
+  static float factor(const Strips& s) { return Weight::factor(s.layout, s.data); }
 
   static float prepare_row(const Params& p, int64_t m, int64_t k_tiles, uint8_t* block, int64_t r, float* multiples) {
     const int64_t padded_k = (p.weight.K + 31) / 32 * 32;
@@ -60,55 +60,45 @@ struct Int8Amx {
     uint8_t* at = block + r / kTile * S::kATileBytes + r % kTile * S::kARowBytes;
     if (k_tiles * S::kTileK > padded_k) std::memset(at + (k_tiles - 1) * 2 * S::kATileBytes, 0, S::kARowBytes);
     const float unit = quantize_row(load_row(p, m, padded_k, row), padded_k, p.activations, [&](int64_t k, __m256i q, float multiple) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + k / S::kTileK * 2 * S::kATileBytes + k % S::kTileK), q);
-      if (kMultiples) multiples[k / 32 * kPairRows] = multiple;
+      if constexpr (S::kTileK == 16) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(at + k * 2 * kTile), _mm256_castsi256_si128(q));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(at + (k + 16) * 2 * kTile), _mm256_extracti128_si256(q, 1));
+      } else {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + k / S::kTileK * 2 * S::kATileBytes + k % S::kTileK), q);
+      }
+      if (kMultiples)
+        for (int64_t unit = k / S::kUnitK; unit < (k + 32) / S::kUnitK; unit++) multiples[unit * kPairRows] = multiple;
     });
     return kMultiples ? unit : unit * 32767.0f;
   }
 
-  static TAUT_INLINE __m512i both(const uint8_t* low, const uint8_t* high) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low))),
-                              _mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)), 1);
-  }
-
-  static void unpack(const Strips& s, int64_t low_strip, int64_t high_strip, int64_t block0, int64_t blocks, int half, uint8_t* b, float* scales) {
-    const __m512i nibble = _mm512_set1_epi8(15);
-    const __m512i four_times = _mm512_set_epi8(12, 12, 12, 12, 8, 8, 8, 8, 4, 4, 4, 4, 0, 0, 0, 0, 12, 12, 12, 12, 8, 8, 8, 8, 4, 4, 4, 4, 0, 0, 0, 0, 12, 12, 12,
-                                               12, 8, 8, 8, 8, 4, 4, 4, 4, 0, 0, 0, 0, 12, 12, 12, 12, 8, 8, 8, 8, 4, 4, 4, 4, 0, 0, 0, 0);
-    BlockCursor low(s, low_strip, block0), high(s, high_strip, block0);
-    for (int64_t block = 0; block < blocks; block++, low.next(), high.next()) {
-      const __m256i scale16 = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low.scales()))),
-                                                      _mm_loadu_si128(reinterpret_cast<const __m128i*>(high.scales())), 1);
-      if (block * 32 % S::kUnitK == 0) _mm512_store_ps(scales + block * 32 / S::kUnitK * kPairColumns + half * kTile, _mm512_cvtph_ps(scale16));
-      __m512i zero = _mm512_set1_epi8(8);
-      if (kZeros) {
-        const __m128i z = _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(low.zeros())),
-                                             _mm_loadl_epi64(reinterpret_cast<const __m128i*>(high.zeros())));
-        zero = _mm512_shuffle_epi8(_mm512_cvtepu8_epi32(z), four_times);
-      }
-      const auto put = [&](int chunk, __m512i codes) __attribute__((always_inline)) {
-        const int64_t at = block * 8 + chunk;
-        _mm512_store_si512(b + (at / S::kBRows * 2 + half) * S::kBTileBytes + at % S::kBRows * 64, codes);
-      };
-#pragma GCC unroll 8
-      for (int v = 0; v < (kFormat == Format::kInt4 ? 4 : 8); v++) {
-        const __m512i x = both(low.codes + v * 32, high.codes + v * 32);
-        if (kFormat == Format::kInt8) {
-          put(v, _mm512_xor_si512(x, _mm512_set1_epi8(static_cast<char>(0x80))));
-        } else {
-          put(v, _mm512_sub_epi8(_mm512_and_si512(x, nibble), zero));
-          put(v + 4, _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(x, 4), nibble), zero));
+  static void unpack(const Strips& s, int64_t strip, int64_t far, int64_t block0, int64_t blocks, int half, uint8_t* b, float* scales) {
+    const __m512i four_times = _mm512_broadcast_i32x4(_mm_set_epi8(12, 12, 12, 12, 8, 8, 8, 8, 4, 4, 4, 4, 0, 0, 0, 0));
+    BlockCursor at(s, strip, block0);
+    for (int64_t block = 0; block < blocks; block++, at.next()) {
+      __m512 scale[Weight::kScales];
+      Weight::load_scales(at.scales(), far, scale);
+      if (block * 32 % S::kUnitK == 0)
+        TAUT_FOR (int h = 0; h < Weight::kScales; h++) _mm512_store_ps(scales + (block * 32 / S::kUnitK + h) * kPairColumns + half * kTile, scale[h]);
+      const __m512i zero = kZeros ? _mm512_shuffle_epi8(Simd512::widen(at.zeros(), far), four_times) : Simd512::splat(Weight::kZero);
+      TAUT_FOR (int c = 0; c < Weight::kSteps; c++) {
+        const __m512i packed = Weight::load(at.codes, far, c);
+        TAUT_FOR (int h = 0; h < Weight::kHalves; h++) {
+          const int64_t chunk = block * 8 + c + 4 * h;
+          _mm512_store_si512(b + (chunk / S::kBRows * 2 + half) * S::kBTileBytes + chunk % S::kBRows * 64, _mm512_sub_epi8(Weight::code(packed, h), zero));
         }
       }
     }
   }
 };
 
+using Int8Formats = Formats<Format::kTernary, Format::kInt2, Format::kInt3, Format::kInt4, Format::kNf4, Format::kMxfp4, Format::kNvfp4, Format::kInt8>;
+
 }  // namespace
 
 void run(const Params& p) {
   if (p.activations == Activations::kInt8Row && p.weight.group_size == 0) return amx_loop<Int8Amx<false, Format::kInt8, true>>(p);
-  for_format(p.weight, Formats<Format::kInt4, Format::kInt8>(), [&]<bool kZeros, Format kFormat>() { amx_loop<Int8Amx<kZeros, kFormat, false>>(p); });
+  for_format(p.weight, Int8Formats(), [&]<bool kZeros, Format kFormat>() { amx_loop<Int8Amx<kZeros, kFormat, false>>(p); });
 }
 
 }  // namespace taut::quant_linear::cpu_int8_amx
