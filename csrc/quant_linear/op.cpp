@@ -37,6 +37,8 @@ const char* needs_int8_avx512bw(const Params& p) { return cpu_features().avx512b
 
 const char* needs_int8_avx512vnni(const Params& p) { return cpu_features().avx512vnni ? needs_int8(p) : "this processor has no AVX-512 VNNI"; }
 
+const char* needs_int8_amx(const Params& p) { return cpu_features().amx ? needs_int8(p) : "this processor has no AMX, or the system grants none"; }
+
 const char* needs_float_avx2(const Params& p) { return cpu_features().avx2 ? needs_float(p) : "this processor has no AVX2, FMA and F16C"; }
 #elif defined(__aarch64__)
 const char* needs_int8_i8mm(const Params& p) { return cpu_features().i8mm ? needs_int8(p) : "this processor has no I8MM (smmla)"; }
@@ -67,6 +69,7 @@ const char* int8_small_m(const Params& p) {
   return p.M <= most() ? nullptr : "for this many rows the tile is faster";
 }
 #if defined(__x86_64__)
+const char* amx_m(const Params& p) { return p.M > 16 ? nullptr : "up to M=16 a C tile is mostly empty"; }
 constexpr auto int8_small_avx512vnni = int8_small_m<SmallRows{16, 16, 12, 8, 12, 20}>;
 constexpr auto int8_small_avxvnni = int8_small_m<SmallRows{12, 8, 12, 6, 8, 24}>;
 constexpr auto int8_small_avx512bw = int8_small_m<SmallRows{20, 16, 12, 8, 24, 24}>;
@@ -79,6 +82,7 @@ const char* float_small_m(const Params& p) { return p.M <= 4 ? nullptr : "above 
 // In priority order. Every crossover is in this table, and nowhere else.
 constexpr Impl<Params> kImpls[] = {
 #if defined(__x86_64__)
+    {"cpu_amx.int8_tile", needs_int8_amx, amx_m, cpu_int8_amx::run},
     {"cpu_avx512vnni.int8_small", needs_int8_avx512vnni, int8_small_avx512vnni, cpu_int8_avx512vnni::run_small},
     {"cpu_avx512vnni.int8_tile", needs_int8_avx512vnni, always, cpu_int8_avx512vnni::run_tile},
     {"cpu_avxvnni.int8_small", needs_int8_avxvnni, int8_small_avxvnni, cpu_int8_avxvnni::run_small},
