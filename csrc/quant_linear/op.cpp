@@ -61,9 +61,8 @@ const char* float_small_m(const Params& p) { return p.M <= 4 ? nullptr : "above 
 
 // In priority order. Every crossover is in this table, and nowhere else.
 constexpr Impl<Params> kImpls[] = {
-    {"cpu_amx.int8_tile", needs_int8_amx, amx_m, cpu_int8_amx::run},
-
 #if defined(__x86_64__)
+    {"cpu_amx.int8_tile", needs_int8_amx, amx_m, cpu_int8_amx::run},
     {"cpu_avx512vnni.int8_small", needs_int8_avx512vnni, int8_small_m, cpu_int8_avx512vnni::run_small},
     {"cpu_avx512vnni.int8_tile", needs_int8_avx512vnni, always, cpu_int8_avx512vnni::run_tile},
     {"cpu_avxvnni.int8_small", needs_int8_avxvnni, int8_small_m, cpu_int8_avxvnni::run_small},
