@@ -70,7 +70,7 @@ const char* int8_small_m(const Params& p) {
 }
 #if defined(__x86_64__)
 const char* amx_m(const Params& p) { return p.M > 16 ? nullptr : "up to M=16 a C tile is mostly empty"; }
-constexpr auto int8_small_avx512vnni = int8_small_m<SmallRows{16, 16, 12, 8, 12, 20}>;
+constexpr auto int8_small_avx512vnni = int8_small_m<SmallRows{12, 12, 12, 8, 12, 16}>;
 constexpr auto int8_small_avxvnni = int8_small_m<SmallRows{12, 8, 12, 6, 8, 24}>;
 constexpr auto int8_small_avx512bw = int8_small_m<SmallRows{20, 16, 12, 8, 24, 24}>;
 constexpr auto int8_small_avx2 = int8_small_m<SmallRows{12, 8, 8, 4, 12, 12}>;
