@@ -208,6 +208,8 @@ def test_features_agree_with_the_kernel():
     if flags is None:
         pytest.skip("no /proc/cpuinfo with x86 flags here")
     assert features["avx2"] == ({"avx2", "fma", "f16c"} <= flags)
+    assert features["avxvnni"] == ({"avx2", "fma", "f16c", "avx_vnni"} <= flags)
+    assert features["avx512bw"] == ({"avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl"} <= flags)
     assert features["avx512vnni"] == ({"avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_vnni"} <= flags)
     assert features["avx512bf16"] == (features["avx512vnni"] and "avx512_bf16" in flags)
 
