@@ -42,6 +42,12 @@ const char* needs_int8_avx512bw(const Params& p) { return cpu_features().avx512b
 
 const char* needs_int8_avx512vnni(const Params& p) { return cpu_features().avx512vnni ? needs_int8(p) : "this processor has no AVX-512 VNNI"; }
 
+const char* needs_float_amx(const Params& p) {
+  if (!cpu_features().amx) return "this processor has no AMX, or the system grants none";
+  if (p.dtype != DType::kBFloat16) return "it computes with x in bfloat16";
+  return p.activations == Activations::kFloat ? nullptr : "it computes with float activations";
+}
+
 const char* needs_int8_amx(const Params& p) { return cpu_features().amx ? takes_int8(p) : "this processor has no AMX, or the system grants none"; }
 
 const char* needs_float_avx2(const Params& p) { return cpu_features().avx2 ? needs_float(p) : "this processor has no AVX2, FMA and F16C"; }
@@ -72,6 +78,7 @@ constexpr Impl<Params> kImpls[] = {
     {"cpu_avx512bw.int8_tile", needs_int8_avx512bw, always, cpu_int8_avx512bw::run_tile},
     {"cpu_avx2.int8_small", needs_int8_avx2, int8_small_m, cpu_int8_avx2::run_small},
     {"cpu_avx2.int8_tile", needs_int8_avx2, always, cpu_int8_avx2::run_tile},
+    {"cpu_amx.float_tile", needs_float_amx, amx_m, cpu_float_amx::run},
     {"cpu_avx2.float_small", needs_float_avx2, float_small_m, cpu_float_avx2::run_small},
     {"cpu_avx2.float_tile", needs_float_avx2, always, cpu_float_avx2::run_tile},
 #elif defined(__aarch64__)

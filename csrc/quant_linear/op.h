@@ -89,6 +89,9 @@ void run_tile(const Params&);
 namespace cpu_int8_amx {
 void run(const Params&);
 }
+namespace cpu_float_amx {
+void run(const Params&);
+}
 namespace cpu_float_avx2 {
 void run_small(const Params&);
 void run_tile(const Params&);
