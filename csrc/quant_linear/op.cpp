@@ -27,6 +27,7 @@ const char* needs_int8(const Params& p) {
   return takes_int8(p);
 }
 
+const char* takes_float(const Params& p) { return p.activations == Activations::kFloat ? nullptr : "it computes with float activations"; }
 const char* needs_float(const Params& p) {
   if (const char* why = int4_int8_fp8(p)) return why;
   return p.activations == Activations::kFloat ? nullptr : "it computes with float activations";
@@ -50,7 +51,9 @@ const char* needs_float_amx(const Params& p) {
 
 const char* needs_int8_amx(const Params& p) { return cpu_features().amx ? takes_int8(p) : "this processor has no AMX, or the system grants none"; }
 
-const char* needs_float_avx2(const Params& p) { return cpu_features().avx2 ? needs_float(p) : "this processor has no AVX2, FMA and F16C"; }
+const char* needs_float_avx2(const Params& p) { return cpu_features().avx2 ? takes_float(p) : "this processor has no AVX2, FMA and F16C"; }
+
+const char* needs_float_avx512bw(const Params& p) { return cpu_features().avx512bw ? takes_float(p) : "this processor has no AVX-512 F, BW, DQ and VL"; }
 #elif defined(__aarch64__)
 const char* needs_int8_i8mm(const Params& p) { return cpu_features().i8mm ? needs_int8(p) : "this processor has no I8MM (smmla)"; }
 
@@ -79,6 +82,8 @@ constexpr Impl<Params> kImpls[] = {
     {"cpu_avx2.int8_small", needs_int8_avx2, int8_small_m, cpu_int8_avx2::run_small},
     {"cpu_avx2.int8_tile", needs_int8_avx2, always, cpu_int8_avx2::run_tile},
     {"cpu_amx.float_tile", needs_float_amx, amx_m, cpu_float_amx::run},
+    {"cpu_avx512bw.float_small", needs_float_avx512bw, float_small_m, cpu_float_avx512bw::run_small},
+    {"cpu_avx512bw.float_tile", needs_float_avx512bw, always, cpu_float_avx512bw::run_tile},
     {"cpu_avx2.float_small", needs_float_avx2, float_small_m, cpu_float_avx2::run_small},
     {"cpu_avx2.float_tile", needs_float_avx2, always, cpu_float_avx2::run_tile},
 #elif defined(__aarch64__)
