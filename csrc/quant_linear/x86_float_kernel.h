@@ -127,7 +127,9 @@ struct FloatKernel {
   template <Format kFormat>
   static constexpr int64_t panel_k = 256;  // 16 KB of B
   template <Format kFormat, int kRows>
-  static constexpr int streams = Isa::kStrips * (kRows == 1 ? 4 / Isa::kStrips : kRows == 2 ? 2 : 1);
+  static constexpr int streams = Isa::kStrips * (kRows == 1   ? 4 / Isa::kStrips
+                                                 : kRows == 2 ? 2
+                                                              : 1);
 
   template <Format kFormat>
   static float factor(const Params& p) {
@@ -198,11 +200,9 @@ struct FloatKernel {
       float* out = reinterpret_cast<float*>(panel.codes) + b * 32 * kPanelStrips * 8 + half * 8;
       TAUT_FOR (int step = 0; step < Weight::kSteps; step++) {
         const Bytes packed = Weight::load(at.codes, far, step);
-        for_each_code(
-            [&]<int j>() __attribute__((always_inline)) {
-              Isa::store_floats(out + Weight::k_of(step, j) * kPanelStrips * 8, Weight::template weight<j>(packed, scales));
-            },
-            std::make_integer_sequence<int, Weight::kCodes>());
+        for_each_code([&]<int j>() __attribute__((
+                          always_inline)) { Isa::store_floats(out + Weight::k_of(step, j) * kPanelStrips * 8, Weight::template weight<j>(packed, scales)); },
+                      std::make_integer_sequence<int, Weight::kCodes>());
       }
     }
   }
