@@ -113,7 +113,7 @@ def test_config_round_trips_through_json(settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weights": "int3"}, "unknown weight format 'int3'; accepted: int4, int8"),
+        ({"weights": "int5"}, "unknown weight format 'int5'; accepted: ternary, int2, int3, int4"),
         ({"weights": None}, "weights must be"),
         ({"group_size": 16}, "group_size 16 does not fit; accepted: 32, 64, 128"),
         ({"weights": "int8", "zeros": True}, "int4 only"),
