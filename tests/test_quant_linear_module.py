@@ -20,6 +20,7 @@ from emulator.emulated import emulated
 from taut import QuantLinear, WeightFormat, _native
 from taut.formats import resolve_activations
 from taut.ops import quant_linear as op
+from taut.ops import quantize_weight as weight_op
 
 N, K = 40, 75
 FORMATS = [
@@ -73,7 +74,8 @@ def test_forward_is_the_op(format, activations):
     assert out.dtype == torch.float32
     assert torch.equal(out, op.quant_linear(x, module.packed, module.bias, N, format, activations))
     mode = resolve_activations(activations, format, "cpu")
-    exact = op.reference(x.reshape(-1, K), module.dequantize().double(), module.bias.detach(), mode)
+    w = weight_op.reference(*module.canonical(), K, format, mode)
+    exact = op.reference(x.reshape(-1, K), w, module.bias.detach(), mode)
     torch.testing.assert_close(out.reshape(-1, N).double(), exact, rtol=1e-4, atol=1e-4)
 
 
@@ -85,7 +87,7 @@ def test_state_dict_is_canonical_and_loads_bit_exactly(format):
     assert set(state) == {"qweight", "scales", "bias"} | {name for name, has in extra.items() if has}
     assert "weight" not in state
     assert (state["qweight"].dtype, tuple(state["qweight"].shape)) == (format.codes_dtype, format.codes_shape(N, K))
-    assert (state["scales"].dtype, tuple(state["scales"].shape)) == (torch.float16, (N, format.num_groups(K)))
+    assert (state["scales"].dtype, tuple(state["scales"].shape)) == (format.scales_dtype, format.scales_shape(N, K))
     other = QuantLinear(K, N, format=format)
     assert not other.load_state_dict(state, strict=True).missing_keys
     assert_same_module(module, other)
@@ -142,7 +144,7 @@ def test_deepcopy_and_pickle():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("finalized", [True, False])
-@pytest.mark.parametrize("format", (FORMATS[1], FORMATS[-1]), ids=str)
+@pytest.mark.parametrize("format", FORMATS[1:2] + FORMATS[-6:], ids=str)
 def test_casting_leaves_what_is_stored(format, dtype, finalized):
     module = make(format)
     state = module.state_dict()
@@ -156,7 +158,7 @@ def test_casting_leaves_what_is_stored(format, dtype, finalized):
     out = module(inputs(dtype))
     assert out.dtype == dtype
     after = module.state_dict()
-    assert after["scales"].dtype == torch.float16
+    assert after["scales"].dtype == format.scales_dtype
     assert_same_state({**after, "bias": state["bias"]}, state)
     assert_same_state({**module.type(torch.float32).state_dict(), "bias": state["bias"]}, state)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 import taut
 from taut import QuantLinear, WeightFormat
+from taut.formats import KINDS
 from taut.swap import RuleBook, matches
 
 
@@ -260,7 +261,19 @@ def test_bad_weights_change_nothing(value, weights):
     assert [type(m) for m in model.modules()] == before["types"]
 
 
-@pytest.mark.parametrize(("weights", "most"), [("int4", 65504.0 * 7), ("int8", 65504.0 * 127)])
+@pytest.mark.parametrize("weights", KINDS)
+def test_every_format(weights):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    report = taut.swap(model, weights, rules={"1": {"weights": "int8"}})
+    assert [entry.rule.format for entry in report.swapped] == [WeightFormat(weights), WeightFormat("int8")]
+    assert report.swapped[0].rule.activations == ("float" if weights.startswith("fp8") else "int8")
+    assert model(torch.randn(3, 64)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("weights", "most"),
+    [("int4", 65504.0 * 7), ("int8", 65504.0 * 127), ("int2", 65504.0), ("int3", 65504.0 * 3), ("ternary", 65504.0), ("nf4", 1e38)],
+)
 def test_the_largest_weights_that_are_accepted(weights, most):
     model = nn.Sequential(nn.Linear(64, 64))
     model[0].weight.data[0, 0], model[0].weight.data[1, 0] = most, -most

@@ -36,6 +36,16 @@ FORMATS = [
     {"weights": "int8", "activations": "int8_row"},
     {"weights": "fp8_e4m3"},
 ]
+CPU_FORMATS = [
+    {"weights": "ternary", "group_size": 32},
+    {"weights": "int2", "zeros": True},
+    {"weights": "int3"},
+    {"weights": "nf4"},
+    {"weights": "mxfp4", "activations": "float"},
+    {"weights": "nvfp4"},
+    {"weights": "fp8_block"},
+]
+THREE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(scope="module")
@@ -199,8 +209,11 @@ def test_without_taut_no_low_bit_tensor_passes_for_a_weight(saved):
 # Loading, saving, loading again
 
 
-@pytest.mark.parametrize("settings", FORMATS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [(settings, dtype) for settings in FORMATS for dtype in THREE] + [(settings, THREE[i % 3]) for i, settings in enumerate(CPU_FORMATS)],
+    ids=str,
+)
 def test_streamed_equals_swapped_equals_reloaded(checkpoint, tmp_path, settings, dtype):
     streamed = load(checkpoint, dtype, **settings)
     swapped = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
