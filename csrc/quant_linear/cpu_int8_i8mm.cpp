@@ -29,8 +29,8 @@ struct Int8I8mm : NeonInt8<true> {
   static __attribute__((noinline)) void micro(const uint8_t* a, const uint8_t* panel_codes, const float* scales, int64_t k_blocks, float* c) {
     constexpr int kRowPairs = (kRows + 1) / 2, kColumnPairs = kPanelStrips * 4;
     const int8_t* codes = reinterpret_cast<const int8_t*>(panel_codes);
-    float totals[kRowPairs][kColumnPairs][4];  // [0]: row 0, outputs 0 and 1; row 1, outputs 0 and 1
-    std::memset(totals, 0, sizeof(totals));
+    float memory[kRowPairs * kColumnPairs * 4], *totals = memory;  // each 4: row 0, outputs 0 and 1; row 1, outputs 0 and 1
+    std::memset(memory, 0, sizeof(memory));
     for (int64_t b = 0; b < k_blocks; b++, a += kRowBlockBytes * kRows) {
       const float* multiple = reinterpret_cast<const float*>(a + 32 * kRows);
       TAUT_FOR (int part = 0; part < kParts; part++) {
@@ -52,18 +52,22 @@ struct Int8I8mm : NeonInt8<true> {
         float32x4_t m[kRowPairs];
         TAUT_FOR (int r = 0; r < kRowPairs; r++)
           m[r] = vcombine_f32(vdup_n_f32(multiple[2 * r]), vdup_n_f32(multiple[2 * r + 1 < kRows ? 2 * r + 1 : 2 * r]));
+        asm("" : "+r"(totals));  // WHY: gcc 12 keeps them in registers from one time to the next, and spills
         TAUT_FOR (int j = 0; j < kColumnPairs; j++) {
           const float32x4_t scale = twice(scales + j * 2);
-          TAUT_FOR (int r = 0; r < kRowPairs; r++)
-            vst1q_f32(totals[r][j], vfmaq_f32(vld1q_f32(totals[r][j]), vcvtq_f32_s32(sum[r][j]), vmulq_f32(scale, m[r])));
+          TAUT_FOR (int r = 0; r < kRowPairs; r++) {
+            float* at = totals + (r * kColumnPairs + j) * 4;
+            vst1q_f32(at, vfmaq_f32(vld1q_f32(at), vcvtq_f32_s32(sum[r][j]), vmulq_f32(scale, m[r])));
+          }
         }
         scales += kPanelStrips * 8;
       }
     }
     TAUT_FOR (int r = 0; r < kRows; r++)
       TAUT_FOR (int j = 0; j < kColumnPairs; j += 2) {
+        const float* pair = totals + (r / 2 * kColumnPairs + j) * 4;
         float* at = c + r * 16 + j * 2;
-        vst1q_f32(at, vaddq_f32(vld1q_f32(at), zip_pairs(vld1q_f32(totals[r / 2][j]), vld1q_f32(totals[r / 2][j + 1]), r % 2)));
+        vst1q_f32(at, vaddq_f32(vld1q_f32(at), zip_pairs(vld1q_f32(pair), vld1q_f32(pair + 4), r % 2)));
       }
   }
 

@@ -11,17 +11,38 @@ namespace {
 
 constexpr const char* kOp = "quant_linear";
 
-const char* needs_int8(const Params& p) {
-  return p.activations == Activations::kInt8 || p.activations == Activations::kInt8Row ? nullptr : "it computes with int8 activations";
+// The formats each kernel knows; the others are for cpu_scalar.
+const char* int4_int8(const Params& p) {
+  return p.weight.format == Format::kInt4 || p.weight.format == Format::kInt8 ? nullptr : "it computes with int4 and int8 weights";
+}
+const char* int4_int8_fp8(const Params& p) {
+  return !int4_int8(p) || p.weight.format == Format::kFp8E4M3 ? nullptr : "it computes with int4, int8 and fp8_e4m3 weights";
 }
 
-const char* needs_float(const Params& p) { return p.activations == Activations::kFloat ? nullptr : "it computes with float activations"; }
+const char* takes_int8(const Params& p) {
+  return p.activations == Activations::kInt8 || p.activations == Activations::kInt8Row ? nullptr : "it computes with int8 activations";
+}
+const char* needs_int8(const Params& p) {
+  if (const char* why = int4_int8(p)) return why;
+  return takes_int8(p);
+}
+
+const char* needs_float(const Params& p) {
+  if (const char* why = int4_int8_fp8(p)) return why;
+  return p.activations == Activations::kFloat ? nullptr : "it computes with float activations";
+}
 
 // Which of these kernels exist at all is a matter of the architecture this is compiled for.
 #if defined(__x86_64__)
 const char* needs_int8_avx2(const Params& p) { return cpu_features().avx2 ? needs_int8(p) : "this processor has no AVX2, FMA and F16C"; }
 
+const char* needs_int8_avxvnni(const Params& p) { return cpu_features().avxvnni ? needs_int8(p) : "this processor has no AVX-VNNI"; }
+
+const char* needs_int8_avx512bw(const Params& p) { return cpu_features().avx512bw ? needs_int8(p) : "this processor has no AVX-512 F, BW, DQ and VL"; }
+
 const char* needs_int8_avx512vnni(const Params& p) { return cpu_features().avx512vnni ? needs_int8(p) : "this processor has no AVX-512 VNNI"; }
+
+const char* needs_int8_amx(const Params& p) { return cpu_features().amx ? takes_int8(p) : "this processor has no AMX, or the system grants none"; }
 
 const char* needs_float_avx2(const Params& p) { return cpu_features().avx2 ? needs_float(p) : "this processor has no AVX2, FMA and F16C"; }
 #elif defined(__aarch64__)
@@ -35,13 +56,20 @@ const char* needs_float_neon(const Params& p) { return cpu_features().neon ? nee
 // The small loops stream the packed weights and unpack them in registers, for up to 4 rows at a time; the tiles unpack
 // 16 rows of w once to L1 and reuse them for every row of x.
 const char* int8_small_m(const Params& p) { return p.M <= 16 ? nullptr : "above M=16 the tile is faster"; }
+const char* amx_m(const Params& p) { return p.M > 16 ? nullptr : "up to M=16 a C tile is mostly empty"; }
 const char* float_small_m(const Params& p) { return p.M <= 4 ? nullptr : "above M=4 the tile is faster"; }
 
 // In priority order. Every crossover is in this table, and nowhere else.
 constexpr Impl<Params> kImpls[] = {
+    {"cpu_amx.int8_tile", needs_int8_amx, amx_m, cpu_int8_amx::run},
+
 #if defined(__x86_64__)
     {"cpu_avx512vnni.int8_small", needs_int8_avx512vnni, int8_small_m, cpu_int8_avx512vnni::run_small},
     {"cpu_avx512vnni.int8_tile", needs_int8_avx512vnni, always, cpu_int8_avx512vnni::run_tile},
+    {"cpu_avxvnni.int8_small", needs_int8_avxvnni, int8_small_m, cpu_int8_avxvnni::run_small},
+    {"cpu_avxvnni.int8_tile", needs_int8_avxvnni, always, cpu_int8_avxvnni::run_tile},
+    {"cpu_avx512bw.int8_small", needs_int8_avx512bw, int8_small_m, cpu_int8_avx512bw::run_small},
+    {"cpu_avx512bw.int8_tile", needs_int8_avx512bw, always, cpu_int8_avx512bw::run_tile},
     {"cpu_avx2.int8_small", needs_int8_avx2, int8_small_m, cpu_int8_avx2::run_small},
     {"cpu_avx2.int8_tile", needs_int8_avx2, always, cpu_int8_avx2::run_tile},
     {"cpu_avx2.float_small", needs_float_avx2, float_small_m, cpu_float_avx2::run_small},
@@ -181,7 +209,7 @@ std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
   params.M = get("M", 1);
   params.dtype = static_cast<DType>(get("dtype", 0));
   params.weight = weight_spec(kOp, get("N", 1), get("K", 1), get("format", 4), get("group_size", 32), get("zeros", 0));
-  params.activations = activations_for(kOp, params.weight.format, get("activations", params.weight.format == Format::kFp8E4M3 ? 0 : 1));
+  params.activations = activations_for(kOp, params.weight.format, get("activations", refused_activations(params.weight.format, 1) ? 0 : 1));
   return explain_table(kOp, kImpls, params);
 }
 

@@ -21,6 +21,7 @@ constexpr const char* kFusedSchema =
 //         row_max = max|x|, group_max = max|x| over 32 k, m = clamp(ceil(group_max * 32767 / row_max), 1, 32767),
 //         scale = m * row_max / (127 * 32767), q = round(x / scale) clamped to +-127.
 //         A row whose max|x| is under 2^-100 counts as zeros. A row that holds a NaN or an infinity gives a row of NaN.
+//         w enters as the integers its codes stand for: e2m1 doubled, nf4 as round(127 * number) / 127.
 //         The integer part m is what kernels multiply in; row_max / (127 * 32767) is applied once at the end.
 // kInt8Row: as kInt8, but one scale for the whole row: every m is 32767.
 // kFp8Row: x is rounded to float8 E4M3 inside, one scale per row: q = e4m3(x * (448 / row_max)), nearest even, saturating;
@@ -31,11 +32,11 @@ enum class Activations : int64_t { kFloat = 0, kInt8 = 1, kInt8Row = 2, kFp8Row 
 // What is wrong with these activations for weights of this format, or nullptr.
 constexpr const char* refused_activations(Format format, int64_t activations) {
   switch (format) {
-    case Format::kInt4: return activations == 0 || activations == 1 ? nullptr : "int4 weights take activations 0 (float) or 1 (int8)";
     case Format::kInt8: return 0 <= activations && activations <= 2 ? nullptr : "int8 weights take activations 0 (float), 1 (int8) or 2 (int8_row)";
     case Format::kFp8E4M3: return activations == 0 || activations == 3 ? nullptr : "fp8_e4m3 weights take activations 0 (float) or 3 (fp8_row)";
+    case Format::kFp8Block: return activations == 0 ? nullptr : "fp8_block weights take activations 0 (float)";
+    default: return activations == 0 || activations == 1 ? nullptr : "weights of up to 4 bits take activations 0 (float) or 1 (int8)";
   }
-  return "unknown format";
 }
 
 // What is done to a row of x before it is multiplied, in fp32 (rows_prologue.h):
@@ -73,10 +74,21 @@ namespace cpu_int8_avx2 {
 void run_small(const Params&);
 void run_tile(const Params&);
 }  // namespace cpu_int8_avx2
+namespace cpu_int8_avxvnni {
+void run_small(const Params&);
+void run_tile(const Params&);
+}  // namespace cpu_int8_avxvnni
+namespace cpu_int8_avx512bw {
+void run_small(const Params&);
+void run_tile(const Params&);
+}  // namespace cpu_int8_avx512bw
 namespace cpu_int8_avx512vnni {
 void run_small(const Params&);
 void run_tile(const Params&);
 }  // namespace cpu_int8_avx512vnni
+namespace cpu_int8_amx {
+void run(const Params&);
+}
 namespace cpu_float_avx2 {
 void run_small(const Params&);
 void run_tile(const Params&);

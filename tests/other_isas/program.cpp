@@ -1,6 +1,7 @@
 // Cases, the comparison with cpu_scalar (the truth in C++), and what parallel.cpp is to the library, one thread.
 #include "program.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -297,9 +298,9 @@ bool matches(const Case& c, const Params& p, const Weight& weight, const uint8_t
       if (c.dtype == DType::kFloat16) allowed += 0x1p-24;
       if (exact) allowed = 0;
       if (!(error <= allowed)) return false;
-      if (tally != nullptr && size > 0) {
-        tally->worst_error = std::fmax(tally->worst_error, c.dtype == DType::kFloat32 ? error / size : 0);
-        tally->worst_share = std::fmax(tally->worst_share, allowed > 0 ? error / allowed : 0);
+      if (tally != nullptr && size > 0 && c.data != Data::kSpecial) {
+        tally->worst_error = std::max(tally->worst_error, c.dtype == DType::kFloat32 ? error / size : 0.0);
+        tally->worst_share = std::max(tally->worst_share, allowed > 0 ? error / allowed : 0.0);
       }
     }
   return true;
@@ -321,8 +322,8 @@ void check_truth(const Case& c, const Params& p, const Weight& weight, const uin
           sum += term, size += std::fabs(term);
         }
         const double error = std::fabs(load_float(found, m * N + n, c.dtype) - sum), allowed = 0x1p-23 * std::fabs(sum) + 0x1p-40 * size;
-        tally.worst_error = std::fmax(tally.worst_error, size > 0 ? error / size : 0);
-        tally.worst_share = std::fmax(tally.worst_share, allowed > 0 ? error / allowed : 0);
+        tally.worst_error = std::max(tally.worst_error, size > 0 ? error / size : 0.0);
+        tally.worst_share = std::max(tally.worst_share, allowed > 0 ? error / allowed : 0.0);
         if (!(error <= allowed)) return fail(kImpls[i], c, tally, "the truth is not what was packed");
       }
   }
