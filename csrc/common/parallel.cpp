@@ -37,7 +37,7 @@ template <class Condition>
 void spin_until(const Condition& condition) {
   // WHY yield at last: where threads are more than processors, the one that is waited for may not be running.
   for (int64_t turn = 0; !condition(); turn++) {
-    if (turn >= 1 << 13) std::this_thread::yield();
+    if (turn >= 1 << 10) std::this_thread::yield();
 #if defined(__x86_64__)
     else __builtin_ia32_pause();
 #elif defined(__aarch64__)

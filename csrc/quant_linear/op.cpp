@@ -10,6 +10,7 @@ namespace taut::quant_linear {
 namespace {
 
 constexpr const char* kOp = "quant_linear";
+
 // The formats each kernel knows; the others are for cpu_scalar.
 const char* int4_int8(const Params& p) {
   return p.weight.format == Format::kInt4 || p.weight.format == Format::kInt8 ? nullptr : "it computes with int4 and int8 weights";
@@ -23,15 +24,29 @@ const char* needs_int8(const Params& p) {
   return p.activations == Activations::kInt8 || p.activations == Activations::kInt8Row ? nullptr : "it computes with int8 activations";
 }
 
-const char* needs_int8_avx2(const Params& p) { return cpu_features().avx2 ? needs_int8(p) : "this processor has no AVX2, FMA and F16C"; }
-
-const char* needs_int8_avx512vnni(const Params& p) { return cpu_features().avx512vnni ? needs_int8(p) : "this processor has no AVX-512 VNNI"; }
-
-const char* needs_float_avx2(const Params& p) {
-  if (!cpu_features().avx2) return "this processor has no AVX2, FMA and F16C";
+const char* needs_float(const Params& p) {
   if (const char* why = int4_int8_fp8(p)) return why;
   return p.activations == Activations::kFloat ? nullptr : "it computes with float activations";
 }
+
+// Which of these kernels exist at all is a matter of the architecture this is compiled for.
+#if defined(__x86_64__)
+const char* needs_int8_avx2(const Params& p) { return cpu_features().avx2 ? needs_int8(p) : "this processor has no AVX2, FMA and F16C"; }
+
+const char* needs_int8_avxvnni(const Params& p) { return cpu_features().avxvnni ? needs_int8(p) : "this processor has no AVX-VNNI"; }
+
+const char* needs_int8_avx512bw(const Params& p) { return cpu_features().avx512bw ? needs_int8(p) : "this processor has no AVX-512 F, BW, DQ and VL"; }
+
+const char* needs_int8_avx512vnni(const Params& p) { return cpu_features().avx512vnni ? needs_int8(p) : "this processor has no AVX-512 VNNI"; }
+
+const char* needs_float_avx2(const Params& p) { return cpu_features().avx2 ? needs_float(p) : "this processor has no AVX2, FMA and F16C"; }
+#elif defined(__aarch64__)
+const char* needs_int8_i8mm(const Params& p) { return cpu_features().i8mm ? needs_int8(p) : "this processor has no I8MM (smmla)"; }
+
+const char* needs_int8_neondot(const Params& p) { return cpu_features().neondot ? needs_int8(p) : "this processor has no dot products (sdot)"; }
+
+const char* needs_float_neon(const Params& p) { return cpu_features().neon ? needs_float(p) : "this processor has no NEON"; }
+#endif
 
 // The small loops stream the packed weights and unpack them in registers, for up to 4 rows at a time; the tiles unpack
 // 16 rows of w once to L1 and reuse them for every row of x.
@@ -40,12 +55,24 @@ const char* float_small_m(const Params& p) { return p.M <= 4 ? nullptr : "above 
 
 // In priority order. Every crossover is in this table, and nowhere else.
 constexpr Impl<Params> kImpls[] = {
+#if defined(__x86_64__)
     {"cpu_avx512vnni.int8_small", needs_int8_avx512vnni, int8_small_m, cpu_int8_avx512vnni::run_small},
     {"cpu_avx512vnni.int8_tile", needs_int8_avx512vnni, always, cpu_int8_avx512vnni::run_tile},
+    {"cpu_avxvnni.int8_small", needs_int8_avxvnni, int8_small_m, cpu_int8_avxvnni::run_small},
+    {"cpu_avxvnni.int8_tile", needs_int8_avxvnni, always, cpu_int8_avxvnni::run_tile},
+    {"cpu_avx512bw.int8_small", needs_int8_avx512bw, int8_small_m, cpu_int8_avx512bw::run_small},
+    {"cpu_avx512bw.int8_tile", needs_int8_avx512bw, always, cpu_int8_avx512bw::run_tile},
     {"cpu_avx2.int8_small", needs_int8_avx2, int8_small_m, cpu_int8_avx2::run_small},
     {"cpu_avx2.int8_tile", needs_int8_avx2, always, cpu_int8_avx2::run_tile},
     {"cpu_avx2.float_small", needs_float_avx2, float_small_m, cpu_float_avx2::run_small},
     {"cpu_avx2.float_tile", needs_float_avx2, always, cpu_float_avx2::run_tile},
+#elif defined(__aarch64__)
+    {"cpu_neondot.int8_small", needs_int8_neondot, int8_small_m, cpu_int8_neondot::run_small},
+    {"cpu_i8mm.int8_tile", needs_int8_i8mm, always, cpu_int8_i8mm::run_tile},
+    {"cpu_neondot.int8_tile", needs_int8_neondot, always, cpu_int8_neondot::run_tile},
+    {"cpu_neon.float_small", needs_float_neon, float_small_m, cpu_float_neon::run_small},
+    {"cpu_neon.float_tile", needs_float_neon, always, cpu_float_neon::run_tile},
+#endif
     {"cpu_scalar", always, always, cpu_scalar::run},
 };
 

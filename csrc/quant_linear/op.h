@@ -74,6 +74,14 @@ namespace cpu_int8_avx2 {
 void run_small(const Params&);
 void run_tile(const Params&);
 }  // namespace cpu_int8_avx2
+namespace cpu_int8_avxvnni {
+void run_small(const Params&);
+void run_tile(const Params&);
+}  // namespace cpu_int8_avxvnni
+namespace cpu_int8_avx512bw {
+void run_small(const Params&);
+void run_tile(const Params&);
+}  // namespace cpu_int8_avx512bw
 namespace cpu_int8_avx512vnni {
 void run_small(const Params&);
 void run_tile(const Params&);
@@ -82,6 +90,17 @@ namespace cpu_float_avx2 {
 void run_small(const Params&);
 void run_tile(const Params&);
 }  // namespace cpu_float_avx2
+namespace cpu_int8_i8mm {
+void run_tile(const Params&);
+}
+namespace cpu_int8_neondot {
+void run_small(const Params&);
+void run_tile(const Params&);
+}  // namespace cpu_int8_neondot
+namespace cpu_float_neon {
+void run_small(const Params&);
+void run_tile(const Params&);
+}  // namespace cpu_float_neon
 
 // ---- CUDA -------------------------------------------------------------------------------------------------------------
 

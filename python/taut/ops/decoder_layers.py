@@ -94,12 +94,13 @@ def reference(
 ) -> Tensor:  # fmt: skip
     """One layer in float64. ``w``: dense weights by the names of ``WEIGHTS``, None where absent. Writes the new rows of ``k`` and ``v``."""
     eps, offset, end = numbers["norm_eps"], numbers["norm_offset"], length + x.shape[1]
-    norm = lambda t, name, eps=eps: t if w[name] is None else norm_op.reference(t, w[name], eps, offset)  # noqa: E731
-    linear = (
-        lambda t, name: (  # noqa: E731
-            linear_op.reference(t.flatten(0, 1), w[name], w[f"{name}_bias"], None, activations).unflatten(0, t.shape[:2])
-        )
-    )
+
+    def norm(t: Tensor, name: str) -> Tensor:
+        return t if w[name] is None else norm_op.reference(t, w[name], eps, offset)
+
+    def linear(t: Tensor, name: str) -> Tensor:
+        return linear_op.reference(t.flatten(0, 1), w[name], w[f"{name}_bias"], None, activations).unflatten(0, t.shape[:2])
+
     heads = sizes["q_heads"], sizes["kv_heads"], sizes["head_dim"]
     qkv = linear(norm(x.double(), "attn_norm"), "qkv")
     q, new_k, new_v = rope_op.reference(qkv, *rope, *heads, w["q_norm"], w["k_norm"], numbers["qk_norm_eps"], offset)
