@@ -23,6 +23,7 @@ from taut import models
 from taut.models import Source
 
 GGUF_KINDS = ("q4_0", "q8_0")
+_TEXT = Path(__file__).resolve().parents[1] / "LICENSE"
 _ARCHITECTURES = {"llama": "llama", "gemma3_text": "gemma3"}  # transformers' model_type -> GGUF's
 
 
@@ -208,7 +209,7 @@ def tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  (it is no dict)
+            for name in file.keys():
                 yield name, file.get_tensor(name)
 
 
@@ -222,6 +223,10 @@ def _as_gguf(name: str, tensor: torch.Tensor, architecture: str, shape: Shape) -
     return tensor
 
 
-def prompt_ids(vocabulary: int, length: int) -> list[int]:
-    """Token ids to read: random, since what they say costs nothing, and the same for everyone."""
-    return np.random.default_rng(length).integers(10, vocabulary, length).tolist()
+def prompt_ids(directory: Path, vocabulary: int, length: int) -> list[int]:
+    """Token ids to read, the same for everyone: this project's licence where the model has a tokenizer, else random ones."""
+    if not (directory / "tokenizer.json").is_file():
+        return np.random.default_rng(length).integers(min(10, vocabulary - 1), vocabulary, length).tolist()
+    tokenizer = models.load_tokenizer(Source("directory", str(directory)))
+    ids = tokenizer(_TEXT.read_text()).input_ids
+    return (ids * (length // len(ids) + 1))[:length]

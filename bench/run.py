@@ -9,6 +9,8 @@ cache set no bound. A long run measures the ceilings again as it goes and holds 
 shares its memory with others has slow minutes. Operations in bf16 are held against the fp32 ceiling: a processor with bf16
 instructions can pass it.
 
+``--model NAME`` times whole models instead, through ``model.generate``; bench/generation.py says how.
+
 JSON lines: op, case, format, impl (bench/cases.py says how they are named), peer, threads, median_us, p10_us, p90_us, gb_s,
 gflop_s, roofline_share, cold, max_error (of the largest result, against float64 with unrounded x), commit, machine, torch, and
 run, the time the run began. Exit code: 0, 1 if a result was wrong, 2 for bad input.
@@ -37,6 +39,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from bench import generation, language_models
 from bench import table as readme_table
 from bench.cases import DEFAULT_FORMATS, HEADLINE, Case, all_cases, parse_format
 from bench.contenders import Entry, Prepared, Skip, default_impl, impls, own_entry
@@ -127,6 +130,15 @@ def _parser() -> argparse.ArgumentParser:
         "--cold", action="store_true", help=f"only cold weights [default: both; only warm where M is above {_WARM_ONLY_M}]"
     )
     weights.add_argument("--warm", action="store_true", help="only warm weights")
+    parser.add_argument(
+        "--model", action="append", metavar="NAME",
+        help=f"how fast a model reads and writes: {', '.join(language_models.NAMES)}, or a directory; may be given several times",
+    )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="with --model: fewer tokens and turns")
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", default=ROOT / ".cache" / "bench",
+        help="with --model: where its files are kept between runs [default: .cache/bench]",
+    )  # fmt: skip
     parser.add_argument("--table", action="store_true", help="write the README table from bench/results/*.jsonl and stop")
     return parser
 
@@ -146,8 +158,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         for entry in _listed(pattern):
             print(entry)
         return 0
-    races = list(select(pattern, args.peers))
-    if not races:
+    races = list(select(pattern, args.peers)) if args.model is None else []
+    if not races and args.model is None:
         raise ValueError(f"--filter {args.filter!r} matches nothing that can run here; see --list")
     if args.json is not None:
         with args.json.open("a"):  # so that a path that cannot be written is known before, not after
@@ -159,6 +171,10 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     context = Context(ceilings, torch.get_num_threads(), _commit(), machine, now)
     console.print(_words(context), highlight=False)
     _warn_if_busy(load, console)  # now, for who would rather stop, and at the end, for who reads only that
+    if args.model is not None:
+        wrong = _run_models(args, context, console)
+        _warn_if_busy(load, console)
+        return 1 if wrong else 0
     wrong: list[str] = []
     skipped = {f"{peer.name}: {reason}" for peer in all_peers() if args.peers and (reason := peer.available())}
     jobs = [(entries, cold) for entries in races for cold in _temperatures(entries[0].case, args.cold, args.warm)]
@@ -184,6 +200,50 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     if (after := _load()) > context.threads + 1:
         console.print(f"The load average is {after:.2f} with {context.threads} threads: something else runs.", style="bold yellow")
     return 1 if wrong else 0
+
+
+def _run_models(args: argparse.Namespace, context: Context, console: Console) -> list[str]:
+    """Times the models that ``--model`` names; gives what was wrong."""
+    all_wrong: list[str] = []
+    work = generation.QUICK if args.quick else generation.Work()
+    for name in args.model:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("", total=None)
+            results, skipped, wrong = generation.race(
+                name, generation.chosen(args.peers), work, context.threads, args.cache, context.ceilings,
+                lambda what, task=task, progress=progress: progress.update(task, description=what),
+            )  # fmt: skip
+        for case in dict.fromkeys(result.case for result in results):
+            console.print(_show_model([result for result in results if result.case == case]))
+        if args.json is not None:
+            about = {"threads": context.threads, "commit": context.commit, "machine": context.machine, "torch": torch.__version__}
+            with args.json.open("a") as file:
+                file.writelines(json.dumps({**result.to_dict(), **about, "run": context.run}) + "\n" for result in results)
+        for line in skipped:
+            console.print(f"not measured: {line}", highlight=False, markup=False)
+        for line in wrong:
+            console.print(f"WRONG, not timed: {line}", style="bold red", highlight=False, markup=False)
+        all_wrong += wrong
+    console.print(_ceilings_in_words(context.ceilings), highlight=False)
+    return all_wrong
+
+
+def _show_model(results: Sequence[generation.Result]) -> Table:
+    table = Table(title=results[0].case, title_justify="left", header_style="bold")
+    for name in ("format", "impl"):
+        table.add_column(name)
+    for name in ("tokens/s", "p10 - p90", "GB/s", "GFLOP/s", "of roofline", "cosine", "KL", "same top"):
+        table.add_column(name, justify="right")
+    table.add_column("note")
+    for result in results:
+        timing, found, line = result.timing, result.fidelity, result.to_dict()
+        spread_of_rates = f"{1e6 / timing.p90_us:.1f} - {1e6 / timing.p10_us:.1f}"
+        table.add_row(
+            result.contender.format, result.contender.name, f"{result.tokens_s:.1f}", spread_of_rates,
+            f"{line['gb_s']:.1f}", f"{line['gflop_s']:.0f}", f"{result.share:.0%}", f"{found.cosine:.4f}", f"{found.kl:.4f}",
+            f"{found.top1:.0%}", result.note, style=None if result.contender.peer else "bold",
+        )  # fmt: skip
+    return table
 
 
 def _warn_if_busy(load: float, console: Console) -> None:

@@ -3,9 +3,9 @@
 Weights are given to the buffer type that llama.cpp itself would choose, so they are repacked for this processor where it can.
 One graph holds all the copies; a graph runs its nodes one after the other.
 
-A buffer type that repacks is tried in a process of its own first, and passed over, with a warning, where that dies: gcc before 13
-drops stores to the tile configuration (its ``_tile_loadconfig`` says that it reads 8 bytes of the 64), so that libggml's AMX code
-faults when such a compiler built it. Built with ``CMAKE_ARGS=-DCMAKE_CXX_FLAGS=-fno-tree-dse`` it works.
+A buffer type that repacks is tried in a process of its own first, and passed over, with a warning, where that dies: in gcc 12
+``_tile_loadconfig`` says that it reads 8 bytes of the 64 of a tile configuration, the stores to the others are dropped, and
+libggml's AMX code faults when that compiler built it. Where it was built with a header that names all 64, it is timed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ def _library() -> _Library:
     return _Library(_folder())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _survives(index: int) -> bool:
     """Whether products of weights in the ``index``-th buffer type that repacks can be computed without the process dying of it."""
     command = [sys.executable, "-m", "bench.peers.ggml", str(index)]
@@ -124,7 +124,7 @@ def _survives(index: int) -> bool:
     if done.returncode:
         warnings.warn(
             f"libggml's buffer type {index} is passed over: a product in it ended with code {done.returncode}. "
-            "Was libggml built by gcc 12 or older? See bench/peers/ggml.py.",
+            "Was libggml built by gcc 12? See bench/peers/ggml.py.",
             stacklevel=2,
         )
     return done.returncode == 0
