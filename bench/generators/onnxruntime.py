@@ -64,6 +64,15 @@ class _Graph:
     def norm(self, x: str, weight: torch.Tensor, epsilon: float) -> str:
         return self.node("SimplifiedLayerNormalization", x, self.constant(weight.float()), axis=-1, epsilon=epsilon, stash_type=1)
 
+    def add_norm(self, x: str, y: str, weight: torch.Tensor, epsilon: float) -> tuple[str, str]:
+        """The norm of ``x + y``, and the sum, in one node."""
+        total = f"sum{len(self.nodes)}"
+        normed = f"{total}_normed"
+        self.contrib(
+            "SkipSimplifiedLayerNormalization", x, y, self.constant(weight.float()), outputs=[normed, "", "", total], epsilon=epsilon
+        )
+        return normed, total
+
 
 class Generator:
     cache_element_bytes = 4
@@ -108,11 +117,11 @@ class Generator:
         options.add_external_initializers(list(graph.weights), self.keep)
         self.session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         self.binding = self.session.io_binding()
-        empty = np.zeros(float_cache[1], np.float32)
         self.logits_value = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((1, 1, shape.vocabulary), np.float32))
         self.binding.bind_ortvalue_output("logits", self.logits_value)
         for past, present in pairs:
-            buffer = onnxruntime.OrtValue.ortvalue_from_numpy(empty)
+            # WHY zeros for each: an OrtValue made of an array shares its memory
+            buffer = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(float_cache[1], np.float32))
             self.keep.append(buffer)
             self.binding.bind_ortvalue_input(past, buffer)
             self.binding.bind_ortvalue_output(present, buffer)
@@ -120,9 +129,9 @@ class Generator:
     def _read(self, ids: list[int], past: int) -> np.ndarray:
         """Adds ``ids`` to ``past`` ones in the cache; the logits after the last of them, which the next call overwrites."""
         total = past + len(ids)
-        self.binding.bind_cpu_input("ids", np.array([ids], np.int64))
-        self.binding.bind_cpu_input("last", np.array([total - 1], np.int32))
-        self.binding.bind_cpu_input("total", np.array([total], np.int32))
+        self.inputs = (np.array([ids], np.int64), np.array([total - 1], np.int32), np.array([total], np.int32))
+        for name, values in zip(("ids", "last", "total"), self.inputs, strict=True):  # WHY kept: it reads their memory at the run
+            self.binding.bind_cpu_input(name, values)
         self.session.run_with_iobinding(self.binding)
         return self.logits_value.numpy()[0, 0]
 
@@ -159,17 +168,17 @@ def _build(graph: _Graph, config: Any, shape: Shape, weights: dict[str, torch.Te
     def weight(name: str) -> torch.Tensor:
         return weights[f"model.{name}.weight"]
 
-    def norm(x: str, name: str) -> str:
-        return graph.norm(x, weight(name).float() + (1.0 if gemma else 0.0), epsilon)
+    def scale(name: str) -> torch.Tensor:
+        return weight(name).float() + (1.0 if gemma else 0.0)
 
     tables = {kind: _rotation(graph, config, shape, kind) for kind in (("sliding_attention", "full_attention") if gemma else ("",))}
     x = graph.node("Gather", graph.constant(weight("embed_tokens").float(), "embeddings"), "ids")
     if gemma:
         x = graph.node("Mul", x, graph.constant(np.array(shape.hidden**0.5, np.float32)))
+    y = graph.norm(x, scale("layers.0.input_layernorm"), epsilon)
     for layer in range(shape.layers):
         stem = f"layers.{layer}"
         kind = config.layer_types[layer] if gemma else ""
-        y = norm(x, f"{stem}.input_layernorm")
         attention = [weight(f"{stem}.self_attn.{name}_proj") for name in "qkv"]
         if gemma:
             q, k, v = (graph.linear(y, part, bits) for part in attention)
@@ -185,22 +194,21 @@ def _build(graph: _Graph, config: Any, shape: Shape, weights: dict[str, torch.Te
         )  # fmt: skip
         y = graph.linear(y, weight(f"{stem}.self_attn.o_proj"), bits)
         if gemma:
-            y = norm(y, f"{stem}.post_attention_layernorm")
-        x = graph.node("Add", x, y)
-        y = norm(x, f"{stem}.{'pre_feedforward' if gemma else 'post_attention'}_layernorm")
+            y = graph.norm(y, scale(f"{stem}.post_attention_layernorm"), epsilon)
+        y, x = graph.add_norm(x, y, scale(f"{stem}.{'pre_feedforward' if gemma else 'post_attention'}_layernorm"), epsilon)
         gate = graph.linear(y, weight(f"{stem}.mlp.gate_proj"), bits)
         # SiLU is QuickGelu with alpha 1, in one node
         gate = graph.contrib("FastGelu", gate) if gemma else graph.contrib("QuickGelu", gate, alpha=1.0)
         y = graph.node("Mul", gate, graph.linear(y, weight(f"{stem}.mlp.up_proj"), bits))
         y = graph.linear(y, weight(f"{stem}.mlp.down_proj"), bits)
         if gemma:
-            y = norm(y, f"{stem}.post_feedforward_layernorm")
-        x = graph.node("Add", x, y)
+            y = graph.norm(y, scale(f"{stem}.post_feedforward_layernorm"), epsilon)
+        following = f"layers.{layer + 1}.input_layernorm" if layer + 1 < shape.layers else "norm"
+        y, x = graph.add_norm(x, y, scale(following), epsilon)
     end = graph.constant(np.array([-1], np.int64))
-    x = graph.node("Gather", x, end, axis=1)  # the head is for the last token alone
-    x = norm(x, "norm")
+    y = graph.node("Gather", y, end, axis=1)  # the head is for the last token alone
     head = weights.get("lm_head.weight", weight("embed_tokens"))
-    last = graph.linear(x, head, _HEAD_BITS)
+    last = graph.linear(y, head, _HEAD_BITS)
     graph.node("Identity", last, outputs=["logits"])
 
 
