@@ -12,7 +12,7 @@ from torch import Tensor
 
 import taut
 from taut.ops import quant_linear, quantize_weight
-from taut.ops.pack_weight import dequantize_weight, pack_weight, unpack_weight
+from taut.ops.pack_weight import canonical, dequantize_weight, pack_weight, unpack_weight
 
 from .cases import DTYPES, Case, parse_format
 from .problem import Problem, max_error
@@ -121,10 +121,10 @@ def _prepare_linear(problem: Problem, format: str, impl: str, cold_bytes: int) -
     weights, activations = parse_format(format)
     mode = "int8" if activations == "a8" else "float"
     x = problem.x.to(DTYPES[activations])
-    canonical = problem.canonical(weights)
+    parts = problem.canonical(weights)
     layout_bytes = weights.layout_bytes(case.n, case.k)
     # WHY packed again, not cloned: pack_weight asks for 2 MB pages, as a model's weights have them
-    packed = [pack_weight(*canonical, case.k, weights) for _ in range(copies_for(layout_bytes, cold_bytes))]
+    packed = [pack_weight(*parts, case.k, weights) for _ in range(copies_for(layout_bytes, cold_bytes))]
     take, arguments = rotation(packed), (None, case.n, weights.code, weights.group_size, weights.zeros, int(mode == "int8"))
     op = torch.ops.taut.quant_linear
     call = _forced(case.op, impl, lambda: op(x, take(), *arguments), impl == default_impl(case, format))
@@ -148,10 +148,9 @@ def _prepare_quantize(problem: Problem, format: str, impl: str, cold_bytes: int)
         lambda: torch.ops.taut.quantize_weight(take(), weights.code, weights.group_size, weights.zeros),
         impl == default_impl(case, format),
     )
-    codes, scales, zeros = call()
+    found = canonical(call(), weights)
     with taut.force_impl(case.op, "cpu_scalar"):
         expected = quantize_weight.quantize_weight(w[:_COMPARED_ROWS], weights)
-    found = (codes, scales, zeros if weights.zeros else None)
     same = all((a is None and b is None) or torch.equal(a[:_COMPARED_ROWS], b) for a, b in zip(found, expected, strict=True))
     packed = pack_weight(*found, case.k, weights)
     largest = float(w.float().abs().max())
@@ -163,15 +162,16 @@ def _prepare_quantize(problem: Problem, format: str, impl: str, cold_bytes: int)
 def _prepare_pack(problem: Problem, format: str, impl: str, cold_bytes: int) -> Prepared:
     case = problem.case
     weights, _ = parse_format(format)
-    codes, scales, zeros = problem.canonical(weights)
+    parts = problem.canonical(weights)
+    codes, scales, zeros, global_scale = parts
     nbytes = weights.canonical_bytes(case.n, case.k)
     take = rotation([codes.clone() for _ in range(copies_for(nbytes, cold_bytes))])
 
     def call() -> Tensor:
-        return torch.ops.taut.pack_weight(take(), scales, zeros, case.k, weights.code, weights.group_size, 0)
+        return torch.ops.taut.pack_weight(take(), scales, zeros, case.k, weights.code, weights.group_size, 0, global_scale)
 
     back = unpack_weight(call(), case.n, case.k, weights)
-    pairs = zip(back, (codes, scales, zeros), strict=True)
+    pairs = zip(back, parts, strict=True)
     same = all((a is None and b is None) or torch.equal(a, b) for a, b in pairs)
     return Prepared(
         call, nbytes + weights.layout_bytes(case.n, case.k), 0, 0, 0.0, None if same else "unpacking does not give the same bits back"

@@ -111,7 +111,7 @@ class Layer:
 
 def own_packed(weight: Weight, cold_bytes: int) -> list[Tensor]:
     """The weight in taut's layout, in copies that together exceed ``cold_bytes``."""
-    packed = pack_weight(weight.codes, weight.scales, weight.zeros, weight.k, weight.spec)
+    packed = pack_weight(weight.codes, weight.scales, weight.zeros, None, weight.k, weight.spec)
     return [packed, *(packed.clone() for _ in range(copies_for(packed.nbytes, cold_bytes) - 1))]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from taut.formats import WeightFormat
+from taut.formats import Canonical, WeightFormat
 from taut.ops.pack_weight import dequantize_weight, pack_weight
 from taut.ops.quant_linear import quantize_activations
 from taut.ops.quantize_weight import quantize_weight
@@ -26,7 +26,7 @@ class Problem:
     case: Case
     x: Tensor = field(init=False)
     _w: Tensor | None = field(init=False, default=None)
-    _canonical: dict[WeightFormat, tuple[Tensor, Tensor, Tensor | None]] = field(init=False, default_factory=dict)
+    _canonical: dict[WeightFormat, Canonical] = field(init=False, default_factory=dict)
     _dense: dict[WeightFormat, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -40,8 +40,8 @@ class Problem:
             self._w = torch.randn(self.case.n, self.case.k, generator=generator) / self.case.k**0.5
         return self._w
 
-    def canonical(self, format: WeightFormat) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes, scales and zeros in the canonical form."""
+    def canonical(self, format: WeightFormat) -> Canonical:
+        """The weight in its canonical form."""
         if format not in self._canonical:
             self._canonical[format] = quantize_weight(self.w, format)
         return self._canonical[format]

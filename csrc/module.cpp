@@ -51,11 +51,14 @@ PYBIND11_MODULE(_C, m) {
         const auto& f = taut::cpu_features();
         py::dict d;
         d["avx2"] = f.avx2;
+        d["avxvnni"] = f.avxvnni;
+        d["avx512bw"] = f.avx512bw;
         d["avx512vnni"] = f.avx512vnni;
         d["avx512bf16"] = f.avx512bf16;
         d["amx_int8"] = f.amx_int8;
-        d["neon_dotprod"] = f.neon_dotprod;
-        d["neon_i8mm"] = f.neon_i8mm;
+        d["neon"] = f.neon;
+        d["neondot"] = f.neondot;
+        d["i8mm"] = f.i8mm;
         return d;
       },
       "What this processor and operating system can run.");

@@ -100,7 +100,7 @@ def describe(out: Tensor, reference: Tensor, bound: Tensor | None, at: Tensor) -
 
 def assert_linear(out: Tensor, x: Tensor, inputs: LinearInputs, case: LinearCase, *, impl: str, independent: bool = True) -> None:
     """``out`` of quant_linear on ``x [M, K]`` against the float64 reference. Call it after the kernel has run."""
-    w = weight_op.reference(inputs.codes, inputs.scales, inputs.zeros, case.K, case.format)
+    w = weight_op.reference(*inputs.canonical, case.K, case.format, case.activations)
     reference = linear_op.reference(x, w, inputs.bias, case.activations)
     values = x.double() if case.activations == "float" else linear_op.quantize_activations(x, case.activations)
     bias = torch.zeros(case.N) if inputs.bias is None else inputs.bias

@@ -260,7 +260,7 @@ class _Graph:
 def _blocks(problem: Problem, weights: WeightFormat) -> np.ndarray:
     """The weights as ggml stores them: blocks of 32 with one fp16 scale; Q4_0 pairs element i with element i + 16."""
     n, k = problem.case.n, problem.case.k
-    codes, scales, _ = problem.canonical(weights)
+    codes, scales, *_ = problem.canonical(weights)
     scale_bytes = scales.reshape(n, k // 32, 1).view(torch.uint8)
     if weights.bits == 8:
         return torch.cat([scale_bytes, codes.view(torch.uint8).reshape(n, k // 32, 32)], dim=-1).numpy()

@@ -37,7 +37,7 @@ class MatMulNBits:
         case = problem.case
         if case.k % 32:
             raise Skip("its result is not checked for a K that is no multiple of 32")
-        codes, scales, _ = problem.canonical(self.weights)
+        codes, scales, *_ = problem.canonical(self.weights)
         blocks = codes if self.weights.bits == 4 else (codes.to(torch.int16) + 128).to(torch.uint8)
         blocks = blocks.reshape(case.n, case.k // 32, 32 * self.weights.bits // 8).numpy()
         scale = scales.float().numpy().reshape(-1)

@@ -35,7 +35,7 @@ class CompressedMatMul:
         case = problem.case
         if case.k % 32:
             raise Skip("its groups must divide K")
-        codes, scales, _ = problem.canonical(self.weights)
+        codes, scales, *_ = problem.canonical(self.weights)
         blocks = codes.numpy() if self.weights.bits == 4 else (codes.to(torch.int16) + 128).to(torch.uint8).numpy()
         scale = scales.numpy()
         nodes = copies_for(blocks.nbytes + scale.nbytes, cold_bytes)

@@ -29,7 +29,7 @@ class Int4Pack:
         case, format = problem.case, WeightFormat("int4", 32)
         if case.k % 32 or case.n % 16:
             raise Skip("it takes K in multiples of 32 and N of 16")
-        codes, scales, _ = problem.canonical(format)
+        codes, scales, *_ = problem.canonical(format)
         both = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1).to(torch.int32)
         # its value is (q - 8) * scale + zero
         scale_zero = torch.stack([scales.T, torch.zeros_like(scales.T)], dim=-1).to(self.dtype).contiguous()

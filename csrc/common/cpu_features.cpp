@@ -41,9 +41,13 @@ CpuFeatures detect() {
   const unsigned b7 = b, c7 = c, d7 = d;
   features.avx2 = ymm && fma && f16c && (b7 & (1u << 5));
   const bool f512 = b7 & (1u << 16), dq = b7 & (1u << 17), bw = b7 & (1u << 30), vl = b7 & (1u << 31);
-  features.avx512vnni = features.avx2 && zmm && f512 && dq && bw && vl && (c7 & (1u << 11));
+  features.avx512bw = features.avx2 && zmm && f512 && dq && bw && vl;
+  features.avx512vnni = features.avx512bw && (c7 & (1u << 11));
   unsigned a71 = 0, b71 = 0, c71 = 0, d71 = 0;
-  if (__get_cpuid_count(7, 1, &a71, &b71, &c71, &d71)) features.avx512bf16 = features.avx512vnni && (a71 & (1u << 5));
+  if (__get_cpuid_count(7, 1, &a71, &b71, &c71, &d71)) {
+    features.avxvnni = features.avx2 && (a71 & (1u << 4));
+    features.avx512bf16 = features.avx512vnni && (a71 & (1u << 5));
+  }
   features.amx_int8 = features.avx512vnni && tiles && (d7 & (1u << 24)) && (d7 & (1u << 25)) && request_amx_tiles();
   return features;
 }
@@ -52,8 +56,9 @@ CpuFeatures detect() {
 
 CpuFeatures detect() {
   CpuFeatures features;
-  features.neon_dotprod = getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
-  features.neon_i8mm = getauxval(AT_HWCAP2) & HWCAP2_I8MM;
+  features.neon = getauxval(AT_HWCAP) & HWCAP_ASIMD;
+  features.neondot = features.neon && (getauxval(AT_HWCAP) & HWCAP_ASIMDDP);
+  features.i8mm = features.neondot && (getauxval(AT_HWCAP2) & HWCAP2_I8MM);
   return features;
 }
 

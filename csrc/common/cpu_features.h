@@ -5,11 +5,14 @@ namespace taut {
 
 struct CpuFeatures {
   bool avx2 = false;          // AVX2, FMA and F16C, and the OS saves ymm
-  bool avx512vnni = false;    // AVX-512 F, DQ, BW, VL and VNNI, and the OS saves zmm
+  bool avxvnni = false;       // AVX-VNNI besides: vpdpbusd of 256 bits without AVX-512
+  bool avx512bw = false;      // AVX-512 F, DQ, BW and VL, and the OS saves zmm
+  bool avx512vnni = false;    // AVX-512 VNNI besides
   bool avx512bf16 = false;    // AVX-512 BF16 besides
   bool amx_int8 = false;      // AMX tiles with int8, and the OS grants them
-  bool neon_dotprod = false;  // ARM sdot
-  bool neon_i8mm = false;     // ARM smmla
+  bool neon = false;        // 64-bit ARM
+  bool neondot = false;     // ARM sdot (dotprod)
+  bool i8mm = false;        // ARM smmla besides
 };
 
 __attribute__((visibility("default"))) const CpuFeatures& cpu_features();

@@ -133,7 +133,11 @@ struct WeightSpec {
     if (format == Format::kTernary) return (K + 4) / 5;
     return (K * code_bits(format) + 7) / 8;
   }
-  constexpr int64_t scale_rows() const { return format == Format::kFp8Block ? (N + 127) / 128 : N; }
+  TAUT_HOST_DEVICE constexpr int64_t scale_rows() const { return format == Format::kFp8Block ? (N + 127) / 128 : N; }
+  // Where the scale of w[n,k] is in the canonical form.
+  constexpr int64_t scale_index(int64_t n, int64_t k) const {
+    return (format == Format::kFp8Block ? n / 128 : n) * num_groups() + (group_size ? k / group_size : 0);
+  }
 };
 
 struct Rows8 {
@@ -158,27 +162,28 @@ struct Rows8 {
   constexpr int64_t global_scale_offset() const { return num_strips() * strip_bytes(); }  // nvfp4 only
   constexpr int64_t total_bytes() const { return global_scale_offset() + (spec.format == Format::kNvfp4 ? 64 : 0); }
 
-  // Byte offsets of what belongs to row n and element k.
-  constexpr int64_t header_offset(int64_t n, int64_t k) const {
+  // Byte offsets of what belongs to row n and element k. WHY always inlined: a copy that stands alone is a weak symbol, and
+  // one compiled for AVX-512 might be linked for everyone.
+  [[gnu::always_inline]] constexpr int64_t header_offset(int64_t n, int64_t k) const {
     return n / kRows * strip_bytes() + k / (kGroupsPerSuperblock * layout_group()) * superblock_bytes();
   }
-  constexpr int64_t scale_offset(int64_t n, int64_t k) const {
+  [[gnu::always_inline]] constexpr int64_t scale_offset(int64_t n, int64_t k) const {
     const int64_t group = k / layout_group() % kGroupsPerSuperblock, half = scales_per_group() == 2 ? k % 32 / 16 : 0;
     return header_offset(n, k) + group * group_scale_bytes() + (half * kRows + n % kRows) * scale_bytes(scale_type(spec.format));
   }
-  constexpr int64_t zero_offset(int64_t n, int64_t k) const {
+  [[gnu::always_inline]] constexpr int64_t zero_offset(int64_t n, int64_t k) const {
     return header_offset(n, k) + zeros_begin() + k / layout_group() % kGroupsPerSuperblock * kRows + n % kRows;
   }
-  constexpr int64_t block_offset(int64_t n, int64_t k) const {
+  [[gnu::always_inline]] constexpr int64_t block_offset(int64_t n, int64_t k) const {
     return header_offset(n, k) + header_bytes() + k / kBlockK % blocks_per_superblock() * block_bytes();
   }
   // Of the code, or of its low two bits (int3); the third bit of int3 is bit k % 32 / 4 of the byte at third_bit_offset.
-  constexpr int64_t code_offset(int64_t n, int64_t k) const {
+  [[gnu::always_inline]] constexpr int64_t code_offset(int64_t n, int64_t k) const {
     const int64_t chunk = k % kBlockK / 4, vectors = spec.format == Format::kInt3 ? 2 : code_bits(spec.format);
     return block_offset(n, k) + chunk % vectors * 32 + n % kRows * 4 + k % 4;
   }
-  constexpr int64_t third_bit_offset(int64_t n, int64_t k) const { return block_offset(n, k) + 64 + n % kRows * 4 + k % 4; }
-  constexpr int code_shift(int64_t k) const {
+  [[gnu::always_inline]] constexpr int64_t third_bit_offset(int64_t n, int64_t k) const { return block_offset(n, k) + 64 + n % kRows * 4 + k % 4; }
+  [[gnu::always_inline]] constexpr int code_shift(int64_t k) const {
     switch (code_bits(spec.format)) {
       case 2:
       case 3: return static_cast<int>(k % kBlockK / 8 * 2);

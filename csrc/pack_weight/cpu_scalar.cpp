@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "common/codes.h"
 #include "pack_weight/op.h"
 
 namespace taut::pack_weight::cpu_scalar {
@@ -18,41 +19,16 @@ struct Rows8Bands : Rows8 {
   static constexpr int64_t kBandRows = 8, kBandK = 32;
   using Codes = uint8_t[kBandRows][kBandK];
 
-  constexpr int64_t scale_step() const { return layout_group(); }  // k from one stored scale of a row to the next
-  uint32_t offset() const { return spec.format == Format::kInt8 ? 0x80808080u : 0; }
+  constexpr int64_t scale_step() const { return spec.group_size ? spec.group_size : layout_group(); }  // k from one stored scale of a row to the next
 
   void store(const Codes& codes, int64_t n, int64_t k, uint8_t* packed) const {
-    uint8_t* out = packed + block_offset(n, k);
-    if (spec.format == Format::kInt4) {
-      for (int64_t v = 0; v < 4; v++)
-        for (int64_t r = 0; r < 8; r++)
-          for (int64_t i = 0; i < 4; i++) out[v * 32 + r * 4 + i] = static_cast<uint8_t>(codes[r][v * 4 + i] | codes[r][16 + v * 4 + i] << 4);
-    } else {
-      for (int64_t v = 0; v < 8; v++)
-        for (int64_t r = 0; r < 8; r++) copy4(out + v * 32 + r * 4, &codes[r][v * 4]);
-    }
+    for (int64_t r = 0; r < kBandRows; r++) store_rows8_codes(*this, packed + block_offset(n, k), r, codes[r]);
   }
   void load(const uint8_t* packed, int64_t n, int64_t k, Codes& codes) const {
-    const uint8_t* in = packed + block_offset(n, k);
-    if (spec.format == Format::kInt4) {
-      for (int64_t v = 0; v < 4; v++)
-        for (int64_t r = 0; r < 8; r++)
-          for (int64_t i = 0; i < 4; i++) codes[r][v * 4 + i] = in[v * 32 + r * 4 + i] & 15, codes[r][16 + v * 4 + i] = in[v * 32 + r * 4 + i] >> 4;
-    } else {
-      for (int64_t v = 0; v < 8; v++)
-        for (int64_t r = 0; r < 8; r++) copy4(&codes[r][v * 4], in + v * 32 + r * 4);
-    }
+    for (int64_t r = 0; r < kBandRows; r++) load_rows8_codes(*this, packed + block_offset(n, k), r, codes[r]);
   }
   void clear_scales(int64_t band, uint8_t* packed) const {
     for (int64_t s = 0; s < num_superblocks(); s++) std::memset(packed + band * strip_bytes() + s * superblock_bytes(), 0, header_bytes());
-  }
-
- private:
-  void copy4(uint8_t* to, const uint8_t* from) const {
-    uint32_t four;
-    std::memcpy(&four, from, 4);
-    four ^= offset();
-    std::memcpy(to, &four, 4);
   }
 };
 
@@ -120,39 +96,11 @@ void for_bands(int64_t first, int64_t last, int64_t num_threads, const F& f) {
   });
 }
 
-// `count` codes of a canonical row, one byte each, from an even k on.
-void expand(const WeightSpec& w, const uint8_t* row, int64_t k, int64_t count, uint8_t* codes) {
-  if (w.format != Format::kInt4) {
-    std::memcpy(codes, row + k, count);
-    return;
-  }
-  const uint8_t* pairs = row + k / 2;
-  for (int64_t i = 0; i < count / 2; i++) codes[2 * i] = pairs[i] & 15, codes[2 * i + 1] = pairs[i] >> 4;
-  if (count % 2) codes[count - 1] = pairs[count / 2] & 15;
-}
-void collect(const WeightSpec& w, const uint8_t* codes, int64_t k, int64_t count, uint8_t* row) {
-  if (w.format != Format::kInt4) {
-    std::memcpy(row + k, codes, count);
-    return;
-  }
-  for (int64_t i = 0; i < count; i += 2) row[(k + i) / 2] = static_cast<uint8_t>(codes[i] | (i + 1 < count ? codes[i + 1] << 4 : 0));
-}
-
-// The numbers that up to 32 codes of one group stand for.
-void numbers(const WeightSpec& w, const uint8_t* codes, int64_t count, float scale, int zero, float* out) {
-  if (w.format == Format::kFp8E4M3) {
-    for (int64_t i = 0; i < count; i++) out[i] = e4m3_to_float(codes[i]) * scale;
-  } else if (w.format == Format::kInt8) {
-    for (int64_t i = 0; i < count; i++) out[i] = static_cast<float>(static_cast<int8_t>(codes[i])) * scale;
-  } else {
-    for (int64_t i = 0; i < count; i++) out[i] = static_cast<float>(codes[i] - zero) * scale;
-  }
-}
-
 template <class Bands>
 void pack_bands(const Bands& layout, const Params& p) {
   const WeightSpec& w = p.weight;
   constexpr int64_t kRows = Bands::kBandRows, kBlockK = Bands::kBandK;
+  const int64_t bytes = scale_bytes(scale_type(w.format));
   const int64_t padded_k = (w.K + kBlockK - 1) / kBlockK * kBlockK;
   for_bands(0, (w.N + kRows - 1) / kRows, p.num_threads, [&](int64_t band) {
     const int64_t n0 = band * kRows, rows = std::min(kRows, w.N - n0);
@@ -160,14 +108,14 @@ void pack_bands(const Bands& layout, const Params& p) {
     for (int64_t k0 = 0; k0 < padded_k; k0 += kBlockK) {
       const int64_t count = std::min(kBlockK, w.K - k0);
       if (rows < kRows || count < kBlockK) std::memset(codes, 0, sizeof(codes));
-      for (int64_t r = 0; r < rows; r++) expand(w, p.codes + (n0 + r) * w.code_row_bytes(), k0, count, codes[r]);
+      for (int64_t r = 0; r < rows; r++) expand_codes(w, p.codes + (n0 + r) * w.code_row_bytes(), k0, count, codes[r]);
       layout.store(codes, n0, k0, p.packed);
     }
     layout.clear_scales(band, p.packed);
     for (int64_t n = n0; n < n0 + rows; n++)
       for (int64_t k = 0; k < w.K; k += layout.scale_step()) {
-        const int64_t group = n * w.num_groups() + (w.group_size ? k / w.group_size : 0);
-        std::memcpy(p.packed + layout.scale_offset(n, k), p.scales + group, 2);
+        const int64_t group = w.scale_index(n, k);
+        std::memcpy(p.packed + layout.scale_offset(n, k), static_cast<const uint8_t*>(p.scales) + group * bytes, bytes);
         if (w.zeros) p.packed[layout.zero_offset(n, k)] = p.zeros[group];
       }
   });
@@ -177,18 +125,20 @@ template <class Bands>
 void unpack_bands(const Bands& layout, const Params& p) {
   const WeightSpec& w = p.weight;
   constexpr int64_t kRows = Bands::kBandRows, kBlockK = Bands::kBandK;
+  const int64_t bytes = scale_bytes(scale_type(w.format));
   for_bands(0, (w.N + kRows - 1) / kRows, p.num_threads, [&](int64_t band) {
     const int64_t n0 = band * kRows, rows = std::min(kRows, w.N - n0);
     alignas(64) typename Bands::Codes codes;
     for (int64_t k0 = 0; k0 < w.K; k0 += kBlockK) {
       layout.load(p.packed, n0, k0, codes);
-      for (int64_t r = 0; r < rows; r++) collect(w, codes[r], k0, std::min(kBlockK, w.K - k0), p.codes + (n0 + r) * w.code_row_bytes());
+      for (int64_t r = 0; r < rows; r++) collect_codes(w, codes[r], k0, std::min(kBlockK, w.K - k0), p.codes + (n0 + r) * w.code_row_bytes());
     }
     for (int64_t n = n0; n < n0 + rows; n++)
       for (int64_t g = 0; g < w.num_groups(); g++) {
         const int64_t k = g * w.group_size;
-        std::memcpy(p.scales + n * w.num_groups() + g, p.packed + layout.scale_offset(n, k), 2);
-        if (w.zeros) p.zeros[n * w.num_groups() + g] = p.packed[layout.zero_offset(n, k)];
+        if (w.format == Format::kFp8Block && n % 128) break;  // one scale for 128 rows
+        std::memcpy(static_cast<uint8_t*>(p.scales) + w.scale_index(n, k) * bytes, p.packed + layout.scale_offset(n, k), bytes);
+        if (w.zeros) p.zeros[w.scale_index(n, k)] = p.packed[layout.zero_offset(n, k)];
       }
   });
 }
@@ -197,18 +147,19 @@ template <class Bands>
 void dequantize_bands(const Bands& layout, const uint8_t* packed, int64_t row_begin, int64_t row_end, void* out, DType dtype, int64_t num_threads) {
   const WeightSpec& w = layout.spec;
   constexpr int64_t kRows = Bands::kBandRows, kBlockK = Bands::kBandK;
+  const int64_t step = w.group_size == 16 ? 16 : 32;
+  const double global_scale = w.format == Format::kNvfp4 ? load_scale(ScaleType::kFp32, packed + Rows8{w}.global_scale_offset()) : 1.0f;
   for_bands(row_begin / kRows, (row_end + kRows - 1) / kRows, num_threads, [&](int64_t band) {
     const int64_t n0 = band * kRows, first = std::max(row_begin, n0), last = std::min(row_end, n0 + kRows);
     alignas(64) typename Bands::Codes codes;
     for (int64_t k0 = 0; k0 < w.K; k0 += kBlockK) {
       layout.load(packed, n0, k0, codes);
       for (int64_t n = first; n < last; n++)
-        for (int64_t k = k0; k < std::min(w.K, k0 + kBlockK); k += 32) {
+        for (int64_t k = k0; k < std::min(w.K, k0 + kBlockK); k += step) {
           float values[32];
-          uint16_t scale;
-          std::memcpy(&scale, packed + layout.scale_offset(n, k), 2);
-          const int64_t count = std::min<int64_t>(32, w.K - k);
-          numbers(w, &codes[n - n0][k - k0], count, fp16_to_float(scale), w.zeros ? packed[layout.zero_offset(n, k)] : 8, values);
+          const double scale = load_scale(scale_type(w.format), packed + layout.scale_offset(n, k)) * global_scale;
+          const int64_t count = std::min<int64_t>(step, w.K - k);
+          dequantize_codes(w.format, &codes[n - n0][k - k0], count, scale, w.zeros ? packed[layout.zero_offset(n, k)] : zero_code(w.format), values);
           for (int64_t i = 0; i < count; i++) store_float(out, (n - row_begin) * w.K + k + i, dtype, values[i]);
         }
     }
@@ -219,10 +170,15 @@ void dequantize_bands(const Bands& layout, const uint8_t* packed, int64_t row_be
 
 void pack(const Params& p) {
   with_bands(p.weight, p.layout, [&](const auto& bands) { pack_bands(bands, p); });
+  if (p.weight.format != Format::kNvfp4) return;
+  uint8_t* end = p.packed + Rows8{p.weight}.global_scale_offset();
+  std::memset(end, 0, p.packed + Rows8{p.weight}.total_bytes() - end);
+  std::memcpy(end, p.global_scale, sizeof(float));
 }
 
 void unpack(const Params& p) {
   with_bands(p.weight, p.layout, [&](const auto& bands) { unpack_bands(bands, p); });
+  if (p.weight.format == Format::kNvfp4) std::memcpy(p.global_scale, p.packed + Rows8{p.weight}.global_scale_offset(), sizeof(float));
 }
 
 void dequantize(const WeightSpec& w, Layout layout, const uint8_t* packed, int64_t row_begin, int64_t row_end, void* out, DType dtype, int64_t num_threads) {

@@ -26,13 +26,15 @@ T* data(const Tensor& t) {
 }
 
 Tensor pack_weight(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& zeros, int64_t in_features, int64_t format, int64_t group_size,
-                   int64_t layout) {
+                   int64_t layout, const std::optional<Tensor>& global_scale) {
   constexpr const char* kOp = "pack_weight";
   check_layout(kOp, layout);
   check(codes.dim() == 2, kOp, ": codes must be 2-D, got ", shape_string(codes));
   const WeightSpec w = weight_spec(kOp, codes.size(0), in_features, format, group_size, zeros.has_value());
+  check_mma_tiles(kOp, w.format);
+  check(!global_scale.has_value(), kOp, ": no format of CUDA has a global_scale");
   check_shape(kOp, "codes", codes, codes, w.N, w.code_row_bytes());
-  check(codes.scalar_type() == codes_type(w.format), kOp, ": codes must be uint8 for int4, int8 for int8, float8_e4m3fn for fp8_e4m3");
+  check(codes.scalar_type() == codes_type(w.format), kOp, ": codes must be ", name_of(codes_type(w.format)), " for this format");
   check_shape(kOp, "scales", scales, codes, w.N, w.num_groups());
   check(scales.scalar_type() == ScalarType::Half, kOp, ": scales must be float16");
   if (zeros) {
@@ -58,11 +60,12 @@ void check_packed(const char* op, const Tensor& packed, const WeightSpec& w) {
   check(reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0, op, ": packed must begin at a multiple of 16 bytes");
 }
 
-std::tuple<Tensor, Tensor, Tensor> unpack_weight(const Tensor& packed, int64_t out_features, int64_t in_features, int64_t format, int64_t group_size,
-                                                 bool zeros, int64_t layout) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> unpack_weight(const Tensor& packed, int64_t out_features, int64_t in_features, int64_t format, int64_t group_size,
+                                                         bool zeros, int64_t layout) {
   constexpr const char* kOp = "unpack_weight";
   check_layout(kOp, layout);
   const WeightSpec w = weight_spec(kOp, out_features, in_features, format, group_size, zeros);
+  check_mma_tiles(kOp, w.format);
   check_packed(kOp, packed, w);
   const CudaCall call(packed);
   Tensor codes = make_empty(packed, {w.N, w.code_row_bytes()}, codes_type(w.format));
@@ -73,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> unpack_weight(const Tensor& packed, int64_t o
   call.expose("scales", scales, true);
   call.expose("zeros", zero_points, true);
   cuda_sm75::unpack({w, Layout::kMmaTiles, data<uint8_t>(codes), data<uint16_t>(scales), data<uint8_t>(zero_points), data<uint8_t>(packed), 0}, call.stream());
-  return {codes, scales, zero_points};
+  return {codes, scales, zero_points, make_empty(packed, {0}, ScalarType::Float)};
 }
 
 Tensor dequantize_weight(const Tensor& packed, int64_t out_features, int64_t in_features, int64_t format, int64_t group_size, bool zeros, int64_t layout,
@@ -81,6 +84,7 @@ Tensor dequantize_weight(const Tensor& packed, int64_t out_features, int64_t in_
   constexpr const char* kOp = "dequantize_weight";
   check_layout(kOp, layout);
   const WeightSpec w = weight_spec(kOp, out_features, in_features, format, group_size, zeros);
+  check_mma_tiles(kOp, w.format);
   check_packed(kOp, packed, w);
   check(0 <= row_begin && row_begin <= row_end && row_end <= w.N, kOp, ": rows must satisfy 0 <= row_begin <= row_end <= ", w.N, ", got ", row_begin, " and ",
         row_end);

@@ -68,6 +68,8 @@ TAUT_INLINE void for_each_code(F f, std::integer_sequence<int, j...>) {
 
 struct FloatAvx2 {
   static constexpr int kRowBlockBytes = 32 * 4;
+  template <Format>
+  static constexpr int row_block_bytes = kRowBlockBytes;
   static constexpr int kTileRows = 6;  // 6 x 2 sums + 2 weights + 1 broadcast
   static constexpr int64_t kChunkRows = 252;
   template <Format kFormat>
@@ -198,13 +200,12 @@ struct FloatAvx2 {
 
 }  // namespace
 
+using FloatFormats = Formats<Format::kInt4, Format::kInt8, Format::kFp8E4M3>;
 void run_small(const Params& p) {
-  if (p.weight.format == Format::kFp8E4M3) small_loop<FloatAvx2, false, Format::kFp8E4M3>(p);
-  else TAUT_FOR_FORMAT(small_loop, FloatAvx2, p);
+  for_format(p.weight, FloatFormats(), [&]<bool kZeros, Format kFormat>() { small_loop<FloatAvx2, kZeros, kFormat>(p); });
 }
 void run_tile(const Params& p) {
-  if (p.weight.format == Format::kFp8E4M3) tile_loop<FloatAvx2, false, Format::kFp8E4M3>(p);
-  else TAUT_FOR_FORMAT(tile_loop, FloatAvx2, p);
+  for_format(p.weight, FloatFormats(), [&]<bool kZeros, Format kFormat>() { tile_loop<FloatAvx2, kZeros, kFormat>(p); });
 }
 
 }  // namespace taut::quant_linear::cpu_float_avx2

@@ -49,13 +49,29 @@ struct BlockCursor {
   }
 };
 
+// What a kernel's sums lack besides the row's unit: Kernel::factor<kFormat>(p), if it has one. WHY not put into the unit: that
+// is close to the smallest normal number where x is small.
+template <class Kernel, Format kFormat>
+float factor_of(const Params& p) {
+  if constexpr (requires { Kernel::template factor<kFormat>(p); }) return Kernel::template factor<kFormat>(p);
+  else return 1.0f;
+}
+inline void scale_sums(float* sums /* [8] */, float factor) {
+  if (factor == 1.0f) return;
+  for (int i = 0; i < 8; i++) sums[i] *= factor;
+}
+
 template <class Kernel, bool kZeros, Format kFormat, int kRows>
 void small_rows(const Params& p, const Strips& s, int64_t strip0, int64_t strip1, const uint8_t* a, const float* unit, int64_t m) {
   constexpr int kStreams = Kernel::template streams<kFormat, kRows>;
   alignas(64) float sums[kStreams * kRows * 8];
   const int64_t per_stream = (strip1 - strip0) / kStreams;
-  const auto store = [&](int64_t strip, const float* tile) {
-    for (int r = 0; r < kRows; r++) store_strip(p, m + r, strip, tile + r * 8, unit[r]);
+  const float factor = factor_of<Kernel, kFormat>(p);
+  const auto store = [&](int64_t strip, float* tile) {
+    for (int r = 0; r < kRows; r++) {
+      scale_sums(tile + r * 8, factor);
+      store_strip(p, m + r, strip, tile + r * 8, unit[r]);
+    }
   };
   for (int64_t i = 0; i < per_stream; i++) {
     const int64_t strip = strip0 + i;
@@ -71,7 +87,7 @@ void small_rows(const Params& p, const Strips& s, int64_t strip0, int64_t strip1
 template <class Kernel, bool kZeros, Format kFormat>
 void small_loop(const Params& p) {
   const Strips s(p);
-  const int64_t num_strips = s.layout.num_strips(), padded_k = s.num_blocks * 32, row_bytes = s.num_blocks * Kernel::kRowBlockBytes;
+  const int64_t num_strips = s.layout.num_strips(), padded_k = s.num_blocks * 32, row_bytes = s.num_blocks * Kernel::template row_block_bytes<kFormat>;
   const int64_t num_tasks = std::min(p.num_threads, num_strips);
   parallel_tasks(num_tasks, [&](int64_t task) {
     // WHY every thread prepares x for itself: for few rows that is cheaper than a barrier.
@@ -102,7 +118,7 @@ template <class Kernel, Format kFormat>
 struct Panel {
   static constexpr int64_t kPanelK = Kernel::template panel_k<kFormat>;
   alignas(64) uint8_t codes[kPanelK * Kernel::template code_bytes<kFormat> * kPanelStrips * 8];
-  alignas(64) float scales[kPanelK / 32 * kPanelStrips * 8];
+  alignas(64) float scales[kPanelK / 32 * kPanelStrips * 8 * (kFormat == Format::kNvfp4 ? 2 : 1)];
   alignas(64) int32_t zeros[kPanelK / 32 * kPanelStrips * 8];
 };
 
@@ -115,7 +131,8 @@ void tile_loop(const Params& p) {
   const int64_t padded_k = s.num_blocks * 32, num_strips = s.layout.num_strips();
   const int64_t panels = (num_strips + kPanelStrips - 1) / kPanelStrips;
   const int64_t chunk_rows = std::min<int64_t>(p.M, Kernel::kChunkRows);
-  const int64_t row_panel_bytes = kPanelK / 32 * Kernel::kRowBlockBytes;  // one row of A within one panel's k
+  const int64_t row_panel_bytes = kPanelK / 32 * Kernel::template row_block_bytes<kFormat>;  // one row of A within one panel's k
+  const float factor = factor_of<Kernel, kFormat>(p);
   const int64_t k_panels = (padded_k + kPanelK - 1) / kPanelK, panel_stride = row_panel_bytes * chunk_rows;
   uint8_t* a = scratch(0, k_panels * panel_stride + chunk_rows * sizeof(float));
   float* unit = reinterpret_cast<float*>(a + k_panels * panel_stride);
@@ -165,7 +182,8 @@ void tile_loop(const Params& p) {
         }
         for (int64_t m = block0 * kRows; m < std::min(rows, block1 * kRows); m++)
           for (int strip = 0; strip < strips; strip++) {
-            const float* sums = c + ((m - block0 * kRows) * kPanelStrips + strip) * 8;
+            float* sums = c + ((m - block0 * kRows) * kPanelStrips + strip) * 8;
+            scale_sums(sums, factor);
             store_strip(p, m0 + m, n * kPanelStrips + strip, sums, unit[m]);
           }
       }
@@ -173,13 +191,20 @@ void tile_loop(const Params& p) {
   }
 }
 
-// One instantiation per kind of weight.
-#define TAUT_FOR_FORMAT(loop, Kernel, p)                                           \
-  do {                                                                             \
-    if ((p).weight.format == Format::kInt8) loop<Kernel, false, Format::kInt8>(p); \
-    else if ((p).weight.zeros) loop<Kernel, true, Format::kInt4>(p);               \
-    else loop<Kernel, false, Format::kInt4>(p);                                    \
-  } while (0)
+// Calls run<kZeros, kFormat>() for the format of `weight`, which must be one of `kFormats`: one instantiation a kind of weight.
+//   for_format(p.weight, Formats<Format::kInt4, Format::kInt8>(), [&]<bool kZeros, Format kFormat>() { small_loop<Kernel, kZeros, kFormat>(p); });
+template <Format... kFormats>
+struct Formats {};
+template <Format... kFormats, class Run>
+void for_format(const WeightSpec& weight, Formats<kFormats...>, const Run& run) {
+  const auto call = [&]<Format kFormat>() {
+    if constexpr (takes_zeros(kFormat)) {
+      if (weight.zeros) return run.template operator()<true, kFormat>();
+    }
+    run.template operator()<false, kFormat>();
+  };
+  ((weight.format == kFormats ? call.template operator()<kFormats>() : void()), ...);
+}
 
 }  // namespace
 }  // namespace taut::quant_linear

@@ -1,4 +1,5 @@
-// COMPUTES  out[M,N] = x[M,K] @ dequant(w)[N,K]^T + bias;  x, bias, out fp32, bf16 or fp16; sums in double
+// COMPUTES  out[M,N] = prologue(x)[M,K] @ dequant(w)[N,K]^T + bias + residual;  x, bias, residual, out fp32, bf16 or fp16;
+//           prologue in fp32, sums in double
 // LAYOUT    w: Rows8 (common/formats.h), read element by element through its offsets
 // WORK      a task is a range of output columns; for each, all rows of x
 // BOUND     none: this is the truth in C++, written to be read. About 0.2 GFLOP/s a core.
@@ -7,7 +8,7 @@
 #include <cmath>
 #include <vector>
 
-#include "quant_linear/op.h"
+#include "quant_linear/rows_prologue.h"
 
 namespace taut::quant_linear::cpu_scalar {
 namespace {
@@ -36,13 +37,32 @@ float quantize_row(float* x /* [K] */, int64_t K, Activations activations) {
   return row_max / (127.0f * 32767.0f) + poison;
 }
 
-double dequantize(const uint8_t* packed, const Rows8& layout, int64_t n, int64_t k) {
-  const uint8_t byte = packed[layout.code_offset(n, k)];
-  const double scale = fp16_to_float(*reinterpret_cast<const uint16_t*>(packed + layout.scale_offset(n, k)));
-  if (layout.spec.format == Format::kInt8) return (byte - 128) * scale;
-  if (layout.spec.format == Format::kFp8E4M3) return e4m3_to_float(byte) * scale;
-  const int zero = layout.spec.zeros ? packed[layout.zero_offset(n, k)] : 8;
-  return ((byte >> layout.code_shift(k) & 15) - zero) * scale;
+double scale_of(const uint8_t* packed, const Rows8& layout, int64_t n, int64_t k) {
+  const uint8_t* at = packed + layout.scale_offset(n, k);
+  switch (scale_type(layout.spec.format)) {
+    case ScaleType::kFp32: return *reinterpret_cast<const float*>(at);
+    case ScaleType::kE8M0: return *at == 255 ? std::nan("") : std::ldexp(1.0, *at - 127);
+    case ScaleType::kE4M3: return static_cast<double>(e4m3_to_float(*at)) * *reinterpret_cast<const float*>(packed + layout.global_scale_offset());
+    default: return fp16_to_float(*reinterpret_cast<const uint16_t*>(at));
+  }
+}
+
+// WHY it depends on the activations: beside 8-bit x, nf4's numbers are taken in 127ths (see op.h).
+double dequantize(const uint8_t* packed, const Rows8& layout, int64_t n, int64_t k, Activations activations) {
+  const Format format = layout.spec.format;
+  const double scale = scale_of(packed, layout, n, k);
+  int code = packed[layout.code_offset(n, k)] >> layout.code_shift(k) & ((1 << code_bits(format)) - 1);
+  switch (format) {
+    case Format::kInt8: return (code - 128) * scale;
+    case Format::kFp8E4M3:
+    case Format::kFp8Block: return e4m3_to_float(static_cast<uint8_t>(code)) * scale;
+    case Format::kMxfp4:
+    case Format::kNvfp4: return 0.5 * kTwiceE2M1[code] * scale;
+    case Format::kNf4: return (activations == Activations::kFloat ? kNf4[code] : std::nearbyint(kNf4[code] * 127.0f) / 127.0) * scale;
+    case Format::kInt3: code = (code & 3) | (packed[layout.third_bit_offset(n, k)] >> (k % 32 / 4) & 1) << 2; break;
+    default: break;
+  }
+  return (code - (layout.spec.zeros ? packed[layout.zero_offset(n, k)] : zero_code(format))) * scale;
 }
 
 }  // namespace
@@ -52,19 +72,21 @@ void run(const Params& p) {
   const int64_t M = p.M, N = p.weight.N, K = p.weight.K;
   std::vector<float> x(M * K), unit(M, 1.0f);
   for (int64_t m = 0; m < M; m++) {
-    for (int64_t k = 0; k < K; k++) x[m * K + k] = load_float(p.x, m * p.x_row_stride + k, p.dtype);
+    const float* row = load_row(p, m, K, &x[m * K]);
+    if (row != &x[m * K]) std::copy(row, row + K, &x[m * K]);
     if (p.activations != Activations::kFloat) unit[m] = quantize_row(&x[m * K], K, p.activations);
   }
   const int64_t num_tasks = std::clamp<int64_t>(N, 1, p.num_threads);
   parallel_tasks(num_tasks, [&](int64_t task) {
     std::vector<double> w(K);
     for (int64_t n = N * task / num_tasks; n < N * (task + 1) / num_tasks; n++) {
-      for (int64_t k = 0; k < K; k++) w[k] = dequantize(p.packed, layout, n, k);
+      for (int64_t k = 0; k < K; k++) w[k] = dequantize(p.packed, layout, n, k, p.activations);
       const double bias = p.bias ? load_float(p.bias, n, p.dtype) : 0.0;
       for (int64_t m = 0; m < M; m++) {
         double sum = 0;
         for (int64_t k = 0; k < K; k++) sum += x[m * K + k] * w[k];
-        store_float(p.out, m * N + n, p.dtype, static_cast<float>(sum * unit[m] + bias));
+        const double residual = p.residual ? load_float(p.residual, m * N + n, p.dtype) : 0.0;
+        store_float(p.out, m * N + n, p.dtype, static_cast<float>(sum * unit[m] + bias + residual));
       }
     }
   });

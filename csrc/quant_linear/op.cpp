@@ -9,18 +9,44 @@
 namespace taut::quant_linear {
 namespace {
 
+constexpr const char* kOp = "quant_linear";
+
+// The formats each kernel knows; the others are for cpu_scalar.
+const char* int4_int8(const Params& p) {
+  return p.weight.format == Format::kInt4 || p.weight.format == Format::kInt8 ? nullptr : "it computes with int4 and int8 weights";
+}
+const char* int4_int8_fp8(const Params& p) {
+  return !int4_int8(p) || p.weight.format == Format::kFp8E4M3 ? nullptr : "it computes with int4, int8 and fp8_e4m3 weights";
+}
+
 const char* needs_int8(const Params& p) {
+  if (const char* why = int4_int8(p)) return why;
   return p.activations == Activations::kInt8 || p.activations == Activations::kInt8Row ? nullptr : "it computes with int8 activations";
 }
 
+const char* needs_float(const Params& p) {
+  if (const char* why = int4_int8_fp8(p)) return why;
+  return p.activations == Activations::kFloat ? nullptr : "it computes with float activations";
+}
+
+// Which of these kernels exist at all is a matter of the architecture this is compiled for.
+#if defined(__x86_64__)
 const char* needs_int8_avx2(const Params& p) { return cpu_features().avx2 ? needs_int8(p) : "this processor has no AVX2, FMA and F16C"; }
+
+const char* needs_int8_avxvnni(const Params& p) { return cpu_features().avxvnni ? needs_int8(p) : "this processor has no AVX-VNNI"; }
+
+const char* needs_int8_avx512bw(const Params& p) { return cpu_features().avx512bw ? needs_int8(p) : "this processor has no AVX-512 F, BW, DQ and VL"; }
 
 const char* needs_int8_avx512vnni(const Params& p) { return cpu_features().avx512vnni ? needs_int8(p) : "this processor has no AVX-512 VNNI"; }
 
-const char* needs_float_avx2(const Params& p) {
-  if (!cpu_features().avx2) return "this processor has no AVX2, FMA and F16C";
-  return p.activations == Activations::kFloat ? nullptr : "it computes with float activations";
-}
+const char* needs_float_avx2(const Params& p) { return cpu_features().avx2 ? needs_float(p) : "this processor has no AVX2, FMA and F16C"; }
+#elif defined(__aarch64__)
+const char* needs_int8_i8mm(const Params& p) { return cpu_features().i8mm ? needs_int8(p) : "this processor has no I8MM (smmla)"; }
+
+const char* needs_int8_neondot(const Params& p) { return cpu_features().neondot ? needs_int8(p) : "this processor has no dot products (sdot)"; }
+
+const char* needs_float_neon(const Params& p) { return cpu_features().neon ? needs_float(p) : "this processor has no NEON"; }
+#endif
 
 // The small loops stream the packed weights and unpack them in registers, for up to 4 rows at a time; the tiles unpack
 // 16 rows of w once to L1 and reuse them for every row of x.
@@ -29,74 +55,141 @@ const char* float_small_m(const Params& p) { return p.M <= 4 ? nullptr : "above 
 
 // In priority order. Every crossover is in this table, and nowhere else.
 constexpr Impl<Params> kImpls[] = {
+#if defined(__x86_64__)
     {"cpu_avx512vnni.int8_small", needs_int8_avx512vnni, int8_small_m, cpu_int8_avx512vnni::run_small},
     {"cpu_avx512vnni.int8_tile", needs_int8_avx512vnni, always, cpu_int8_avx512vnni::run_tile},
+    {"cpu_avxvnni.int8_small", needs_int8_avxvnni, int8_small_m, cpu_int8_avxvnni::run_small},
+    {"cpu_avxvnni.int8_tile", needs_int8_avxvnni, always, cpu_int8_avxvnni::run_tile},
+    {"cpu_avx512bw.int8_small", needs_int8_avx512bw, int8_small_m, cpu_int8_avx512bw::run_small},
+    {"cpu_avx512bw.int8_tile", needs_int8_avx512bw, always, cpu_int8_avx512bw::run_tile},
     {"cpu_avx2.int8_small", needs_int8_avx2, int8_small_m, cpu_int8_avx2::run_small},
     {"cpu_avx2.int8_tile", needs_int8_avx2, always, cpu_int8_avx2::run_tile},
     {"cpu_avx2.float_small", needs_float_avx2, float_small_m, cpu_float_avx2::run_small},
     {"cpu_avx2.float_tile", needs_float_avx2, always, cpu_float_avx2::run_tile},
+#elif defined(__aarch64__)
+    {"cpu_neondot.int8_small", needs_int8_neondot, int8_small_m, cpu_int8_neondot::run_small},
+    {"cpu_i8mm.int8_tile", needs_int8_i8mm, always, cpu_int8_i8mm::run_tile},
+    {"cpu_neondot.int8_tile", needs_int8_neondot, always, cpu_int8_neondot::run_tile},
+    {"cpu_neon.float_small", needs_float_neon, float_small_m, cpu_float_neon::run_small},
+    {"cpu_neon.float_tile", needs_float_neon, always, cpu_float_neon::run_tile},
+#endif
     {"cpu_scalar", always, always, cpu_scalar::run},
 };
 
 // A second thread costs about 4 us to start and join; one thread does this many multiply-adds in that time.
 constexpr int64_t kMinWorkPerThread = 1 << 18;
 
-int64_t useful_threads(int64_t M, const WeightSpec& weight) {
-  const int64_t work = std::max<int64_t>(M, 1) * weight.N * weight.K;
-  return std::clamp<int64_t>(work / kMinWorkPerThread, 1, torch::stable::get_num_threads());
-}
-
 Activations activations_for(const char* op, Format format, int64_t activations) {
   if (const char* why = refused_activations(format, activations)) check(false, op, ": ", why, ", got ", activations);
   return static_cast<Activations>(activations);
 }
 
-Tensor quant_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t out_features, int64_t format, int64_t group_size,
-                    bool zeros, int64_t activations) {
-  constexpr const char* kOp = "quant_linear";
-  check(x.dim() >= 1, kOp, ": x must be [..., K], got a scalar");
-  check_cpu(kOp, "x", x);
-  check_cpu(kOp, "packed", packed);
-  const int64_t N = out_features, K = x.size(x.dim() - 1);
-  const WeightSpec weight = weight_spec(kOp, N, K, format, group_size, zeros);
-  const DType dtype = float_dtype(kOp, "x", x);
-  check(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous(), kOp,
+// What both ops take; fused_linear gives the rest as well.
+struct Call {
+  const char* op;
+  const Tensor& x;
+  const Tensor& packed;
+  const std::optional<Tensor>& bias;
+  int64_t out_features, in_features, format, group_size;
+  bool zeros;
+  int64_t activations;
+  Prologue prologue = Prologue::kNone;
+  const Tensor* norm_weight = nullptr;
+  double norm_eps = 0, norm_offset = 0;
+  const Tensor* residual = nullptr;
+};
+
+Tensor linear(const Call& c) {
+  const Tensor& x = c.x;
+  const int64_t N = c.out_features, K = c.in_features, width = is_glu(c.prologue) ? 2 * K : K;
+  check_cpu(c.op, "x", x);
+  check_cpu(c.op, "packed", c.packed);
+  const WeightSpec weight = weight_spec(c.op, N, K, c.format, c.group_size, c.zeros);
+  const DType dtype = float_dtype(c.op, "x", x);
+  check(c.packed.scalar_type() == ScalarType::Byte && c.packed.dim() == 1 && c.packed.is_contiguous(), c.op,
         ": packed must be a contiguous 1-D uint8 tensor from pack_weight");
-  check(packed.numel() == Rows8{weight}.total_bytes(), kOp, ": packed holds ", packed.numel(), " bytes, but [", N, ", ", K, "] in this format takes ",
-        Rows8{weight}.total_bytes(), "; is x's last dimension (", K, ") the weight's in_features?");
-  const Activations mode = activations_for(kOp, weight.format, activations);
+  check(c.packed.numel() == Rows8{weight}.total_bytes(), c.op, ": packed holds ", c.packed.numel(), " bytes, but [", N, ", ", K, "] in this format takes ",
+        Rows8{weight}.total_bytes(), "; is x's last dimension (", x.size(x.dim() - 1), ") the weight's in_features?");
+  check(x.size(x.dim() - 1) == width, c.op, ": x must be [..., ", width, "] for this prologue, got ", shape_string(x));
+  const Activations mode = activations_for(c.op, weight.format, c.activations);
   Tensor bias_row;
-  if (bias) {
-    check_cpu(kOp, "bias", *bias);
-    check(bias->dim() == 1 && bias->size(0) == N, kOp, ": bias must be [", N, "], got ", shape_string(*bias));
-    check(bias->scalar_type() == x.scalar_type(), kOp, ": bias must have the dtype of x");
-    bias_row = torch::stable::contiguous(*bias);
+  if (c.bias) {
+    check_cpu(c.op, "bias", *c.bias);
+    check(c.bias->dim() == 1 && c.bias->size(0) == N, c.op, ": bias must be [", N, "], got ", shape_string(*c.bias));
+    check(c.bias->scalar_type() == x.scalar_type(), c.op, ": bias must have the dtype of x");
+    bias_row = torch::stable::contiguous(*c.bias);
+  }
+  Tensor norm_row;
+  if (c.prologue == Prologue::kRmsNorm) {
+    check(c.norm_weight != nullptr, c.op, ": prologue 1 (rms_norm) needs norm_weight");
+    check_cpu(c.op, "norm_weight", *c.norm_weight);
+    check(c.norm_weight->dim() == 1 && c.norm_weight->size(0) == K, c.op, ": norm_weight must be [", K, "], got ", shape_string(*c.norm_weight));
+    check(c.norm_weight->scalar_type() == x.scalar_type() || c.norm_weight->scalar_type() == ScalarType::Float, c.op,
+          ": norm_weight must have the dtype of x or be float32");
+    norm_row = torch::stable::contiguous(*c.norm_weight);
+  } else {
+    check(c.norm_weight == nullptr, c.op, ": norm_weight goes with prologue 1 (rms_norm) only");
   }
 
   // Rows may be far apart, but all leading dimensions must fold into one stride; else x is copied.
   Tensor rows = x;
-  int64_t M = 1, stride = K;
-  for (int64_t d = 0; d < x.dim() - 1; d++) M *= x.size(d);
+  int64_t M = 1, stride = width;
+  std::vector<int64_t> shape;
+  for (int64_t d = 0; d < x.dim() - 1; d++) {
+    M *= x.size(d);
+    shape.push_back(x.size(d));
+  }
   if (x.dim() == 2 && x.stride(1) == 1) stride = x.stride(0);
   else if (!x.is_contiguous()) rows = torch::stable::contiguous(x);
-  std::vector<int64_t> shape;
-  for (int64_t d = 0; d < x.dim() - 1; d++) shape.push_back(x.size(d));
   shape.push_back(N);
+  Tensor residual_rows;
+  if (c.residual) {
+    check_cpu(c.op, "residual", *c.residual);
+    check(c.residual->scalar_type() == x.scalar_type(), c.op, ": residual must have the dtype of x");
+    bool same = c.residual->dim() == x.dim();
+    for (int64_t d = 0; same && d < x.dim(); d++) same = c.residual->size(d) == shape[d];
+    check(same, c.op, ": residual must have the shape of the output, got ", shape_string(*c.residual));
+    residual_rows = torch::stable::contiguous(*c.residual);
+  }
   Tensor out = torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()));
   if (M == 0 || N == 0) return out;
 
-  const Params params{rows.const_data_ptr(),
-                      stride,
-                      static_cast<const uint8_t*>(packed.const_data_ptr()),
-                      bias ? bias_row.const_data_ptr() : nullptr,
-                      out.mutable_data_ptr(),
-                      dtype,
-                      M,
-                      weight,
-                      mode,
-                      useful_threads(M, weight)};
-  select(kOp, kImpls, params).run(params);
+  Params params{rows.const_data_ptr(),
+                stride,
+                static_cast<const uint8_t*>(c.packed.const_data_ptr()),
+                c.bias ? bias_row.const_data_ptr() : nullptr,
+                out.mutable_data_ptr(),
+                dtype,
+                M,
+                weight,
+                mode,
+                useful_threads(M, weight)};
+  params.prologue = c.prologue;
+  if (c.prologue == Prologue::kRmsNorm) {
+    params.norm_weight = norm_row.const_data_ptr();
+    params.norm_dtype = float_dtype(c.op, "norm_weight", norm_row);
+    params.norm_eps = static_cast<float>(c.norm_eps);
+    params.norm_offset = static_cast<float>(c.norm_offset);
+  }
+  if (c.residual) params.residual = residual_rows.const_data_ptr();
+  choose(params)(params);
   return out;
+}
+
+Tensor quant_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t out_features, int64_t format, int64_t group_size,
+                    bool zeros, int64_t activations) {
+  check(x.dim() >= 1, "quant_linear: x must be [..., K], got a scalar");
+  return linear({kOp, x, packed, bias, out_features, x.size(x.dim() - 1), format, group_size, zeros, activations});
+}
+
+Tensor fused_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t out_features, int64_t in_features, int64_t format,
+                    int64_t group_size, bool zeros, int64_t activations, int64_t prologue, const std::optional<Tensor>& norm_weight, double norm_eps,
+                    double norm_offset, const std::optional<Tensor>& residual) {
+  constexpr const char* kFused = "fused_linear";
+  check(x.dim() >= 1, kFused, ": x must be [..., K], got a scalar");
+  check(0 <= prologue && prologue <= 4, kFused, ": prologue must be 0 (none), 1 (rms_norm), 2 (silu_glu), 3 (gelu_tanh_glu) or 4 (gelu_glu), got ", prologue);
+  return linear({kFused, x, packed, bias, out_features, in_features, format, group_size, zeros, activations, static_cast<Prologue>(prologue),
+                 norm_weight ? &*norm_weight : nullptr, norm_eps, norm_offset, residual ? &*residual : nullptr});
 }
 
 std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
@@ -107,15 +200,29 @@ std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
   Params params{};
   params.M = get("M", 1);
   params.dtype = static_cast<DType>(get("dtype", 0));
-  params.weight = weight_spec("quant_linear", get("N", 1), get("K", 1), get("format", 4), get("group_size", 32), get("zeros", 0));
-  params.activations = activations_for("quant_linear", params.weight.format, get("activations", params.weight.format == Format::kFp8E4M3 ? 0 : 1));
-  return explain_table("quant_linear", kImpls, params);
+  params.weight = weight_spec(kOp, get("N", 1), get("K", 1), get("format", 4), get("group_size", 32), get("zeros", 0));
+  params.activations = activations_for(kOp, params.weight.format, get("activations", refused_activations(params.weight.format, 1) ? 0 : 1));
+  return explain_table(kOp, kImpls, params);
 }
 
-const bool registered = register_table("quant_linear", "cpu", kImpls, explain);
+const bool registered = register_table(kOp, "cpu", kImpls, explain);
 
 }  // namespace
+
+void (*choose(const Params& p))(const Params&) { return select(kOp, kImpls, p).run; }
+
+int64_t useful_threads(int64_t M, const WeightSpec& weight) {
+  const int64_t work = std::max<int64_t>(M, 1) * weight.N * weight.K;
+  return std::clamp<int64_t>(work / kMinWorkPerThread, 1, torch::stable::get_num_threads());
+}
+
 }  // namespace taut::quant_linear
 
-STABLE_TORCH_LIBRARY_FRAGMENT(taut, m) { m.def(taut::quant_linear::kSchema); }
-STABLE_TORCH_LIBRARY_IMPL(taut, CPU, m) { m.impl("quant_linear", TORCH_BOX(&taut::quant_linear::quant_linear)); }
+STABLE_TORCH_LIBRARY_FRAGMENT(taut, m) {
+  m.def(taut::quant_linear::kSchema);
+  m.def(taut::quant_linear::kFusedSchema);
+}
+STABLE_TORCH_LIBRARY_IMPL(taut, CPU, m) {
+  m.impl("quant_linear", TORCH_BOX(&taut::quant_linear::quant_linear));
+  m.impl("fused_linear", TORCH_BOX(&taut::quant_linear::fused_linear));
+}

@@ -11,12 +11,17 @@ namespace taut::quant_linear {
 
 constexpr const char* kSchema =
     "quant_linear(Tensor x, Tensor packed, Tensor? bias, int out_features, int format, int group_size, bool zeros, int activations) -> Tensor";
+// The same matmul with what stands before and after it in a decoder layer; CPU only.
+constexpr const char* kFusedSchema =
+    "fused_linear(Tensor x, Tensor packed, Tensor? bias, int out_features, int in_features, int format, int group_size, bool zeros, int activations, "
+    "int prologue, Tensor? norm_weight, float norm_eps, float norm_offset, Tensor? residual) -> Tensor";
 
 // kFloat: x enters as it is; products and sums in fp32.
 // kInt8:  x is quantized inside, one scale per row per 32 k (quantize_row in cpu_scalar.cpp is the definition):
 //         row_max = max|x|, group_max = max|x| over 32 k, m = clamp(ceil(group_max * 32767 / row_max), 1, 32767),
 //         scale = m * row_max / (127 * 32767), q = round(x / scale) clamped to +-127.
 //         A row whose max|x| is under 2^-100 counts as zeros. A row that holds a NaN or an infinity gives a row of NaN.
+//         w enters as the integers its codes stand for: e2m1 doubled, nf4 as round(127 * number) / 127.
 //         The integer part m is what kernels multiply in; row_max / (127 * 32767) is applied once at the end.
 // kInt8Row: as kInt8, but one scale for the whole row: every m is 32767.
 // kFp8Row: x is rounded to float8 E4M3 inside, one scale per row: q = e4m3(x * (448 / row_max)), nearest even, saturating;
@@ -27,15 +32,20 @@ enum class Activations : int64_t { kFloat = 0, kInt8 = 1, kInt8Row = 2, kFp8Row 
 // What is wrong with these activations for weights of this format, or nullptr.
 constexpr const char* refused_activations(Format format, int64_t activations) {
   switch (format) {
-    case Format::kInt4: return activations == 0 || activations == 1 ? nullptr : "int4 weights take activations 0 (float) or 1 (int8)";
     case Format::kInt8: return 0 <= activations && activations <= 2 ? nullptr : "int8 weights take activations 0 (float), 1 (int8) or 2 (int8_row)";
     case Format::kFp8E4M3: return activations == 0 || activations == 3 ? nullptr : "fp8_e4m3 weights take activations 0 (float) or 3 (fp8_row)";
+    case Format::kFp8Block: return activations == 0 ? nullptr : "fp8_block weights take activations 0 (float)";
+    default: return activations == 0 || activations == 1 ? nullptr : "weights of up to 4 bits take activations 0 (float) or 1 (int8)";
   }
-  return "unknown format";
 }
 
+// What is done to a row of x before it is multiplied, in fp32 (rows_prologue.h):
+// kRmsNorm: x * rsqrt(mean(x^2) + eps) * (offset + norm_weight).  k*Glu: x is [M,2K], a gate and what it gates: unit(x[:K]) * x[K:].
+enum class Prologue : int64_t { kNone = 0, kRmsNorm = 1, kSiluGlu = 2, kGeluTanhGlu = 3, kGeluGlu = 4 };
+constexpr bool is_glu(Prologue prologue) { return prologue >= Prologue::kSiluGlu; }
+
 struct Params {
-  const void* x;          // [M,K], last dimension contiguous
+  const void* x;          // [M,K], or [M,2K] for a glu; last dimension contiguous
   int64_t x_row_stride;   // elements
   const uint8_t* packed;  // Rows8
   const void* bias;       // [N] in `dtype`, or nullptr
@@ -45,7 +55,17 @@ struct Params {
   WeightSpec weight;
   Activations activations;
   int64_t num_threads;
+  Prologue prologue = Prologue::kNone;
+  const void* norm_weight = nullptr;  // [K], kRmsNorm
+  DType norm_dtype = DType::kFloat32;
+  float norm_eps = 0, norm_offset = 0;
+  const void* residual = nullptr;  // [M,N] in `dtype`, or nullptr; added in fp32; may be `out` itself
 };
+
+// The impl that the table gives for this call; throws where one is forced that cannot run it.
+void (*choose(const Params&))(const Params&);
+// As many threads as this matmul has work for, of those torch may use.
+int64_t useful_threads(int64_t M, const WeightSpec&);
 
 namespace cpu_scalar {
 void run(const Params&);
@@ -54,6 +74,14 @@ namespace cpu_int8_avx2 {
 void run_small(const Params&);
 void run_tile(const Params&);
 }  // namespace cpu_int8_avx2
+namespace cpu_int8_avxvnni {
+void run_small(const Params&);
+void run_tile(const Params&);
+}  // namespace cpu_int8_avxvnni
+namespace cpu_int8_avx512bw {
+void run_small(const Params&);
+void run_tile(const Params&);
+}  // namespace cpu_int8_avx512bw
 namespace cpu_int8_avx512vnni {
 void run_small(const Params&);
 void run_tile(const Params&);
@@ -62,6 +90,17 @@ namespace cpu_float_avx2 {
 void run_small(const Params&);
 void run_tile(const Params&);
 }  // namespace cpu_float_avx2
+namespace cpu_int8_i8mm {
+void run_tile(const Params&);
+}
+namespace cpu_int8_neondot {
+void run_small(const Params&);
+void run_tile(const Params&);
+}  // namespace cpu_int8_neondot
+namespace cpu_float_neon {
+void run_small(const Params&);
+void run_tile(const Params&);
+}  // namespace cpu_float_neon
 
 // ---- CUDA -------------------------------------------------------------------------------------------------------------
 

@@ -131,6 +131,7 @@ Tensor quant_linear(const Tensor& x, const Tensor& packed, const std::optional<T
   check_same_device(kOp, "packed", packed, "x", x);
   const int64_t N = out_features, K = x.size(x.dim() - 1);
   const WeightSpec weight = weight_spec(kOp, N, K, format, group_size, zeros);
+  check_mma_tiles(kOp, weight.format);
   const MmaTiles layout{weight};
   const DType dtype = float_dtype(kOp, "x", x);
   check(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous(), kOp,
@@ -198,6 +199,7 @@ std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
   params.M = get("M", 1);
   params.dtype = static_cast<DType>(get("dtype", static_cast<int64_t>(DType::kFloat16)));
   params.weight = weight_spec(kOp, get("N", 1), get("K", 1), get("format", 4), get("group_size", 32), get("zeros", 0));
+  check_mma_tiles(kOp, params.weight.format);
   params.x_row_stride = params.weight.K;
   const int64_t activations = get("activations", 0);
   if (const char* why = refused_activations(params.weight.format, activations)) check(false, kOp, ": ", why, ", got ", activations);

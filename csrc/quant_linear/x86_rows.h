@@ -3,9 +3,8 @@
 
 #include <immintrin.h>
 
-#include <cstring>
-
 #include "quant_linear/op.h"
+#include "quant_linear/rows_prologue.h"
 
 namespace taut::quant_linear {
 namespace {
@@ -26,26 +25,6 @@ inline float horizontal_max(__m256 v) {
   return _mm_cvtss_f32(_mm_max_ss(h, _mm_shuffle_ps(h, h, 1)));
 }
 
-// Row m of x as fp32, zero-padded to padded_k: x itself where that is what it already is, else a copy in `buffer`.
-inline const float* load_row(const Params& p, int64_t m, int64_t padded_k, float* buffer /* [padded_k] */) {
-  const int64_t K = p.weight.K, whole = K / 8 * 8;
-  if (p.dtype == DType::kFloat32) {
-    const float* x = static_cast<const float*>(p.x) + m * p.x_row_stride;
-    if (K == padded_k) return x;
-    std::memcpy(buffer, x, K * sizeof(float));
-  } else {
-    const uint16_t* x = static_cast<const uint16_t*>(p.x) + m * p.x_row_stride;
-    if (p.dtype == DType::kBFloat16) {
-      for (int64_t k = 0; k < whole; k += 8) _mm256_storeu_ps(buffer + k, load8_bf16(x + k));
-    } else {
-      for (int64_t k = 0; k < whole; k += 8) _mm256_storeu_ps(buffer + k, load8_fp16(x + k));
-    }
-    for (int64_t k = whole; k < K; k++) buffer[k] = load_float(x, k, p.dtype);
-  }
-  std::memset(buffer + K, 0, (padded_k - K) * sizeof(float));
-  return buffer;
-}
-
 inline __m128i to_bf16(__m256 v) {  // round to nearest even; NaN stays NaN
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -56,26 +35,32 @@ inline __m128i to_bf16(__m256 v) {  // round to nearest even; NaN stays NaN
   return _mm256_castsi256_si128(packed);
 }
 
-// Eight results of row m, columns [8*strip, 8*strip+8): sums * unit plus bias, into out; columns past N are dropped.
+inline __m256 load8_any(const void* base, int64_t index, DType dtype) {
+  if (dtype == DType::kFloat32) return _mm256_loadu_ps(static_cast<const float*>(base) + index);
+  const uint16_t* p = static_cast<const uint16_t*>(base) + index;
+  return dtype == DType::kBFloat16 ? load8_bf16(p) : load8_fp16(p);
+}
+
+// Eight results of row m, columns [8*strip, 8*strip+8): sums * unit plus bias plus residual, into out; columns past N are dropped.
 inline void store_strip(const Params& p, int64_t m, int64_t strip, const float* tile /* [8], 32-byte aligned */, float unit) {
   __m256 sums = _mm256_mul_ps(_mm256_load_ps(tile), _mm256_set1_ps(unit));
   const int64_t N = p.weight.N, n = strip * 8, at = m * N + n;
   if (n + 8 <= N) {
-    if (p.dtype == DType::kFloat32) {
-      if (p.bias) sums = _mm256_add_ps(sums, _mm256_loadu_ps(static_cast<const float*>(p.bias) + n));
-      _mm256_storeu_ps(static_cast<float*>(p.out) + at, sums);
-    } else if (p.dtype == DType::kBFloat16) {
-      if (p.bias) sums = _mm256_add_ps(sums, load8_bf16(static_cast<const uint16_t*>(p.bias) + n));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(p.out) + at), to_bf16(sums));
-    } else {
-      if (p.bias) sums = _mm256_add_ps(sums, load8_fp16(static_cast<const uint16_t*>(p.bias) + n));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(p.out) + at), _mm256_cvtps_ph(sums, _MM_FROUND_TO_NEAREST_INT));
-    }
+    if (p.bias) sums = _mm256_add_ps(sums, load8_any(p.bias, n, p.dtype));
+    if (p.residual) sums = _mm256_add_ps(sums, load8_any(p.residual, at, p.dtype));
+    if (p.dtype == DType::kFloat32) _mm256_storeu_ps(static_cast<float*>(p.out) + at, sums);
+    else
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(p.out) + at),
+                       p.dtype == DType::kBFloat16 ? to_bf16(sums) : _mm256_cvtps_ph(sums, _MM_FROUND_TO_NEAREST_INT));
     return;
   }
   alignas(32) float values[8];
   _mm256_store_ps(values, sums);
-  for (int64_t i = 0; n + i < N; i++) store_float(p.out, at + i, p.dtype, values[i] + (p.bias ? load_float(p.bias, n + i, p.dtype) : 0.0f));
+  for (int64_t i = 0; n + i < N; i++) {
+    if (p.bias) values[i] += load_float(p.bias, n + i, p.dtype);
+    if (p.residual) values[i] += load_float(p.residual, at + i, p.dtype);
+    store_float(p.out, at + i, p.dtype, values[i]);
+  }
 }
 
 }  // namespace

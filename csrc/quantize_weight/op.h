@@ -14,10 +14,11 @@ struct Params {
   DType dtype;
   WeightSpec weight;
   uint8_t* codes;
-  uint16_t* scales;
+  void* scales;            // of scale_type(format)
   uint8_t* zeros;          // or nullptr
   uint8_t* row_is_finite;  // [N]; 0 where the row held a NaN, an infinity or a number whose scale fp16 cannot hold
   int64_t num_threads;
+  float* global_scale = nullptr;  // nvfp4 only
 };
 
 namespace cpu_scalar {

@@ -119,7 +119,7 @@ class Verdict:
 def explain(op: str, device: str = "cpu", **sizes: Any) -> list[Verdict]:
     """Which impl of ``op`` runs for a call of these sizes, and why each one was passed over, in table order.
 
-    ``device``: "cpu" or "cuda". ``quant_linear`` takes M, N, K, format (4 int4, 8 int8, 9 fp8_e4m3), group_size, zeros,
+    ``device``: "cpu" or "cuda". ``quant_linear`` takes M, N, K, format (a number of ``taut.formats.FORMATS``), group_size, zeros,
     activations (0 float, 1 int8, 2 int8_row, 3 fp8_row), dtype (of x), and device_index.
     Raises ``ValueError`` for an unknown op, size or device, or a value the op refuses.
     """
@@ -138,9 +138,13 @@ def explain(op: str, device: str = "cpu", **sizes: Any) -> list[Verdict]:
 
 
 _EXPLAIN_SIZES = {
+    "decoder_layers": ("head_dim",),
     "quant_linear": ("M", "N", "K", "format", "group_size", "zeros", "activations", "dtype", "device_index"),
+    "quant_embedding": (),
     "quantize_weight": (),
+    "rms_norm": (),
     "roofline": (),
+    "split_rope": (),
 }
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/common/dtypes.h numbers them
 

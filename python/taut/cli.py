@@ -20,9 +20,11 @@ app = typer.Typer(
     help="Low-bit kernels for language models on hardware people have.",
 )  # fmt: skip
 
-Weights = Annotated[str, typer.Option(help="int4, int8 or fp8_e4m3")]
-GroupSize = Annotated[int | None, typer.Option(help="32, 64, 128, or 0 for one scale a row [default: 32 for int4, else 0]")]
-Zeros = Annotated[bool, typer.Option("--zeros", help="a zero point a group, for int4")]
+_FORMATS = "ternary, int2, int3, int4, nf4, mxfp4, nvfp4, int8, fp8_e4m3 or fp8_block"
+
+Weights = Annotated[str, typer.Option(help=_FORMATS)]
+GroupSize = Annotated[int | None, typer.Option(help="32, 64, 128, or 0 for one scale a row [default: the format's own]")]
+Zeros = Annotated[bool, typer.Option("--zeros", help="a zero point a group, for int2, int3 and int4")]
 Activations = Annotated[str, typer.Option(help="float, int8, int8_row, fp8_row, or auto: int8 on the CPU, float on CUDA")]
 Skip = Annotated[list[str] | None, typer.Option(help="pattern of module names to leave alone; may be given again")]
 Dtype = Annotated[str, typer.Option(help="of what is not swapped: auto (the checkpoint's), float32, bfloat16, float16")]
@@ -170,7 +172,7 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="of sampling, above 0")] = None,
     seed: Annotated[int | None, typer.Option(help="of sampling")] = None,
     chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="use the chat template [default: if there is one]")] = None,
-    weights: Annotated[str | None, typer.Option(help="swap a float model as it loads: int4, int8 or fp8_e4m3")] = None,
+    weights: Annotated[str | None, typer.Option(help=f"swap a float model as it loads: {_FORMATS}")] = None,
     group_size: GroupSize = None,
     zeros: Zeros = False,
     activations: Activations = "auto",
@@ -259,7 +261,7 @@ def report(
         raise FileNotFoundError(f"{json_path.absolute().parent}: no such directory")
     name, content = default_text() if text is None else (str(text), read_text(text))
     formats = list(dict.fromkeys(weights or ["int8", "int4"]))
-    given = [models.Settings(f, group_size, zeros and f == "int4", activations, tuple(skip or ())) for f in formats]
+    given = [models.Settings(f, group_size, zeros and f in ("int2", "int3", "int4"), activations, tuple(skip or ())) for f in formats]
     found = models.local_source(models.find_source(model))
     if quantized := models.is_quantized(found):
         raise ValueError(f"{model} is already quantized ({quantized}); report takes the float model, and swaps it itself")

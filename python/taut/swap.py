@@ -12,10 +12,9 @@ import torch
 from torch import nn
 
 from . import _native
-from .formats import ACCEPTED_ACTIVATIONS, ACTIVATIONS, FORMATS, WeightFormat, check_activations, resolve_activations
+from .formats import ACTIVATIONS, FORMATS, KINDS, WeightFormat, check_activations, resolve_activations
 from .nn import QuantLinear
 
-DEFAULT_GROUP_SIZE = {"int4": 32, "int8": 0, "fp8_e4m3": 0}
 _RULE_KEYS = ("weights", "group_size", "zeros", "activations")
 
 
@@ -28,19 +27,17 @@ class Rule:
 
 
 def make_rule(weights: str | None, group_size: int | None = None, zeros: bool = False, activations: str = "auto") -> Rule:
-    """A checked rule. ``weights``: "int4", "int8", "fp8_e4m3" or None (leave alone); ``group_size`` None: the format's default."""
+    """A checked rule. ``weights``: a name of ``taut.formats.KINDS`` or None (leave alone); ``group_size`` None: the format's default."""
     if not isinstance(activations, str):
         raise ValueError(f"activations must be one of auto, {', '.join(ACTIVATIONS)}, got {activations!r}")
     check_activations(activations)
     if weights is None:
         return Rule(None, activations)
-    if not isinstance(weights, str) or weights not in DEFAULT_GROUP_SIZE:
-        raise ValueError(f"unknown weight format {weights!r}; accepted: {', '.join(DEFAULT_GROUP_SIZE)}")
+    if not isinstance(weights, str) or weights not in FORMATS:
+        raise ValueError(f"unknown weight format {weights!r}; accepted: {', '.join(FORMATS)}")
     if not isinstance(zeros, bool):
         raise ValueError(f"zeros must be True or False, got {zeros!r}")
-    if group_size is None:
-        group_size = DEFAULT_GROUP_SIZE[weights]
-    if not isinstance(group_size, int):
+    if not isinstance(group_size, (int, type(None))):
         raise ValueError(f"group_size must be 32, 64, 128, 0 (one scale a row) or None, got {group_size!r}")
     format = WeightFormat(weights, group_size, zeros)
     check_activations(activations, format)
@@ -99,8 +96,8 @@ class RuleBook:
 
 def _activations_for(weights: str | None, activations: str) -> str:
     """The default's activations where a rule's format takes them, else "auto"."""
-    accepted = ACCEPTED_ACTIVATIONS.get(weights, (activations,)) if isinstance(weights, str) else (activations,)
-    return activations if activations in accepted else "auto"
+    known = isinstance(weights, str) and weights in KINDS
+    return activations if not known or activations in KINDS[weights].activations else "auto"
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -307,10 +304,12 @@ def swap(
 ) -> SwapReport:  # fmt: skip
     """Replaces the ``nn.Linear`` layers of ``model`` by ``QuantLinear``, in place, one at a time.
 
-    ``weights``: "int4", "int8" or "fp8_e4m3". ``group_size``: 32, 64, 128, 0 (one scale a row); default 32 for int4, 0 for
-    the others. ``zeros``: int4 with a zero point a group. ``activations``: "float" (exact arithmetic), "int8" (fast
-    on CPUs), "int8_row", "fp8_row" or "auto" (int8 on the CPU, float on CUDA and for fp8_e4m3): see ``taut.QuantLinear``.
-    A model on a CUDA device stays there: its layers are quantized on the CPU, one at a time, and packed where they were.
+    ``weights``: "ternary", "int2", "int3", "int4", "nf4", "mxfp4", "nvfp4", "int8", "fp8_e4m3" or "fp8_block" (what each means:
+    ``taut.formats.KINDS``). ``group_size``: 32, 64, 128, 0 (one scale a row); default 32 for int2, int3 and int4, 64 for nf4, 0
+    for ternary, int8 and fp8_e4m3; the others fix it. ``zeros``: int2, int3, int4 with a zero point a group. ``activations``:
+    "float" (exact arithmetic), "int8" (fast on CPUs), "int8_row", "fp8_row" or "auto" (int8 on the CPU, float on CUDA and for
+    8-bit floats): see ``taut.QuantLinear``. A model on a CUDA device stays there: its layers are quantized on the CPU, one at
+    a time, and packed where they were; its weights can be int4, int8 or fp8_e4m3.
     ``skip``: patterns of names to leave alone. ``rules``: pattern -> settings, see ``RuleBook``.
     ``progress(done, total, name)`` is called before each layer. The output head is swapped only if a rule names it; one
     that is tied then gets low bits of its own beside the float embeddings. Other tied weights and modules taut does not
@@ -358,11 +357,16 @@ def check_values(name: str, weight: torch.Tensor, rule: Rule) -> None:
     """Raises ``ValueError`` if the weight of module ``name`` cannot be quantized, so that nothing is changed then."""
     if weight.device.type == "meta":
         raise ValueError(f"{name} is on the meta device: load the model first, or give taut.Config to from_pretrained")
+    if weight.device.type == "cuda":
+        try:
+            rule.format.check_cuda()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     least, most = torch.aminmax(weight.detach())
     largest = max(-float(least), float(most))
     if not math.isfinite(largest):
         raise ValueError(f"{name}: its weight holds a NaN or an infinity")
-    if largest > (limit := 65504.0 * {"int4": 7, "int8": 127, "fp8_e4m3": 448}[rule.format.name]):
+    if largest > (limit := rule.format.kind.largest):
         raise ValueError(f"{name}: its weight holds {largest:g}; a float16 scale reaches up to {limit:g}")
 
 

@@ -43,30 +43,43 @@ def compiler(name: str | None = None) -> str | None:
     return next(filter(None, map(shutil.which, [name] if name else [os.environ.get("CXX", "c++"), "g++", "clang++"])), None)
 
 
-def kernel_sources() -> list[Path]:
-    """Every kernel file this architecture can compile."""
+MACHINE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+
+
+def isas_of(machine: str) -> list[str]:
+    """The ISA suffixes of an architecture, as CMakeLists.txt has them."""
+    return next(iter(re.findall(rf"set\(TAUT_ISAS_{machine} ([^)]*)\)", (ROOT / "CMakeLists.txt").read_text())), "").split()
+
+
+def kernel_sources(machine: str = MACHINE) -> list[Path]:
+    """Every kernel file that can be compiled for this architecture."""
     files = sorted(path for op in OPS for path in (ROOT / "csrc" / op).glob("cpu_*.cpp"))
-    return files if platform.machine() in ("x86_64", "AMD64") else [path for path in files if isa_of(path) is None]
+    return [path for path in files if isa_of(path) in (None, *isas_of(machine))]
 
 
-def impl_rows(op: str) -> list[tuple[str, str]]:
-    """(name, run function) of each row of the op's table in op.cpp, of those that this architecture can compile."""
+def impl_rows(op: str, machine: str = MACHINE) -> list[tuple[str, str]]:
+    """(name, run function) of each row of the op's table in op.cpp, of those that can be compiled for this architecture."""
     rows = re.findall(r'\{"(cpu_\w+(?:\.\w+)?)", \w+, \w+, (\w+::\w+)\}', (ROOT / "csrc" / op / "op.cpp").read_text())
     if not rows:
         raise ValueError(f"csrc/{op}/op.cpp: no row of the form {{name, supported, preferred, namespace::run}} was found")
-    here = {isa_of(path) for path in kernel_sources()} | {"scalar"}
+    here = {*isas_of(machine), "scalar"}
     return [(name, run) for name, run in rows if name.split(".")[0].removeprefix("cpu_") in here]
+
+
+def impl_lines(op: str, machine: str = MACHINE) -> list[str]:
+    """The op's table as TAUT_IMPL_<op>(name, run, activations it takes, whether this processor can)."""
+    lines = []
+    for name, run in impl_rows(op, machine):
+        isa = name.split(".")[0].removeprefix("cpu_")
+        can_run = "true" if isa == "scalar" else f"cpu_features().{isa}"
+        takes = [mode for mode in ("float", "int8") if f".{mode}" in name] or ["any"]
+        lines.append(f'TAUT_IMPL_{op}("{name}", {op}::{run}, {takes[0]}, {can_run})')
+    return lines
 
 
 def write_impls() -> None:
     """impls.inc: the tables of op.cpp as kernels.cpp needs them, so that a new impl is tested without being named there."""
-    lines = []
-    for op in TABLES:
-        for name, run in impl_rows(op):
-            isa = name.split(".")[0].removeprefix("cpu_")
-            can_run = "true" if isa == "scalar" else f"cpu_features().{isa}"
-            takes = [mode for mode in ("float", "int8") if f".{mode}" in name] or ["any"]
-            lines.append(f'TAUT_IMPL_{op}("{name}", {op}::{run}, {takes[0]}, {can_run})')
+    lines = [line for op in TABLES for line in impl_lines(op)]
     text = "".join(f"{line}\n" for line in lines)
     target = OUT / "impls.inc"
     if not target.exists() or target.read_text() != text:

@@ -1,48 +1,62 @@
-"""What stored weights mean: one descriptor per low-bit format.
-
-The canonical form (the only one on disk) is row-major; see ``csrc/common/formats.h``, which every kernel reads:
-
-* ``codes``: int4 ``uint8 [N, ceil(K/2)]``, low nibble = even k; int8 ``int8 [N, K]``; fp8_e4m3 ``float8_e4m3fn [N, K]``
-* ``scales``: ``float16 [N, ceil(K/G)]``
-* ``zeros``: ``uint8 [N, ceil(K/G)]``, int4 with zeros only
-* value: int4 ``(q - z) * s`` with q in 0..15, z = 8 where there are no zeros; int8 and fp8_e4m3 ``q * s``
-"""
+"""What stored weights mean. ``kinds`` has one descriptor per low-bit format; a ``WeightFormat`` is one of them with its settings."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-GROUP_SIZES = (32, 64, 128, 0)
-FORMATS = {"int4": 4, "int8": 8, "fp8_e4m3": 9}  # and the integers kernels know them by
-# How x enters the product, and the integers kernels know that by: as it is; int8, one scale per row and 32 k; int8 or
-# float8 E4M3, one scale per row.
-ACTIVATIONS = {"float": 0, "int8": 1, "int8_row": 2, "fp8_row": 3}
-# What the weights of a format can be multiplied with, besides "auto".
-ACCEPTED_ACTIVATIONS = {"int4": ("float", "int8"), "int8": ("float", "int8", "int8_row"), "fp8_e4m3": ("float", "fp8_row")}
+from .kinds import ACTIVATIONS, GROUP_SIZES, KINDS, Kind
+
+__all__ = [
+    "ACTIVATIONS", "FORMATS", "GROUP_SIZES", "KINDS", "Canonical", "Kind", "WeightFormat", "activation_code", "check_activations",
+    "resolve_activations",
+]  # fmt: skip
+
+FORMATS = {kind.name: kind.code for kind in KINDS.values()}  # and the integers kernels know them by
+_CUDA = tuple(kind.name for kind in KINDS.values() if kind.cuda)
+
+
+class Canonical(NamedTuple):
+    """A weight in canonical form. ``zeros`` and ``global_scale`` are None in formats that have none."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+    global_scale: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Canonical:
+        return Canonical(*(None if part is None else part.to(device) for part in self))
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """A low-bit weight format: ``name`` ("int4", "int8", "fp8_e4m3"), ``group_size`` (32, 64, 128; 0 = one scale a row), ``zeros``.
+    """A low-bit weight format: ``name`` (see ``taut.formats.KINDS``), ``group_size`` (32, 64, 128, 0 = one scale a row, or what the
+    format fixes; None: the format's default), ``zeros`` (int2, int3, int4: a zero point a group).
 
     Raises ``ValueError`` for anything else.
     """
 
     name: str = "int4"
-    group_size: int = 32
+    group_size: int | None = None
     zeros: bool = False
 
     def __post_init__(self) -> None:
-        if self.name not in FORMATS:
-            raise ValueError(f"unknown weight format {self.name!r}; accepted: {', '.join(FORMATS)}")
-        if isinstance(self.group_size, bool) or self.group_size not in GROUP_SIZES:
+        if self.name not in KINDS:
+            raise ValueError(f"unknown weight format {self.name!r}; accepted: {', '.join(KINDS)}")
+        if self.group_size is None:
+            object.__setattr__(self, "group_size", self.kind.default_group_size)
+        accepted = self.kind.group_sizes
+        if isinstance(self.group_size, bool) or self.group_size not in accepted:
+            if len(accepted) == 1:
+                raise ValueError(f"group_size {self.group_size!r} does not fit; {self.name} has groups of {accepted[0]}")
             raise ValueError(f"group_size {self.group_size!r} does not fit; accepted: 32, 64, 128, or 0 for one scale a row")
         if self.zeros not in (True, False):
             raise ValueError(f"zeros must be True or False, got {self.zeros!r}")
-        if self.zeros and self.name != "int4":
-            raise ValueError(f"zeros=True is for int4 only; {self.name} is symmetric")
+        if self.zeros and not self.kind.takes_zeros:
+            raise ValueError(f"zeros=True is for int2, int3 and int4 only; {self.name} is symmetric")
 
     @classmethod
     def of_code(cls, code: int, group_size: int, zeros: bool) -> WeightFormat:
@@ -50,39 +64,74 @@ class WeightFormat:
         return cls(next(name for name, known in FORMATS.items() if known == code), group_size, zeros)
 
     @property
+    def kind(self) -> Kind:
+        return KINDS[self.name]
+
+    @property
     def code(self) -> int:
         """The integer kernels know the format by."""
-        return FORMATS[self.name]
+        return self.kind.code
 
     @property
     def bits(self) -> int:
-        return 4 if self.name == "int4" else 8
+        """Of a code in a kernel's layout."""
+        return self.kind.bits
 
     @property
     def codes_dtype(self) -> torch.dtype:
-        return {"int4": torch.uint8, "int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}[self.name]
+        return self.kind.codes_dtype
+
+    @property
+    def scales_dtype(self) -> torch.dtype:
+        return self.kind.scales_dtype
+
+    @property
+    def has_global_scale(self) -> bool:
+        return self.kind.has_global_scale
+
+    @property
+    def largest_zero(self) -> int:
+        """The largest zero point there is."""
+        return 2**self.bits - 1
 
     def num_groups(self, in_features: int) -> int:
         return 1 if self.group_size == 0 else -(-in_features // self.group_size)
 
     def codes_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
-        return (out_features, -(-in_features // 2) if self.name == "int4" else in_features)
+        codes, size = self.kind.codes_in
+        return (out_features, -(-in_features * size // codes))
+
+    def scales_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        return (-(-out_features // self.kind.block_rows), self.num_groups(in_features))
 
     def canonical_bytes(self, out_features: int, in_features: int) -> int:
-        """Bytes of codes, scales and zeros for a weight ``[out_features, in_features]``."""
+        """Bytes of codes, scales, zeros and global scale for a weight ``[out_features, in_features]``."""
         rows, columns = self.codes_shape(out_features, in_features)
-        return rows * columns + out_features * self.num_groups(in_features) * (3 if self.zeros else 2)
+        scale_rows, groups = self.scales_shape(out_features, in_features)
+        zeros = out_features * groups if self.zeros else 0
+        return rows * columns + scale_rows * groups * self.scales_dtype.itemsize + zeros + 4 * self.has_global_scale
 
     def layout_bytes(self, out_features: int, in_features: int, layout: int = 0) -> int:
-        """Bytes of the same weight in a layout of ``csrc/common/formats.h``, padding and headers included: 0 Rows8, 1 MmaTiles."""
+        """Bytes of the same weight in a layout of ``csrc/common/formats.h``, padding and headers included: 0 Rows8, 1 MmaTiles.
+
+        Raises ``ValueError`` for MmaTiles, the layout of CUDA, and a format that is for the CPU only.
+        """
         if layout == 1:
+            self.check_cuda()
             tiles_n, tiles_k = -(-out_features // 64), -(-in_features // 64)
             scales = tiles_n * 64 * self.num_groups(tiles_k * 64)
             return tiles_n * tiles_k * 64 * 64 * self.bits // 8 + scales * (3 if self.zeros else 2)
-        group = self.group_size or 128
+        group = max(self.group_size or 128, 32)
+        scales = 2 if self.group_size == 16 else 1  # a row's, to a group of the layout
         blocks, strips = -(-in_features // 32), -(-out_features // 8)
+        header = 32 * (scales * self.scales_dtype.itemsize + self.zeros)
         superblocks = -(-blocks // (4 * group // 32))
-        return strips * (superblocks * (96 if self.zeros else 64) + blocks * 32 * self.bits)
+        return strips * (superblocks * header + blocks * 32 * self.bits) + (64 if self.has_global_scale else 0)
+
+    def check_cuda(self) -> None:
+        """Raises ``ValueError`` if CUDA kernels do not take weights of this format."""
+        if not self.kind.cuda:
+            raise ValueError(f"{self.name} weights are for the CPU only; on CUDA taut takes {', '.join(_CUDA)}")
 
     def __str__(self) -> str:
         group = f"group {self.group_size}" if self.group_size else "per row"
@@ -93,21 +142,21 @@ def check_activations(activations: str, format: WeightFormat | None = None) -> N
     """Raises ``ValueError`` for activations other than "auto" that nobody knows, or that weights of ``format`` do not take."""
     if activations not in ("auto", *ACTIVATIONS):
         raise ValueError(f"unknown activations {activations!r}; accepted: auto, {', '.join(ACTIVATIONS)}")
-    if format is not None and activations not in ("auto", *ACCEPTED_ACTIVATIONS[format.name]):
-        accepted = ", ".join(("auto", *ACCEPTED_ACTIVATIONS[format.name]))
+    if format is not None and activations not in ("auto", *format.kind.activations):
+        accepted = ", ".join(("auto", *format.kind.activations))
         raise ValueError(f"{format.name} weights cannot be multiplied with {activations!r} activations; accepted: {accepted}")
 
 
 def resolve_activations(activations: str, format: WeightFormat, device_type: str) -> str:
     """What "auto" means for weights of ``format`` on a device of this type: the fastest that changes results little.
 
-    On the CPU int8, and float for fp8_e4m3; on CUDA float, since tensor cores multiply 16-bit x with any weight at full speed.
-    Raises ``ValueError`` as ``check_activations``.
+    On the CPU int8, and float for the two 8-bit floats; on CUDA float, since tensor cores multiply 16-bit x with any weight at
+    full speed. Raises ``ValueError`` as ``check_activations``.
     """
     check_activations(activations, format)
     if activations != "auto":
         return activations
-    return "float" if device_type == "cuda" or format.name == "fp8_e4m3" else "int8"
+    return "int8" if device_type != "cuda" and "int8" in format.kind.activations else "float"
 
 
 def activation_code(activations: str, format: WeightFormat, device_type: str = "cpu") -> int:

@@ -2,8 +2,9 @@
 
 Loading a float checkpoint quantizes tensor by tensor: the skeleton keeps its ``nn.Linear`` layers on the meta device, and
 the moment a weight arrives it is packed and a ``QuantLinear`` takes the layer's place, so that no float copy of the model
-exists. A checkpoint that taut wrote names its low-bit layers in config.json (``modules``) and holds ``qweight``, ``scales``
-and ``zeros`` for them, never a ``weight``: without taut imported, transformers cannot take it for something else.
+exists. A checkpoint that taut wrote names its low-bit layers in config.json (``modules``) and holds ``qweight``, ``scales``,
+``zeros`` and ``global_scale`` for them, never a ``weight``: without taut imported, transformers cannot take it for
+something else.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import _native
 from ..nn import QuantLinear
+from ..nn.quant_linear import PARTS
 from ..swap import Kept, Rule, RuleBook, SwapReport, check_values, held_bytes, make_rule, plan, swapped_entry
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ METHOD = "taut"
 VERSION = 1
 _RULE_KEYS = ("weights", "group_size", "zeros", "activations")
 _ARGUMENTS = (*_RULE_KEYS, "skip", "rules")
-_TENSORS = ("qweight", "scales", "zeros", "bias")
+_TENSORS = (*PARTS, "bias")
 
 
 @register_quantization_config(METHOD)
@@ -143,7 +145,7 @@ class TautQuantizer(HfQuantizer):
     """transformers' loading and saving of models with low-bit linear layers."""
 
     requires_calibration = False
-    serialized_names: ClassVar[dict[str, list[str]]] = {"weight": ["qweight", "scales", "zeros"]}
+    serialized_names: ClassVar[dict[str, list[str]]] = {"weight": list(PARTS)}
     is_qat_trainable = False
 
     def __init__(self, quantization_config: Config, **kwargs: Any) -> None:
@@ -342,6 +344,11 @@ def _resolve(config: Config, linears: Mapping[str, nn.Module], prefix: str) -> d
     return {name: found[alias] for alias, name in aliases.items() if alias in found}
 
 
+_SAFETENSORS_NAMES = {
+    torch.uint8: "U8", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.float16: "F16", torch.float32: "F32",
+}  # fmt: skip
+
+
 def _check_files(model: nn.Module, chosen: Mapping[str, Rule], files: Iterable[str]) -> None:
     """Compares what the safetensors headers say with what the low-bit layers need, before anything is read.
 
@@ -379,9 +386,8 @@ def _check_files(model: nn.Module, chosen: Mapping[str, Rule], files: Iterable[s
             full, shape, dtype = found[name][key]
             if shape != tuple(expected.shape):
                 raise ValueError(f"{full} must be {list(expected.shape)} for {module.format}, the checkpoint has {list(shape)}")
-            accepted = {torch.uint8: ("U8",), torch.int8: ("I8",), torch.float8_e4m3fn: ("F8_E4M3",)}.get(expected.dtype, ("F16",))
-            if key != "bias" and dtype not in accepted:
-                raise ValueError(f"{full} must be {accepted[0]}, the checkpoint has {dtype}")
+            if key != "bias" and dtype != _SAFETENSORS_NAMES[expected.dtype]:
+                raise ValueError(f"{full} must be {_SAFETENSORS_NAMES[expected.dtype]}, the checkpoint has {dtype}")
         extra = sorted(set(found[name]) & {"weight", *_TENSORS} - {key for key in _TENSORS if getattr(module, key) is not None})
         if extra:
             raise ValueError(f"the checkpoint has {found[name][extra[0]][0]}, which a {module.format} layer does not have")

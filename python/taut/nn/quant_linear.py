@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .. import _native
-from ..formats import WeightFormat, activation_code, check_activations
+from ..formats import Canonical, WeightFormat, activation_code, check_activations
 from ..ops.pack_weight import dequantize_weight, pack_weight, repack, unpack_weight
 from ..ops.quant_linear import FLOAT_DTYPES
 from ..ops.quantize_weight import quantize_weight
@@ -69,14 +69,18 @@ class DequantizedWeight(Tensor):
 _READ_ONLY = "the weight of a QuantLinear is read-only: it is stored in low bits. Merge or edit the float model, then swap it"
 
 
+# The parameters that hold the canonical form, in the order of ``taut.formats.Canonical``.
+PARTS = ("qweight", "scales", "zeros", "global_scale")
+
+
 class QuantLinear(nn.Linear):
     """``y = x @ dequant(w)^T + bias`` for ``x [..., in_features]`` in float32, bfloat16 or float16, on the CPU or on CUDA.
 
-    ``activations``: how x enters the product, see ``taut.ops.quant_linear``; "auto" is int8 on the CPU (float for fp8_e4m3
-    weights) and float on CUDA.
+    ``format``: see ``taut.formats.KINDS``; on CUDA int4, int8 or fp8_e4m3. ``activations``: how x enters the product, see
+    ``taut.ops.quant_linear``; "auto" is int8 on the CPU (float for weights of 8-bit floats) and float on CUDA.
 
-    In a ``state_dict`` the weight is in canonical form: ``qweight`` (codes), ``scales``, and ``zeros`` if the format has
-    them, so a checkpoint depends on no machine. In memory it is ``packed``, in the layout the kernels of its device read;
+    In a ``state_dict`` the weight is in canonical form: ``qweight`` (codes), ``scales``, and ``zeros`` or ``global_scale`` if
+    the format has them, so a checkpoint depends on no machine. In memory it is ``packed``, in the layout the kernels of its device read;
     the change happens in ``finalize`` (called by ``load_state_dict`` and the loaders), is done again when the module moves
     between the CPU and CUDA, and is undone when the state is saved.
 
@@ -94,14 +98,14 @@ class QuantLinear(nn.Linear):
         self.format, self.activations = format, activations
         call = (out_features, format.code, format.group_size, format.zeros)
         self._calls = {device: (*call, activation_code(activations, format, device)) for device in ("cpu", "cuda", "meta")}
-        groups = format.num_groups(in_features)
 
         def empty(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
         self.qweight = empty(format.codes_shape(out_features, in_features), format.codes_dtype)
-        self.scales = empty((out_features, groups), torch.float16)
-        self.zeros = empty((out_features, groups), torch.uint8) if format.zeros else None
+        self.scales = empty(format.scales_shape(out_features, in_features), format.scales_dtype)
+        self.zeros = empty((out_features, format.num_groups(in_features)), torch.uint8) if format.zeros else None
+        self.global_scale = empty((1,), torch.float32) if format.has_global_scale else None
         self.packed: Tensor | None
         self.register_buffer("packed", None, persistent=False)
         self._layout = _native.ROWS8
@@ -119,18 +123,19 @@ class QuantLinear(nn.Linear):
         """
         check_activations(activations, format)
         device = _native.device_of(weight=linear.weight)
-        parts = quantize_weight(linear.weight.detach().cpu(), format)
-        codes, scales, zeros = (None if part is None else part.to(device) for part in parts)
-        return cls.from_canonical(codes, scales, zeros, linear.bias, linear.in_features, format, activations, linear.weight.dtype)
+        if device.type == "cuda":
+            format.check_cuda()
+        parts = quantize_weight(linear.weight.detach().cpu(), format).to(device)
+        return cls.from_canonical(*parts, linear.bias, linear.in_features, format, activations, linear.weight.dtype)
 
     @classmethod
     def from_canonical(
-        cls, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, in_features: int,
+        cls, codes: Tensor, scales: Tensor, zeros: Tensor | None, global_scale: Tensor | None, bias: Tensor | None, in_features: int,
         format: WeightFormat, activations: str = "auto", dtype: torch.dtype | None = None,
     ) -> QuantLinear:  # fmt: skip
         """A module over an already quantized weight (canonical form, see ``taut.formats``); ``dtype`` default: the bias's."""
         module = cls(in_features, codes.shape[0], bias=False, format=format, activations=activations, device="meta")
-        module._set_packed(pack_weight(codes, scales, zeros, in_features, format))
+        module._set_packed(pack_weight(codes, scales, zeros, global_scale, in_features, format))
         if dtype is None and bias is not None:
             dtype = bias.dtype
         module._like = torch.empty(0, dtype=dtype, device=codes.device)
@@ -140,7 +145,8 @@ class QuantLinear(nn.Linear):
 
     def _set_packed(self, packed: Tensor) -> None:
         self.packed, self._layout = packed, _native.layout_for(packed.device.type)
-        self.qweight = self.scales = self.zeros = None
+        for name in PARTS:
+            setattr(self, name, None)
 
     def finalize(self) -> None:
         """Canonical parameters to ``packed``, in place, in the layout of the device they are on. No-op if that is done.
@@ -152,15 +158,15 @@ class QuantLinear(nn.Linear):
                 shape = self.out_features, self.in_features
                 self._set_packed(repack(self.packed, self._layout, *shape, self.format, self.packed.device))
         else:
-            zeros = self.zeros.data if self.zeros is not None else None
             if self.qweight.device.type == "meta":
                 raise ValueError("this QuantLinear was built on the meta device and holds no weight yet: load a state_dict first")
-            self._set_packed(pack_weight(self.qweight.data, self.scales.data, zeros, self.in_features, self.format))
+            self._set_packed(pack_weight(*self.canonical(), self.in_features, self.format))
 
-    def canonical(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``(codes, scales, zeros or None)`` as they are stored on disk."""
+    def canonical(self) -> Canonical:
+        """``(codes, scales, zeros or None, global_scale or None)`` as they are stored on disk."""
         if self.packed is None:
-            return self.qweight.data, self.scales.data, None if self.zeros is None else self.zeros.data
+            parts = (getattr(self, name) for name in PARTS)
+            return Canonical(*(None if part is None else part.data for part in parts))
         self.finalize()
         return unpack_weight(self.packed, self.out_features, self.in_features, self.format)
 
@@ -178,7 +184,7 @@ class QuantLinear(nn.Linear):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes the weight takes in memory now (codes, scales, zeros, and the layout's padding)."""
+        """Bytes the weight takes in memory now (codes, scales, and the layout's padding)."""
         if self.packed is not None:
             return self.packed.numel()
         return self.format.canonical_bytes(self.out_features, self.in_features)
@@ -219,9 +225,9 @@ class QuantLinear(nn.Linear):
 
     def _apply(self, fn, recurse: bool = True):
         # .half() and .to(dtype) cast every float parameter; codes and scales are what is stored, and must not be rounded.
-        names = ("qweight", "scales", "packed")
-        held = {name: value for name in names if (value := getattr(self, name)) is not None}
-        self.qweight = self.scales = self.packed = None
+        held = {name: value for name in (*PARTS, "packed") if (value := getattr(self, name)) is not None}
+        for name in held:
+            setattr(self, name, None)
         try:
             super()._apply(fn, recurse)
             for name in held:
@@ -246,32 +252,34 @@ class QuantLinear(nn.Linear):
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.packed is not None:
-            for name, value in zip(("qweight", "scales", "zeros"), self.canonical(), strict=True):
+            for name, value in zip(PARTS, self.canonical(), strict=True):
                 if value is not None:
                     destination[prefix + name] = value
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs) -> None:
-        names = ["qweight", "scales"] + (["zeros"] if self.format.zeros else [])
-        values = [state_dict.get(prefix + name) for name in names]
-        missing_keys.extend(prefix + name for name, value in zip(names, values, strict=True) if value is None)
-        if all(value is not None for value in values):
-            zeros = values[2] if self.format.zeros else None
+        has = {"zeros": self.format.zeros, "global_scale": self.format.has_global_scale}
+        names = [name for name in PARTS if has.get(name, True)]
+        values = {name: state_dict.get(prefix + name) for name in names}
+        missing_keys.extend(prefix + name for name, value in values.items() if value is None)
+        if all(value is not None for value in values.values()):
             try:
-                if tuple(values[0].shape) != self.format.codes_shape(self.out_features, self.in_features):
+                if tuple(values["qweight"].shape) != self.format.codes_shape(self.out_features, self.in_features):
                     expected = list(self.format.codes_shape(self.out_features, self.in_features))
-                    raise ValueError(f"qweight must be {expected}, got {list(values[0].shape)}")
-                parts = values[0].detach(), values[1].detach(), zeros
+                    raise ValueError(f"qweight must be {expected}, got {list(values['qweight'].shape)}")
+                parts = Canonical(*(values[name].detach() if name in values else None for name in PARTS))
                 if not (local_metadata.get("assign_to_params_buffers") or self._like.is_meta):
-                    parts = tuple(None if part is None else part.to(self._like.device) for part in parts)
+                    parts = parts.to(self._like.device)
                 self._set_packed(pack_weight(*parts, self.in_features, self.format))
             except ValueError as error:
                 error_msgs.append(f"{prefix.rstrip('.')}: {error}")
         rest = {key: value for key, value in state_dict.items() if key not in {prefix + name for name in names}}
-        held = self.qweight, self.scales, self.zeros
-        self.qweight = self.scales = self.zeros = None  # WHY: else the parent reports the three as missing
+        held = {name: getattr(self, name) for name in PARTS}
+        for name in PARTS:  # WHY: else the parent reports them as missing
+            setattr(self, name, None)
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if self.packed is None:
-            self.qweight, self.scales, self.zeros = held
+            for name, value in held.items():
+                setattr(self, name, value)
         elif self._like.device.type == "meta":
             self._like = torch.empty(0, dtype=self._like.dtype, device=self.packed.device)
 

@@ -22,9 +22,10 @@ def quant_linear(
 
     ``x``: float32, bfloat16 or float16; sums are float32. ``packed``: from ``pack_weight``.
     ``activations="float"``: x enters as it is. Else x is quantized inside, symmetric (``csrc/quant_linear/op.h`` defines
-    how), and a row that holds a NaN or an infinity gives NaN. ``"int8"``: one scale per row per 32 k, for int4 and int8
-    weights. ``"int8_row"``: one scale per row, for int8 weights. ``"fp8_row"``: float8 E4M3, one scale per row, for fp8_e4m3
-    weights. ``"auto"``: see ``taut.formats.resolve_activations``.
+    how), and a row that holds a NaN or an infinity gives NaN. ``"int8"``: one scale per row per 32 k, for all weights but those
+    of 8-bit floats; the product of codes is exact, where nf4's numbers are taken as 127ths. ``"int8_row"``: one scale per
+    row, for int8 weights. ``"fp8_row"``: float8 E4M3, one scale per row, for fp8_e4m3 weights. ``"auto"``: see
+    ``taut.formats.resolve_activations``. On CUDA weights are int4, int8 or fp8_e4m3.
     A row's result does not depend on the rows around it: on the CPU in a given impl, on CUDA within ``taut.batch_invariant()``.
     On CUDA bfloat16 x above 2^110 in size may overflow to infinity before a small scale brings the sum back into range.
     Differentiable in ``x`` (through the dequantized weight) and ``bias``. Raises ``ValueError`` for wrong shapes, dtypes or devices.

@@ -1,0 +1,157 @@
+"""Builds the test program of the CPU kernels for a processor that may be another than this one, and runs it there.
+
+    python tests/other_isas/build.py native                 # this processor
+    python tests/other_isas/build.py aarch64                # 64-bit ARM, in qemu's user-mode emulation
+    python tests/other_isas/build.py bochs                  # x86 with AVX-512, booted on the emulated computer of Bochs
+
+Everything is made in build/other_isas. Ends with 1 if a kernel was wrong, did not run, or a planted fault did not show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import platform
+import pty
+import re
+import select
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "sanitize"))
+
+from build import ROOT, compiler, impl_lines, isa_flags, isa_of, kernel_sources
+
+FLAGS = ("-std=c++20", "-O2", "-ffp-contract=off", "-fno-math-errno", "-w")  # warnings are the affair of the library's build
+# No exceptions, no red zone, which an interrupt would overwrite; roundss instead of a call of the C library.
+BARE = ("-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-fno-stack-protector", "-fno-pic",
+        "-mno-red-zone", "-msse4.1", "-fno-asynchronous-unwind-tables", "-U_FORTIFY_SOURCE", "-fcf-protection=none")  # fmt: skip
+# What each emulated processor must be able to run, and what the program must find that it cannot.
+ARM_PROCESSORS = {
+    "max": "cpu_neon.float_small,cpu_neon.float_tile,cpu_neondot.int8_small,cpu_neondot.int8_tile,cpu_i8mm.int8_tile",
+    "cortex-a76": "cpu_neon.float_small,cpu_neon.float_tile,cpu_neondot.int8_small,cpu_neondot.int8_tile",
+    "cortex-a72": "cpu_neon.float_small,cpu_neon.float_tile",
+}
+
+
+def build(folder: Path, cxx: str, machine: str, flags: tuple[str, ...], main: list[Path], link: list[str]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "impls.inc").write_text("".join(f"{line}\n" for line in impl_lines("quant_linear", machine)))
+    sources = [path for path in kernel_sources(machine) if path.parent.name == "quant_linear"]
+    sources += [ROOT / "csrc/common/cpu_features.cpp", HERE / "program.cpp", *main]
+
+    def compile_one(source: Path) -> str:
+        target = folder / f"{source.parent.name}-{source.stem}.o"
+        own = ("-fno-builtin", "-fno-tree-loop-distribute-patterns") if source.stem == "main_bare" else ()
+        command = [cxx, *FLAGS, *flags, *own, *isa_flags().get(isa_of(source) or "", []), f"-I{ROOT / 'csrc'}", f"-I{folder}", "-c", str(source)]
+        subprocess.run([*command, "-o", str(target)], check=True)
+        return str(target)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources))
+    program = folder / "program"
+    subprocess.run([cxx, *flags, *objects, *link, "-o", str(program)], check=True)
+    return program
+
+
+def native(out: Path) -> int:
+    cxx = compiler()
+    if cxx is None:
+        raise FileNotFoundError("no C++ compiler was found; set CXX to one")
+    machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    return subprocess.run([build(out / "native", cxx, machine, (), [HERE / "main_hosted.cpp"], [])], check=False).returncode
+
+
+def aarch64(out: Path) -> int:
+    program = build(out / "aarch64", "aarch64-linux-gnu-g++", "aarch64", (), [HERE / "main_hosted.cpp"], ["-static"])
+    failed = 0
+    for processor, required in ARM_PROCESSORS.items():
+        print(f"---- ARM, {processor} (qemu)", flush=True)
+        failed |= subprocess.run(["qemu-aarch64-static", "-cpu", processor, str(program), required], check=False).returncode != 0
+    return failed
+
+
+# The names of Bochs's processors, and what must run on them.
+X86_PROCESSORS = {
+    "corei7_icelake_u": "cpu_avx512vnni.int8_small,cpu_avx512vnni.int8_tile,cpu_avx2.int8_small,cpu_avx2.int8_tile,cpu_avx2.float_small,cpu_avx2.float_tile",
+    "corei7_haswell_4770": "cpu_avx2.int8_small,cpu_avx2.int8_tile,cpu_avx2.float_small,cpu_avx2.float_tile",
+}
+LOADER = ("/usr/lib/ISOLINUX/isolinux.bin", *(f"/usr/lib/syslinux/modules/bios/{name}.c32" for name in ("ldlinux", "libcom32", "mboot")))
+BOCHS_SECONDS = 900
+
+
+def bochs(out: Path) -> int:
+    failed = 0
+    for processor, required in X86_PROCESSORS.items():
+        print(f"---- x86, {processor} (Bochs)", flush=True)
+        folder = out / processor
+        flags = (*BARE, f'-DTAUT_REQUIRED="{required}"')
+        link = ["-nostdlib", "-static", "-no-pie", "-Wl,--no-warn-rwx-segments", "-Wl,--build-id=none", f"-Wl,-T,{HERE / 'link.ld'}", "-z", "max-page-size=4096"]
+        program = build(folder, "g++", "x86_64", flags, [HERE / "boot.S", HERE / "main_bare.cpp"], link)
+        iso = folder / "iso"
+        iso.mkdir(exist_ok=True)
+        for path in (*LOADER, HERE / "isolinux.cfg", program):
+            shutil.copy(path, iso)
+        command = ["xorriso", "-as", "mkisofs", "-quiet", "-o", str(folder / "program.iso"), "-b", "isolinux.bin", "-c", "boot.cat", "-no-emul-boot"]
+        subprocess.run([*command, "-boot-load-size", "4", "-boot-info-table", str(iso)], check=True, stderr=subprocess.DEVNULL)
+        (folder / "bochsrc").write_text((HERE / "bochsrc").read_text().replace("MODEL", processor))
+        (folder / "commands").write_text("c\n")
+        status = boot(folder)
+        if status is None:
+            print(f"FAILED: no result in {BOCHS_SECONDS} s; see {folder}/bochs.log")
+        failed |= status != 0
+    return failed
+
+
+def boot(folder: Path) -> int | None:
+    """Shows what the program prints; the status it ends with, or None if there was none in time."""
+    started = time.monotonic()
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ["TERM"] = "xterm"
+        os.chdir(folder)
+        time.sleep(0.2)  # until the terminal has its size
+        os.execvp("bochs", ["bochs", "-q", "-f", "bochsrc", "-rc", "commands"])
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 132, 0, 0))
+    text, status = b"", None
+    try:
+        while status is None and time.monotonic() - started < BOCHS_SECONDS:
+            if not select.select([terminal], [], [], 1)[0]:
+                continue
+            try:
+                data = os.read(terminal, 65536)
+            except OSError:  # it ended
+                break
+            text += data
+            (folder / "terminal.txt").write_bytes(text)
+            if found := re.search(rb"BEGIN\s+(.*)END (\d)", text, re.S):
+                print(found[1].decode(errors="replace").replace("\r", ""), end="", flush=True)
+                status = int(found[2])
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(terminal)
+    return status
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("where", choices=("native", "aarch64", "bochs"), nargs="+")
+    arguments = parser.parse_args()
+    failed = 0
+    for where in arguments.where:
+        failed |= globals()[where](ROOT / "build" / "other_isas")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
