@@ -11,7 +11,7 @@ from typing import Any
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SHAPE = "N14336_K4096"
 COLUMNS = (1, 4, 32, 512)
-_NAMES = {
+NAMES = {
     "torch_fp32": "torch fp32", "torch_bf16": "torch bf16",
     "torch_int4pack_f32": "torch int4pack, fp32", "torch_int4pack_bf16": "torch int4pack, bf16",
     "onnxruntime_4bit": "ONNX Runtime, 4 bits", "onnxruntime_8bit": "ONNX Runtime, 8 bits", "openvino_u4": "OpenVINO, 4 bits",
@@ -70,11 +70,11 @@ def render(lines: Sequence[Line]) -> str:
     times: dict[str, dict[int, float]] = {}
     rival: dict[str, str] = {}
     for line in sorted(lines, key=lambda line: line["cold"]):  # cold last: it stays
-        name = _NAMES.get(line["impl"], line["impl"]) if line["peer"] else _OWN[line["format"]]
+        name = NAMES.get(line["impl"], line["impl"]) if line["peer"] else _OWN[line["format"]]
         if line["peer"]:
             rival[name] = _OWN["int8_row_a8" if line["format"].startswith("int8") else "int4_g32_a8"]
         times.setdefault(name, {})[int(line["case"].rpartition("_M")[2])] = line["median_us"] / 1e3
-    order = [*_OWN.values(), *_NAMES.values()]
+    order = [*_OWN.values(), *NAMES.values()]
     names = sorted(times, key=lambda name: (order.index(name) if name in order else len(order), name))
     first = lines[0]
     rows = [

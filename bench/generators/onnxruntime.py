@@ -52,7 +52,7 @@ class _Graph:
 
     def linear(self, x: str, weight: torch.Tensor, bits: int) -> str:
         n, k = weight.shape
-        codes, scales, _ = quantize_weight(weight.float(), WeightFormat(f"int{bits}", _BLOCK))
+        codes, scales, *_ = quantize_weight(weight.float(), WeightFormat(f"int{bits}", _BLOCK))
         blocks = codes if bits == 4 else (codes.to(torch.int16) + 128).to(torch.uint8)
         blocks = blocks.reshape(n, k // _BLOCK, _BLOCK * bits // 8)
         scale = scales.float().reshape(-1)
