@@ -89,8 +89,9 @@ def _run(args: argparse.Namespace) -> None:
         for weights in _WEIGHTS:
             found = cost(directory, weights, windows)
             print(
-                f"{Path(name).name} {weights}: perplexity {found['ppl_float']:.4f} with float activations, {found['ppl_int8']:.4f} with int8: "
-                f"{found['cost']:+.3%} ± {found['cost_stderr']:.3%} ({found['tokens']} tokens, KL {found['kl']:.5f})",
+                f"{Path(name).name} {weights}: perplexity {found['ppl_float']:.4f} with float activations, "
+                f"{found['ppl_int8']:.4f} with int8: {found['cost']:+.3%} ± {found['cost_stderr']:.3%} "
+                f"({found['tokens']} tokens, KL {found['kl']:.5f})",
                 flush=True,
             )
             if args.json is not None:

@@ -5,9 +5,9 @@ process, with the same threads and inputs; before each turn the threads of the o
 during which the hypervisor took time away are dropped. Cold: each computation reads other copies of the weights, together more
 than three times the last cache, or 1.25 times in sweeps and where memory is short. Warm: the same copy. The share of the roofline
 is the least time the machine could take, by the bytes and the operations counted and the ceilings measured in the same run, over
-the median; bytes that a warm run finds in the cache set no bound. A long run measures the ceilings again as it goes and holds each result against the best so far: a host that
-shares its memory with others has slow minutes. Operations in bf16 are held against the fp32 ceiling: a processor with bf16
-instructions can pass it.
+the median; bytes that a warm run finds in the cache set no bound. A long run measures the ceilings again as it goes and holds each
+result against the best so far: a host that shares its memory with others has slow minutes. Operations in bf16 are held against the
+fp32 ceiling: a processor with bf16 instructions can pass it.
 
 ``--sweep`` times the headline layer at M = 1, 2, 4 .. 2048 with every impl, for the plot; ``--never-slower`` every format with the impl
 the table picks, beside torch's float layers, and says where one is slower. Their lines have the op ``sweep``.
@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         "--cache", type=Path, metavar="DIR", default=ROOT / ".cache" / "bench",
         help="with --model: where its files are kept between runs [default: .cache/bench]",
     )  # fmt: skip
-    parser.add_argument("--table", action="store_true", help="write the README table from bench/results/*.jsonl and stop")
+    parser.add_argument("--table", action="store_true", help="write the README's tables from bench/results/*.jsonl and stop")
     return parser
 
 

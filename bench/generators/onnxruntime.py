@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from transformers import AutoConfig
 
 from bench.language_models import Shape, rope_theta, tensors
@@ -106,15 +106,16 @@ class Generator:
                 helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, 1, shape.vocabulary]),
                 *(helper.make_tensor_value_info(present, *float_cache) for _, present in pairs),
             ],
-            [_external(name, values) for name, values in graph.weights.items()],
+            [_initializer(name, values) for name, values in graph.weights.items()],
         )
         model = helper.make_model(proto, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)])
         model.ir_version = 10
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3
-        self.keep = [onnxruntime.OrtValue.ortvalue_from_numpy(values) for values in graph.weights.values()]
-        options.add_external_initializers(list(graph.weights), self.keep)
+        given = {name: onnxruntime.OrtValue.ortvalue_from_numpy(values) for name, values in graph.weights.items() if _is_external(values)}
+        self.keep = list(given.values())
+        options.add_external_initializers(list(given), self.keep)
         self.session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         self.binding = self.session.io_binding()
         self.logits_value = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros((1, 1, shape.vocabulary), np.float32))
@@ -152,8 +153,14 @@ class Generator:
         return np.stack(rows)
 
 
-def _external(name: str, values: np.ndarray) -> TensorProto:
-    """A weight that comes from the session options, so that the model stays under 2 GB."""
+def _is_external(values: np.ndarray) -> bool:
+    return values.nbytes > 1024  # shapes must be read while the model is
+
+
+def _initializer(name: str, values: np.ndarray) -> TensorProto:
+    """A weight; all but small ones come from the session options, so that the model stays under 2 GB."""
+    if not _is_external(values):
+        return numpy_helper.from_array(values, name)
     kind = helper.np_dtype_to_tensor_dtype(values.dtype)
     tensor = TensorProto(name=name, data_type=kind, dims=values.shape, data_location=TensorProto.EXTERNAL)
     tensor.external_data.add(key="location", value=f"{name}.bin")
