@@ -237,6 +237,8 @@ def _run_models(args: argparse.Namespace, context: Context, console: Console) ->
             )  # fmt: skip
         for case in dict.fromkeys(result.case for result in results):
             console.print(_show_model([result for result in results if result.case == case]))
+        for line in dict.fromkeys(f"{each.contender.name} {each.contender.format}: {each.note}" for each in results if each.note):
+            console.print(line, highlight=False, markup=False)
         if args.json is not None:
             about = {"threads": context.threads, "commit": context.commit, "machine": context.machine, "torch": torch.__version__}
             with args.json.open("a") as file:
@@ -256,14 +258,13 @@ def _show_model(results: Sequence[generation.Result]) -> Table:
         table.add_column(name)
     for name in ("tokens/s", "p10 - p90", "GB/s", "GFLOP/s", "of roofline", "cosine", "KL", "same top"):
         table.add_column(name, justify="right")
-    table.add_column("note")
     for result in results:
         timing, found, line = result.timing, result.fidelity, result.to_dict()
         spread_of_rates = f"{1e6 / timing.p90_us:.1f} - {1e6 / timing.p10_us:.1f}"
         table.add_row(
             result.contender.format, result.contender.name, f"{result.tokens_s:.1f}", spread_of_rates,
             f"{line['gb_s']:.1f}", f"{line['gflop_s']:.0f}", f"{result.share:.0%}", f"{found.cosine:.4f}", f"{found.kl:.4f}",
-            f"{found.top1:.0%}", result.note, style=None if result.contender.peer else "bold",
+            f"{found.top1:.0%}", style=None if result.contender.peer else "bold",
         )  # fmt: skip
     return table
 
