@@ -86,10 +86,20 @@ namespace cpu_int8_avx512vnni {
 void run_small(const Params&);
 void run_tile(const Params&);
 }  // namespace cpu_int8_avx512vnni
+namespace cpu_int8_amx {
+void run(const Params&);
+}
+namespace cpu_float_amx {
+void run(const Params&);
+}
 namespace cpu_float_avx2 {
 void run_small(const Params&);
 void run_tile(const Params&);
 }  // namespace cpu_float_avx2
+namespace cpu_float_avx512bw {
+void run_small(const Params&);
+void run_tile(const Params&);
+}  // namespace cpu_float_avx512bw
 namespace cpu_int8_i8mm {
 void run_tile(const Params&);
 }

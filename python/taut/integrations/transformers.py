@@ -32,7 +32,7 @@ from .. import _native
 from .. import fuse as fusing
 from .. import head as heads
 from ..nn import QuantLinear
-from ..nn.quant_linear import PARTS
+from ..nn.packed_weight import PARTS
 from ..swap import (
     Kept,
     Rule,

@@ -23,6 +23,8 @@ class QuantEmbedding(nn.Module):
         self.__dict__["head"] = head  # WHY not an attribute: it is a child of the model already
 
     def forward(self, ids: Tensor) -> Tensor:
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"QuantEmbedding takes ids in int64 or int32, got {ids.dtype}")
         head = self.head
         if head.packed is None or ids.device.type != "cpu" or head.packed.device.type != "cpu":
             raise ValueError(f"a QuantEmbedding is looked up on the CPU; ids are on {ids.device}, its table on {head.weight.device}")
