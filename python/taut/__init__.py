@@ -12,8 +12,8 @@ from .swap import SwapReport, swap
 
 __version__ = build_info()["version"]
 __all__ = [
-    "Config", "QuantLinear", "Roofline", "SwapReport", "WeightFormat", "batch_invariant", "build_info", "cpu_features", "explain",
-    "force_impl", "list_impls", "roofline", "save", "swap", "unfuse",
+    "Config", "QuantLinear", "Roofline", "SwapReport", "WeightFormat", "batch_invariant", "build_info", "cpu_features",
+    "explain", "force_impl", "list_impls", "roofline", "save", "swap", "unfuse",
 ]  # fmt: skip
 
 integrations.install()

@@ -52,7 +52,17 @@ def build(folder: Path, cxx: str, machine: str, flags: tuple[str, ...], main: li
     def compile_one(source: Path) -> str:
         target = folder / f"{source.parent.name}-{source.stem}.o"
         own = ("-fno-builtin", "-fno-tree-loop-distribute-patterns") if source.stem == "main_bare" else ()
-        command = [cxx, *FLAGS, *flags, *own, *isa_flags().get(isa_of(source) or "", []), f"-I{ROOT / 'csrc'}", f"-I{folder}", "-c", str(source)]
+        command = [
+            cxx,
+            *FLAGS,
+            *flags,
+            *own,
+            *isa_flags().get(isa_of(source) or "", []),
+            f"-I{ROOT / 'csrc'}",
+            f"-I{folder}",
+            "-c",
+            str(source),
+        ]
         subprocess.run([*command, "-o", str(target)], check=True)
         return str(target)
 
@@ -95,13 +105,34 @@ def bochs(out: Path) -> int:
         print(f"---- x86, {processor} (Bochs)", flush=True)
         folder = out / processor
         flags = (*BARE, f'-DTAUT_REQUIRED="{required}"')
-        link = ["-nostdlib", "-static", "-no-pie", "-Wl,--no-warn-rwx-segments", "-Wl,--build-id=none", f"-Wl,-T,{HERE / 'link.ld'}", "-z", "max-page-size=4096"]
+        link = [
+            "-nostdlib",
+            "-static",
+            "-no-pie",
+            "-Wl,--no-warn-rwx-segments",
+            "-Wl,--build-id=none",
+            f"-Wl,-T,{HERE / 'link.ld'}",
+            "-z",
+            "max-page-size=4096",
+        ]
         program = build(folder, "g++", "x86_64", flags, [HERE / "boot.S", HERE / "main_bare.cpp"], link)
         iso = folder / "iso"
         iso.mkdir(exist_ok=True)
         for path in (*LOADER, HERE / "isolinux.cfg", program):
             shutil.copy(path, iso)
-        command = ["xorriso", "-as", "mkisofs", "-quiet", "-o", str(folder / "program.iso"), "-b", "isolinux.bin", "-c", "boot.cat", "-no-emul-boot"]
+        command = [
+            "xorriso",
+            "-as",
+            "mkisofs",
+            "-quiet",
+            "-o",
+            str(folder / "program.iso"),
+            "-b",
+            "isolinux.bin",
+            "-c",
+            "boot.cat",
+            "-no-emul-boot",
+        ]
         subprocess.run([*command, "-boot-load-size", "4", "-boot-info-table", str(iso)], check=True, stderr=subprocess.DEVNULL)
         (folder / "bochsrc").write_text((HERE / "bochsrc").read_text().replace("MODEL", processor))
         (folder / "commands").write_text("c\n")

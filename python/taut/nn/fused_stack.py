@@ -37,9 +37,8 @@ class Rope:
         kind = module.rope_type if layer_type is None else module.rope_type[layer_type]
         self.steady = kind in _STEADY_ROPES
         self.buffer = "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"
-        self.made_from: tuple[Any, ...] = ()
-        self.base = 0
-        self.cos = self.sin = torch.empty(0)
+        # The first position, cos and sin of those from there on, and what they were made from; one tuple, for threads' sake.
+        self.table: tuple[int, Tensor, Tensor, Tensor, int] | None = None
 
     def _compute(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         return self.module(x, positions) if self.layer_type is None else self.module(x, positions, self.layer_type)
@@ -48,21 +47,19 @@ class Rope:
         """cos and sin of the new tokens: of ``positions``, which lie between ``first`` and ``last``, or (None) of all those."""
         if not self.steady or last - first >= _ROPE_ROWS:
             return self._compute(x, torch.arange(first, last + 1)[None] if positions is None else positions)
-        frequencies = self.module._buffers[self.buffer]
-        made_from = frequencies, frequencies._version, x.dtype
-        known = self.made_from
+        frequencies, table = self.module._buffers[self.buffer], self.table
         if (
-            not known or known[0] is not frequencies or known[1:] != made_from[1:]
-            or first < self.base or last >= self.base + self.cos.shape[1]
+            table is None or table[3] is not frequencies or table[4] != frequencies._version or table[1].dtype != x.dtype
+            or first < table[0] or last >= table[0] + 2 * _ROPE_ROWS
         ):  # fmt: skip
-            self.base = first
             with torch.inference_mode(False), torch.no_grad():
-                self.cos, self.sin = self._compute(x.new_empty(0), torch.arange(first, first + 2 * _ROPE_ROWS)[None])
-            self.made_from = made_from
+                cos, sin = self._compute(torch.empty(0, dtype=x.dtype), torch.arange(first, first + 2 * _ROPE_ROWS)[None])
+            table = self.table = first, cos, sin, frequencies, frequencies._version
+        base, cos, sin = table[:3]
         if positions is None or positions.numel() == 1:
-            return self.cos.narrow(1, first - self.base, last - first + 1), self.sin.narrow(1, first - self.base, last - first + 1)
-        rows = positions - self.base
-        return F.embedding(rows, self.cos[0]), F.embedding(rows, self.sin[0])
+            return cos.narrow(1, first - base, last - first + 1), sin.narrow(1, first - base, last - first + 1)
+        rows = positions - base
+        return F.embedding(rows, cos[0]), F.embedding(rows, sin[0])
 
 
 class StackPlan:
@@ -196,7 +193,9 @@ def write(
     plan = _plan_of(stack)
     if plan is None or not plan.free() or not make_growing(cache, plan.count) or not 0 < tokens <= MOST_TOKENS:
         return None
-    if config._attn_implementation not in ("sdpa", "eager") or config.output_attentions or config.output_hidden_states:
+    if config.num_hidden_layers != plan.count or config._attn_implementation not in ("sdpa", "eager"):
+        return None
+    if config.output_attentions or config.output_hidden_states or not config.return_dict:
         return None
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2):
         return None
@@ -221,7 +220,7 @@ def write(
     else:
         first, last = map(int, torch.aminmax(position_ids))
     ropes = [rope.rows(x, position_ids, first, last) for rope in plan.ropes]
-    ints = plan.ints
+    ints = plan.ints.copy()  # WHY: other threads may write with this model
     ints[_BEGIN::_INTS] = [layer.begin for layer in layers]
     ints[_LENGTH::_INTS] = [layer.end for layer in layers]
     with torch._C._AutoDispatchBelowAutograd():
