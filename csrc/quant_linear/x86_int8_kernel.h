@@ -189,29 +189,27 @@ struct Int8Kernel {
         TAUT_FOR (int r = 0; r < kRows; r++) Isa::store_strips(sums + (i * Isa::kStrips * kRows + r) * 8, kStreams > 1 ? kRows * 8 : 0, total[i][r]);
   }
 
-  // k-blocks [block0, block0 + k_blocks) of one strip, to its half of the panel.
+  // k-blocks [block0, block0 + k_blocks) of one strip, to its half of the panel; where a vector holds two strips, of both, when
+  // asked for the first (the last strip of an odd number is paired with itself).
   template <bool kZeros, Format kFormat, class PanelT>
   static void unpack(const Strips& s, int64_t strip, int64_t block0, int64_t k_blocks, int half_of_panel, PanelT& panel) {
-    using W = Decode<Simd256, kFormat>;
+    using W = Weight<kFormat>;
+    if (Isa::kStrips == 2 && half_of_panel == 1) return;
     constexpr int kPasses = passes<kFormat>;
     constexpr int64_t kRow = kPanelStrips * 32;
+    const int64_t far = strip + 1 < s.layout.num_strips() ? s.strip_bytes : 0;
     BlockCursor at(s, strip, block0);
     for (int64_t b = 0; b < k_blocks; b++, at.next()) {
-      __m256 scale[W::kScales];
-      W::load_scales(at.scales(), 0, scale);
-      TAUT_FOR (int h = 0; h < W::kScales; h++) _mm256_store_ps(panel.scales + ((b * W::kScales + h) * kPanelStrips + half_of_panel) * 8, scale[h]);
-      if (kZeros) {
-        __m256i z = Simd256::widen(at.zeros(), 0);
-        if (!Isa::kInt32) z = Simd256::twice16(z);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(panel.zeros + (b * kPanelStrips + half_of_panel) * 8), z);
-      }
+      Floats scale[W::kScales];
+      W::load_scales(at.scales(), far, scale);
+      TAUT_FOR (int h = 0; h < W::kScales; h++) Isa::store_floats(panel.scales + ((b * W::kScales + h) * kPanelStrips + half_of_panel) * 8, scale[h]);
+      if (kZeros) *reinterpret_cast<Bytes*>(panel.zeros + (b * kPanelStrips + half_of_panel) * 8) = zeros(at.zeros(), far);
       uint8_t* out = panel.codes + b * kPasses * 8 * kRow + half_of_panel * 32;
       TAUT_FOR (int c = 0; c < W::kSteps; c++) {
-        const __m256i packed = W::load(at.codes, 0, c);
+        const Bytes packed = W::load(at.codes, far, c);
         TAUT_FOR (int half = 0; half < W::kHalves; half++)
           TAUT_FOR (int pass = 0; pass < kPasses; pass++)
-            _mm256_store_si256(reinterpret_cast<__m256i*>(out + (pass * 8 + c + 4 * half) * kRow),
-                               kPasses == 2 ? W::code_pass(packed, half, pass) : W::code(packed, half));
+            *reinterpret_cast<Bytes*>(out + (pass * 8 + c + 4 * half) * kRow) = kPasses == 2 ? W::code_pass(packed, half, pass) : W::code(packed, half);
       }
     }
   }
