@@ -6,7 +6,8 @@ some tokens that follow, so that its cache is checked, too. One whose prediction
 
 A sample of a prompt is the time from its ids to the first token after it; of decoding, the time between the first token and the
 last, over the tokens between. Counted: the bytes of the weights a step reads and of the cache; two operations a weight and token,
-in int8 where the activations are, and attention's. A JSON line holds what a layer's line holds, and tokens_s, cosine (of the
+in int8 where the activations are, and attention's. Bytes bound a decoding step as if all came from memory: a share of the roofline
+above 1 says that a small model's weights stayed in the cache. A JSON line holds what a layer's line holds, and tokens_s, cosine (of the
 centred logits, the least over the checked positions), kl (mean, nats), top1 (share of positions with the same likeliest token), note.
 """
 
@@ -285,10 +286,7 @@ def _result(running: Running, kind: str, model: str, shape: Shape, work: Work, c
         )
     int8 = running.contender.bits <= 8
     flops, int8_ops = (attention, linear) if int8 else (attention + linear, 0)
-    # WHY no bound from bytes: whether the weights of a small model stay in the cache from token to token is not known
-    cached = facts["weight_bytes"] <= ceilings.last_cache_bytes
-    least = ceilings.least_seconds(0 if cached else nbytes, flops, int8_ops)
-    share = least / (timing.median_us * 1e-6 * tokens)
+    share = ceilings.least_seconds(nbytes, flops, int8_ops) / (timing.median_us * 1e-6 * tokens)
     case = f"{model}/{kind}{tokens}"
     return Result(
         case, running.contender, timing, nbytes / tokens, flops / tokens, int8_ops / tokens, share, running.fidelity, facts["note"]

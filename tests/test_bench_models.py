@@ -244,6 +244,7 @@ def test_counts_of_a_result() -> None:
     assert prompt.int8_ops == 2 * shape.layer_weights + 2 * shape.head_weights / 20
     assert decode.tokens_s == 1e5
     assert prompt.share == pytest.approx(CEILINGS.least_seconds(prompt.nbytes, prompt.flops, prompt.int8_ops) / 10e-6)
+    assert decode.share == pytest.approx(CEILINGS.least_seconds(decode.nbytes, decode.flops, decode.int8_ops) / 10e-6)
 
 
 # ---- the README table

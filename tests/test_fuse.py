@@ -511,3 +511,20 @@ def test_refused_settings_leave_the_model_as_it_was(arguments, message):
         taut.swap(model, **arguments)
     assert [type(module) for module in model.modules()] == types
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_changes_between_two_tokens_are_seen(calls):
+    _, fused = pair("llama")
+    ids, cache = prompt(1, 24), transformers.DynamicCache()
+    steps(fused, ids, (18, 1, 1), cache)
+    seen = []
+    calls.take()
+    handle = fused.model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
+    steps(fused, ids, (1,), cache)
+    assert (len(seen), *calls.take()) == (1, 1, 0)
+    handle.remove()
+    steps(fused, ids, (1,), cache)
+    assert calls.take() == (0, 1)
+    fused.model.layers[1].mlp.up_proj = torch.nn.Linear(64, 96, bias=False)
+    steps(fused, ids, (1, 1), cache)
+    assert calls.take() == (2, 0)

@@ -213,6 +213,9 @@ class Plan:
         slots += [(norm._parameters, "weight", norm.weight) for norm in norms]
         slots += [(module.__dict__, "training", False) for module in (layer, attention, mlp)]
         self.holders, self.keys, self.held = (list(column) for column in zip(*slots, strict=True))
+        self.linears = [
+            (parent._modules, key, child) for parent in (attention, mlp) for key, child in parent._modules.items() if child in linears
+        ]
         self.biases = [(linear.bias, linear.bias.data_ptr()) for linear in linears if linear.bias is not None]
         self.hooks = [hooks for child in children for hooks in (child._forward_hooks, child._forward_pre_hooks)]
         self.own = [child.__dict__ for child in children]
