@@ -83,7 +83,7 @@ struct Case {
   WeightSpec weight;
   int64_t M;
   DType dtype;
-  bool bias;
+  bool bias, residual;
   Activations activations;
   Data data;
 };
@@ -97,7 +97,7 @@ void print_case(const Case& c) {
   if (c.weight.zeros) print(" with zeros");
   print(" group "), print_integer(c.weight.group_size), print(" M="), print_integer(c.M), print(" N="), print_integer(c.weight.N);
   print(" K="), print_integer(c.weight.K), print(" activations "), print(kActivationNames[static_cast<int>(c.activations)]);
-  print(" "), print(kDTypeNames[static_cast<int>(c.dtype)]), print(c.bias ? " bias, " : ", "), print(kDataNames[static_cast<int>(c.data)]);
+  print(" "), print(kDTypeNames[static_cast<int>(c.dtype)]), print(c.bias ? " bias" : ""), print(c.residual ? " residual, " : ", "), print(kDataNames[static_cast<int>(c.data)]);
 }
 
 // A packed weight written code by code through the offsets of Rows8, and the numbers it stands for.
@@ -199,13 +199,14 @@ struct Weight {
 };
 
 struct Inputs {
-  std::vector<uint8_t> x, bias;
+  std::vector<uint8_t> x, bias, residual;
   int64_t stride;
 
   explicit Inputs(const Case& c) : stride(c.weight.K + (c.M % 2 ? 3 : 0)) {
     const int64_t element = dtype_bytes(c.dtype), K = c.weight.K;
     x.resize(((c.M - 1) * stride + K) * element);
     if (c.bias) bias.resize(c.weight.N * element);
+    if (c.residual) residual.resize(c.M * c.weight.N * element);
     for (int64_t m = 0; m < c.M; m++)
       for (int64_t k = 0; k < K; k++) {
         float value = random_float() * (k % 37 == 3 ? 20.0f : 1.0f);
@@ -219,6 +220,8 @@ struct Inputs {
       }
     for (int64_t n = 0; c.bias && n < c.weight.N; n++)
       store_float(bias.data(), n, c.dtype, c.data == Data::kSmallIntegers ? static_cast<float>(n % 9) : random_float());
+    for (int64_t i = 0; c.residual && i < c.M * c.weight.N; i++)
+      store_float(residual.data(), i, c.dtype, c.data == Data::kSmallIntegers ? static_cast<float>(i % 7) : random_float());
   }
 };
 
@@ -283,8 +286,9 @@ bool matches(const Case& c, const Params& p, const Weight& weight, const uint8_t
         if (std::isnan(truth) ? !std::isnan(value) : value != truth) return false;
         continue;
       }
-      const double bias = p.bias ? load_float(p.bias, n, c.dtype) : 0.0;
-      double size = std::fabs(bias);
+      const double bias = p.bias ? load_float(p.bias, n, c.dtype) : 0.0, residual = p.residual ? load_float(p.residual, *where, c.dtype) : 0.0;
+      const double added = std::fabs(bias) + std::fabs(residual);
+      double size = added;
       for (int64_t k = 0; k < K; k++)
         size += std::fabs(load_float(p.x, m * p.x_row_stride + k, c.dtype)) * (std::fabs(weight.values[n * K + k]) + weight.steps[n * K + k]);
       const double error = std::fabs(value - truth);
@@ -293,8 +297,8 @@ bool matches(const Case& c, const Params& p, const Weight& weight, const uint8_t
                             c.weight.format != Format::kNf4;
       const bool exact = c.data == Data::kSmallIntegers && c.activations == Activations::kFloat && c.weight.format != Format::kNf4 &&
                          c.weight.format != Format::kFp8E4M3 && c.weight.format != Format::kFp8Block;
-      double allowed = integers ? 6 * 0x1p-23 * std::fabs(truth - bias) : 4 * 0x1p-24 * std::sqrt(static_cast<double>(K) + 16) * size;
-      allowed += rounding * (std::fabs(truth) + (integers ? std::fabs(bias) : 0)) + 0x1p-140;
+      double allowed = integers ? 6 * 0x1p-23 * std::fabs(truth - bias - residual) : 4 * 0x1p-24 * std::sqrt(static_cast<double>(K) + 16) * size;
+      allowed += rounding * (std::fabs(truth) + (integers ? added : 0)) + 0x1p-140;
       if (c.dtype == DType::kFloat16) allowed += 0x1p-24;
       if (exact) allowed = 0;
       if (!(error <= allowed)) return false;
@@ -316,7 +320,7 @@ void check_truth(const Case& c, const Params& p, const Weight& weight, const uin
     tally.cases++;
     for (int64_t m = 0; m < c.M; m++)
       for (int64_t n = 0; n < N; n++) {
-        double sum = p.bias ? load_float(p.bias, n, c.dtype) : 0.0, size = std::fabs(sum);
+        double sum = (p.bias ? load_float(p.bias, n, c.dtype) : 0.0) + (p.residual ? load_float(p.residual, m * N + n, c.dtype) : 0.0), size = std::fabs(sum);
         for (int64_t k = 0; k < K; k++) {
           const double term = load_float(p.x, m * p.x_row_stride + k, c.dtype) * weight.values[n * K + k];
           sum += term, size += std::fabs(term);
@@ -335,6 +339,7 @@ void run_case(const Case& c) {
   const int64_t bytes = c.M * c.weight.N * dtype_bytes(c.dtype);
   Params p{};
   p.x = in.x.data(), p.x_row_stride = in.stride, p.packed = weight.packed, p.bias = c.bias ? in.bias.data() : nullptr;
+  p.residual = c.residual ? in.residual.data() : nullptr;
   p.dtype = c.dtype, p.M = c.M, p.weight = c.weight, p.activations = c.activations, p.num_threads = 1;
   Output expected(bytes);
   p.out = expected.data();
@@ -414,7 +419,7 @@ int run_all(bool thorough, const char* required) {
       if (quant_linear::refused_activations(format, mode)) continue;
       const auto next = [&](int64_t M, int64_t N, int64_t K, Data data, int dtype) {
         turn++;
-        run_case({{format, N, K, group, zeros}, M, static_cast<DType>(dtype), turn % 2 == 0, static_cast<Activations>(mode), data});
+        run_case({{format, N, K, group, zeros}, M, static_cast<DType>(dtype), turn % 2 == 0, turn % 5 == 0, static_cast<Activations>(mode), data});
       };
       if (!thorough) {
         next(1 + turn % 4, 17, 130, Data::kRandom, 0);
@@ -434,7 +439,7 @@ int run_all(bool thorough, const char* required) {
   });
   // more rows than a chunk of the tiles, and more k than a panel
   if (thorough)
-    for (int mode = 0; mode < 2; mode++) run_case({{Format::kInt4, 9, 40, 32, true}, 530, DType::kFloat32, true, static_cast<Activations>(mode), Data::kRandom});
+    for (int mode = 0; mode < 2; mode++) run_case({{Format::kInt4, 9, 40, 32, true}, 530, DType::kFloat32, true, false, static_cast<Activations>(mode), Data::kRandom});
 
   int failures = 0;
   print_padded("impl", 30), print_padded("format", 18), print(" cases  planted faults found  worst |error| / sum |x||w|  share of allowed\n");
