@@ -92,7 +92,7 @@ TAUT_INLINE void store_lanes(const FloatLanes& v, void* base, int64_t index, int
 TAUT_INLINE float sum_lanes(const FloatLanes& v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 
 // x to e^x, within 2 units in the last place; 0 below -87 (where fp32 is about to be subnormal), infinity above 88.72.
-TAUT_INLINE void exp8(FloatLanes& x) {
+TAUT_INLINE void exp_lanes(FloatLanes& x) {
   const FloatLanes input = x, magic = FloatLanes{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   x = (x > -87.0f) ? x : FloatLanes{} - 87.0f;                     // a NaN too
   const FloatLanes shifted = x * 1.44269504f + magic, n = shifted - magic;
@@ -109,21 +109,21 @@ TAUT_INLINE void exp8(FloatLanes& x) {
 }
 
 // x to x * sigmoid(x)
-TAUT_INLINE void silu8(FloatLanes& x) {
+TAUT_INLINE void silu_lanes(FloatLanes& x) {
   FloatLanes e = -x;
-  exp8(e);
+  exp_lanes(e);
   x = x / (e + 1.0f);
 }
 
 // x to x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))), by 1 + tanh(u) = 2 * sigmoid(2u)
-TAUT_INLINE void gelu_tanh8(FloatLanes& x) {
+TAUT_INLINE void gelu_tanh_lanes(FloatLanes& x) {
   FloatLanes e = (x * x * x * 0.044715f + x) * -1.5957691216057308f;
-  exp8(e);
+  exp_lanes(e);
   x = x / (e + 1.0f);
 }
 
 // x to x/2 * (1 + erf(x / sqrt(2)))
-TAUT_INLINE void gelu_erf8(FloatLanes& x) {
+TAUT_INLINE void gelu_erf_lanes(FloatLanes& x) {
   const FloatLanes a = x * 0.70710678118654752f, s = a * a, t = reinterpret_cast<FloatLanes>(reinterpret_cast<UintLanes>(a) & 0x7fffffffu);
   FloatLanes small = s * -5.96761703e-4f + 4.99119423e-3f;
   small = small * s - 2.67681349e-2f;
@@ -136,10 +136,23 @@ TAUT_INLINE void gelu_erf8(FloatLanes& x) {
   large = large * t - 6.34846687e-1f;
   large = large * t - 1.28717512e-1f;
   large = large * t - t;
-  exp8(large);
+  exp_lanes(large);
   large = 1.0f - large;
   large = (a < 0.0f) ? -large : large;
   x = x * 0.5f * (1.0f + ((t > 0.927734375f) ? large : small));
+}
+
+// x to tanh(x); a polynomial near zero, where 1 - 2 / (1 + e^2x) would lose digits
+TAUT_INLINE void tanh_lanes(FloatLanes& x) {
+  const FloatLanes s = x * x, t = reinterpret_cast<FloatLanes>(reinterpret_cast<UintLanes>(x) & 0x7fffffffu);
+  FloatLanes small = s * -5.70498872745e-3f + 2.06390887954e-2f;
+  small = small * s - 5.37397155531e-2f;
+  small = small * s + 1.33314422036e-1f;
+  small = small * s - 3.33332819422e-1f;
+  small = small * s * x + x;
+  FloatLanes e = x + x;
+  exp_lanes(e);
+  x = (t > 0.625f) ? 1.0f - 2.0f / (e + 1.0f) : small;
 }
 
 // out[K] = row as fp32; returns the sum of its squares, kept in 32 lanes.

@@ -18,6 +18,11 @@ struct Avx512Bw : Simd512 {
   static constexpr int64_t kPanelBytes = 8192;
 
   using X = Bytes;
+  static TAUT_INLINE Bytes broadcast4(const uint8_t* p) {
+    Bytes v;
+    asm volatile("vpbroadcastd %1,%0" : "=v"(v) : "m"(*reinterpret_cast<const int32_t*>(p)));
+    return v;
+  }
   static TAUT_INLINE X at(const uint8_t* p) { return broadcast4(p); }
   // WHY asm: as in cpu_int8_avx2.cpp, one running sum.
   static TAUT_INLINE void dot(Bytes& sum, Bytes codes, X x) {

@@ -55,8 +55,7 @@ struct Int8NeonDot : NeonInt8<false> {
                   TAUT_FOR (int r = 0; r < kRows; r++) sum[r] = vdotq_laneq_s32(sum[r], chunk, x[r][kChunk / 4], kChunk % 4);
                 });
                 const float32x4_t scale = load_scales<kFormat>(w + i * stride + g * scale_bytes + part * 8, half);
-                TAUT_FOR (int r = 0; r < kRows; r++)
-                  total[i][r][half] = vfmaq_f32(total[i][r][half], vcvtq_f32_s32(sum[r]), vmulq_n_f32(scale, multiple[r]));
+                TAUT_FOR (int r = 0; r < kRows; r++) total[i][r][half] = vfmaq_f32(total[i][r][half], vcvtq_f32_s32(sum[r]), vmulq_n_f32(scale, multiple[r]));
               });
             }
         }

@@ -21,9 +21,9 @@ inline void glu_row(Prologue prologue, const void* base, int64_t index, int64_t 
       store_lanes<DType::kFloat32>(gate * up, out, k, count);
     }
   };
-  if (prologue == Prologue::kSiluGlu) each([](FloatLanes& v) __attribute__((always_inline)) { silu8(v); });
-  else if (prologue == Prologue::kGeluTanhGlu) each([](FloatLanes& v) __attribute__((always_inline)) { gelu_tanh8(v); });
-  else each([](FloatLanes& v) __attribute__((always_inline)) { gelu_erf8(v); });
+  if (prologue == Prologue::kSiluGlu) each([](FloatLanes& v) __attribute__((always_inline)) { silu_lanes(v); });
+  else if (prologue == Prologue::kGeluTanhGlu) each([](FloatLanes& v) __attribute__((always_inline)) { gelu_tanh_lanes(v); });
+  else each([](FloatLanes& v) __attribute__((always_inline)) { gelu_erf_lanes(v); });
 }
 
 // Row m of prologue(x) as fp32, zero-padded to padded_k: x itself where that is what it already is, else a copy in `buffer`.

@@ -21,8 +21,7 @@
 namespace taut::quant_linear {
 namespace {
 
-using Int8Formats =
-    Formats<Format::kTernary, Format::kInt2, Format::kInt3, Format::kInt4, Format::kNf4, Format::kMxfp4, Format::kNvfp4, Format::kInt8>;
+using Int8Formats = Formats<Format::kTernary, Format::kInt2, Format::kInt3, Format::kInt4, Format::kNf4, Format::kMxfp4, Format::kNvfp4, Format::kInt8>;
 
 // The multiple m of a row and block: with 16-bit sums it does their widening, in integers; with 32-bit sums, which it could
 // overflow, it goes to the weights' scales.
@@ -63,7 +62,7 @@ struct Int8Kernel {
   template <Format kFormat>
   static constexpr int64_t panel_k = Isa::kPanelBytes / 16 / passes<kFormat>;
   template <Format kFormat, int kRows>
-  static constexpr int streams = Isa::kStrips > 1 || kRows == 1          ? 4
+  static constexpr int streams = Isa::kStrips > 1 || kRows == 1      ? 4
                                  : parts<kFormat> == 1 || kRows == 2 ? 2
                                                                      : 1;
 
@@ -157,8 +156,7 @@ struct Int8Kernel {
                 const int chunk = c + 4 * half;
                 Bytes code[kPasses][kVectors];
                 TAUT_FOR (int i = 0; i < kVectors; i++)
-                  TAUT_FOR (int pass = 0; pass < kPasses; pass++)
-                    code[pass][i] = kPasses == 2 ? W::code_pass(packed[i], half, pass) : W::code(packed[i], half);
+                  TAUT_FOR (int pass = 0; pass < kPasses; pass++) code[pass][i] = kPasses == 2 ? W::code_pass(packed[i], half, pass) : W::code(packed[i], half);
                 TAUT_FOR (int r = 0; r < kRows; r++) {
                   const typename Isa::X x = Isa::at(a + (chunk * kRows + r) * 4);
                   TAUT_FOR (int i = 0; i < kVectors; i++)

@@ -145,7 +145,11 @@ struct Simd512 {
   static TAUT_INLINE Bytes multiply16(Bytes a, Bytes b) { return _mm512_mullo_epi16(a, b); }
   static TAUT_INLINE Bytes twice16(Bytes v) { return v | _mm512_slli_epi32(v, 16); }
   static TAUT_INLINE Bytes broadcast4(const uint8_t* p) { return _mm512_set1_epi32(load_as<int32_t>(p)); }
-  static TAUT_INLINE Bytes load_bytes(const uint8_t* p) { return _mm512_load_si512(p); }
+  static TAUT_INLINE Bytes load_bytes(const uint8_t* p) {
+    Bytes v;
+    asm volatile("vmovdqa64 %1,%0" : "=v"(v) : "m"(*reinterpret_cast<const Bytes*>(p)));
+    return v;
+  }
   // Totals of a tile are in registers: no accumulate().
 };
 #endif

@@ -26,6 +26,7 @@ namespace taut {
 int num_workers = 1;
 thread_local bool inside_task = false;
 
+bool in_team() { return false; }
 void run_tasks(int64_t num_tasks, TaskBody body, void* context) {
   if (num_workers == 1 || inside_task) {
     for (int64_t task = 0; task < num_tasks; task++) body(context, task);
