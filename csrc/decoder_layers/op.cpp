@@ -15,6 +15,7 @@ constexpr const char* kSchema =
     "decoder_layers(Tensor x, Tensor[] cos, Tensor[] sin, Tensor? mask, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor[] weights, int[] sizes, int[] layers, "
     "float[] numbers) -> Tensor";
 
+#if defined(__x86_64__)
 const char* needs_avx2(const Params& p) {
   if (!cpu_features().avx2) return "this processor has no AVX2, FMA and F16C";
   return p.head_dim % 8 == 0 ? nullptr : "head_dim is no multiple of 8";
@@ -23,11 +24,14 @@ const char* needs_avx512(const Params& p) {
   if (!cpu_features().avx512vnni) return "this processor has no AVX-512 F, BW, DQ, VL and VNNI";
   return p.head_dim % 16 == 0 ? nullptr : "head_dim is no multiple of 16";
 }
+#endif
 
 // Attention's arithmetic; which matmul runs is quant_linear's affair.
 constexpr Impl<Params> kImpls[] = {
+#if defined(__x86_64__)
     {"cpu_avx512vnni", needs_avx512, always, cpu_avx512vnni::run},
     {"cpu_avx2", needs_avx2, always, cpu_avx2::run},
+#endif
     {"cpu_scalar", always, always, cpu_scalar::run},
 };
 
