@@ -4,12 +4,12 @@
 namespace taut {
 
 struct CpuFeatures {
-  bool avx2 = false;          // AVX2, FMA and F16C, and the OS saves ymm
-  bool avxvnni = false;       // AVX-VNNI besides: vpdpbusd of 256 bits without AVX-512
-  bool avx512bw = false;      // AVX-512 F, DQ, BW and VL, and the OS saves zmm
-  bool avx512vnni = false;    // AVX-512 VNNI besides
-  bool avx512bf16 = false;    // AVX-512 BF16 besides
-  bool amx_int8 = false;      // AMX tiles with int8, and the OS grants them
+  bool avx2 = false;        // AVX2, FMA and F16C, and the OS saves ymm
+  bool avxvnni = false;     // AVX-VNNI besides: vpdpbusd of 256 bits without AVX-512
+  bool avx512bw = false;    // AVX-512 F, DQ, BW and VL, and the OS saves zmm
+  bool avx512vnni = false;  // AVX-512 VNNI besides
+  bool avx512bf16 = false;  // AVX-512 BF16 besides
+  bool amx_int8 = false;    // AMX tiles with int8, and the OS grants them
   bool neon = false;        // 64-bit ARM
   bool neondot = false;     // ARM sdot (dotprod)
   bool i8mm = false;        // ARM smmla besides

@@ -50,8 +50,7 @@ struct Int8I8mm : NeonInt8<true> {
           }
         }
         float32x4_t m[kRowPairs];
-        TAUT_FOR (int r = 0; r < kRowPairs; r++)
-          m[r] = vcombine_f32(vdup_n_f32(multiple[2 * r]), vdup_n_f32(multiple[2 * r + 1 < kRows ? 2 * r + 1 : 2 * r]));
+        TAUT_FOR (int r = 0; r < kRowPairs; r++) m[r] = vcombine_f32(vdup_n_f32(multiple[2 * r]), vdup_n_f32(multiple[2 * r + 1 < kRows ? 2 * r + 1 : 2 * r]));
         asm("" : "+r"(totals));  // WHY: gcc 12 keeps them in registers from one time to the next, and spills
         TAUT_FOR (int j = 0; j < kColumnPairs; j++) {
           const float32x4_t scale = twice(scales + j * 2);

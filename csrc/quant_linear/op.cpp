@@ -45,6 +45,8 @@ const char* needs_int8_i8mm(const Params& p) { return cpu_features().i8mm ? need
 
 const char* needs_int8_neondot(const Params& p) { return cpu_features().neondot ? needs_int8(p) : "this processor has no dot products (sdot)"; }
 
+const char* needs_int8_neon(const Params& p) { return cpu_features().neon ? needs_int8(p) : "this processor has no NEON"; }
+
 const char* needs_float_neon(const Params& p) { return cpu_features().neon ? needs_float(p) : "this processor has no NEON"; }
 #endif
 
@@ -70,6 +72,8 @@ constexpr Impl<Params> kImpls[] = {
     {"cpu_neondot.int8_small", needs_int8_neondot, int8_small_m, cpu_int8_neondot::run_small},
     {"cpu_i8mm.int8_tile", needs_int8_i8mm, always, cpu_int8_i8mm::run_tile},
     {"cpu_neondot.int8_tile", needs_int8_neondot, always, cpu_int8_neondot::run_tile},
+    {"cpu_neon.int8_small", needs_int8_neon, int8_small_m, cpu_int8_neon::run_small},
+    {"cpu_neon.int8_tile", needs_int8_neon, always, cpu_int8_neon::run_tile},
     {"cpu_neon.float_small", needs_float_neon, float_small_m, cpu_float_neon::run_small},
     {"cpu_neon.float_tile", needs_float_neon, always, cpu_float_neon::run_tile},
 #endif

@@ -11,6 +11,7 @@
 
 namespace taut {
 
+bool in_team() { return false; }
 void run_tasks(int64_t num_tasks, TaskBody body, void* context) {
   for (int64_t task = 0; task < num_tasks; task++) body(context, task);
 }
@@ -97,7 +98,8 @@ void print_case(const Case& c) {
   if (c.weight.zeros) print(" with zeros");
   print(" group "), print_integer(c.weight.group_size), print(" M="), print_integer(c.M), print(" N="), print_integer(c.weight.N);
   print(" K="), print_integer(c.weight.K), print(" activations "), print(kActivationNames[static_cast<int>(c.activations)]);
-  print(" "), print(kDTypeNames[static_cast<int>(c.dtype)]), print(c.bias ? " bias" : ""), print(c.residual ? " residual, " : ", "), print(kDataNames[static_cast<int>(c.data)]);
+  print(" "), print(kDTypeNames[static_cast<int>(c.dtype)]), print(c.bias ? " bias" : ""), print(c.residual ? " residual, " : ", "),
+      print(kDataNames[static_cast<int>(c.data)]);
 }
 
 // A packed weight written code by code through the offsets of Rows8, and the numbers it stands for.
@@ -434,12 +436,14 @@ int run_all(bool thorough, const char* required) {
       for (const int64_t N : kWidths)
         for (const int64_t K : kDepths) next(kRows[turn % 10], N, K, Data::kRandom, static_cast<int>(turn % 3));
       for (const Data data : {Data::kHighest, Data::kLowest, Data::kSmallIntegers, Data::kSpecial})
-        for (const int64_t M : {1, 4, 6, 13}) next(M, kWidths[turn % 7], kDepths[turn % 8], data, data == Data::kSmallIntegers ? 0 : static_cast<int>(turn % 3));
+        for (const int64_t M : {1, 4, 6, 13})
+          next(M, kWidths[turn % 7], kDepths[turn % 8], data, data == Data::kSmallIntegers ? 0 : static_cast<int>(turn % 3));
     }
   });
   // more rows than a chunk of the tiles, and more k than a panel
   if (thorough)
-    for (int mode = 0; mode < 2; mode++) run_case({{Format::kInt4, 9, 40, 32, true}, 530, DType::kFloat32, true, false, static_cast<Activations>(mode), Data::kRandom});
+    for (int mode = 0; mode < 2; mode++)
+      run_case({{Format::kInt4, 9, 40, 32, true}, 530, DType::kFloat32, true, false, static_cast<Activations>(mode), Data::kRandom});
 
   int failures = 0;
   print_padded("impl", 30), print_padded("format", 18), print(" cases  planted faults found  worst |error| / sum |x||w|  share of allowed\n");
