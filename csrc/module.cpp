@@ -55,7 +55,7 @@ PYBIND11_MODULE(_C, m) {
         d["avx512bw"] = f.avx512bw;
         d["avx512vnni"] = f.avx512vnni;
         d["avx512bf16"] = f.avx512bf16;
-        d["amx_int8"] = f.amx_int8;
+        d["amx"] = f.amx;
         d["neon"] = f.neon;
         d["neondot"] = f.neondot;
         d["i8mm"] = f.i8mm;

@@ -24,6 +24,37 @@ def tiny_llama() -> torch.nn.Module:
     return transformers.LlamaForCausalLM(config).eval()
 
 
+_SIZES = {
+    "vocab_size": len(WORDS), "hidden_size": HIDDEN, "intermediate_size": MLP, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS, "max_position_embeddings": POSITIONS, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 0,
+}  # fmt: skip
+_TYPES = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+# family -> the name of its configuration, and what makes it different from a Llama
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "llama": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {"sliding_window": 8, "head_dim": 16}),
+    "qwen2": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 8, "layer_types": _TYPES}),
+    "qwen3": ("Qwen3Config", {"head_dim": 32}),
+    "gemma2": ("Gemma2Config", {"head_dim": 32, "sliding_window": 8, "layer_types": _TYPES, "query_pre_attn_scalar": 24}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 32, "sliding_window": 8, "layer_types": _TYPES, "query_pre_attn_scalar": 24}),
+    "phi3": ("Phi3Config", {"partial_rotary_factor": 0.5}),
+}
+
+
+def tiny(family: str, **changes) -> torch.nn.Module:
+    """A random causal language model of a family of FAMILIES. Norms and biases are random too, so that each of them counts."""
+    torch.manual_seed(0)
+    kind, own = FAMILIES[family]
+    config = getattr(transformers, kind)(**{**_SIZES, **own, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            offset = 0.0 if name.endswith("bias") or family.startswith("gemma") else 1.0
+            parameter.data = offset + 0.3 * torch.randn_like(parameter)
+    return model
+
+
 def byte_tokenizer(chat: bool) -> transformers.PreTrainedTokenizerFast:
     tokenizer = Tokenizer(BPE(vocab={word: index for index, word in enumerate(WORDS)}, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

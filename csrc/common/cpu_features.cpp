@@ -48,7 +48,7 @@ CpuFeatures detect() {
     features.avxvnni = features.avx2 && (a71 & (1u << 4));
     features.avx512bf16 = features.avx512vnni && (a71 & (1u << 5));
   }
-  features.amx_int8 = features.avx512vnni && tiles && (d7 & (1u << 24)) && (d7 & (1u << 25)) && request_amx_tiles();
+  features.amx = features.avx512bf16 && tiles && (d7 & (1u << 22)) && (d7 & (1u << 24)) && (d7 & (1u << 25)) && request_amx_tiles();
   return features;
 }
 

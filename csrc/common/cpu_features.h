@@ -9,7 +9,7 @@ struct CpuFeatures {
   bool avx512bw = false;    // AVX-512 F, DQ, BW and VL, and the OS saves zmm
   bool avx512vnni = false;  // AVX-512 VNNI besides
   bool avx512bf16 = false;  // AVX-512 BF16 besides
-  bool amx_int8 = false;    // AMX tiles with int8, and the OS grants them
+  bool amx = false;         // AMX tiles with int8 and bf16, AVX-512 VNNI and BF16 besides, and the OS grants them
   bool neon = false;        // 64-bit ARM
   bool neondot = false;     // ARM sdot (dotprod)
   bool i8mm = false;        // ARM smmla besides

@@ -19,9 +19,12 @@ const char* int4_int8_fp8(const Params& p) {
   return !int4_int8(p) || p.weight.format == Format::kFp8E4M3 ? nullptr : "it computes with int4, int8 and fp8_e4m3 weights";
 }
 
+const char* takes_int8(const Params& p) {
+  return p.activations == Activations::kInt8 || p.activations == Activations::kInt8Row ? nullptr : "it computes with int8 activations";
+}
 const char* needs_int8(const Params& p) {
   if (const char* why = int4_int8(p)) return why;
-  return p.activations == Activations::kInt8 || p.activations == Activations::kInt8Row ? nullptr : "it computes with int8 activations";
+  return takes_int8(p);
 }
 
 const char* needs_float(const Params& p) {
@@ -39,6 +42,8 @@ const char* needs_int8_avx512bw(const Params& p) { return cpu_features().avx512b
 
 const char* needs_int8_avx512vnni(const Params& p) { return cpu_features().avx512vnni ? needs_int8(p) : "this processor has no AVX-512 VNNI"; }
 
+const char* needs_int8_amx(const Params& p) { return cpu_features().amx ? takes_int8(p) : "this processor has no AMX, or the system grants none"; }
+
 const char* needs_float_avx2(const Params& p) { return cpu_features().avx2 ? needs_float(p) : "this processor has no AVX2, FMA and F16C"; }
 #elif defined(__aarch64__)
 const char* needs_int8_i8mm(const Params& p) { return cpu_features().i8mm ? needs_int8(p) : "this processor has no I8MM (smmla)"; }
@@ -53,11 +58,13 @@ const char* needs_float_neon(const Params& p) { return cpu_features().neon ? nee
 // The small loops stream the packed weights and unpack them in registers, for up to 4 rows at a time; the tiles unpack
 // 16 rows of w once to L1 and reuse them for every row of x.
 const char* int8_small_m(const Params& p) { return p.M <= 16 ? nullptr : "above M=16 the tile is faster"; }
+const char* amx_m(const Params& p) { return p.M > 16 ? nullptr : "up to M=16 a C tile is mostly empty"; }
 const char* float_small_m(const Params& p) { return p.M <= 4 ? nullptr : "above M=4 the tile is faster"; }
 
 // In priority order. Every crossover is in this table, and nowhere else.
 constexpr Impl<Params> kImpls[] = {
 #if defined(__x86_64__)
+    {"cpu_amx.int8_tile", needs_int8_amx, amx_m, cpu_int8_amx::run},
     {"cpu_avx512vnni.int8_small", needs_int8_avx512vnni, int8_small_m, cpu_int8_avx512vnni::run_small},
     {"cpu_avx512vnni.int8_tile", needs_int8_avx512vnni, always, cpu_int8_avx512vnni::run_tile},
     {"cpu_avxvnni.int8_small", needs_int8_avxvnni, int8_small_m, cpu_int8_avxvnni::run_small},

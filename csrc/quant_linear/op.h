@@ -86,6 +86,9 @@ namespace cpu_int8_avx512vnni {
 void run_small(const Params&);
 void run_tile(const Params&);
 }  // namespace cpu_int8_avx512vnni
+namespace cpu_int8_amx {
+void run(const Params&);
+}
 namespace cpu_float_avx2 {
 void run_small(const Params&);
 void run_tile(const Params&);

@@ -5,6 +5,7 @@ from typing import Any
 from . import integrations
 from ._native import batch_invariant, build_info, cpu_features, explain, force_impl, list_impls
 from .formats import WeightFormat
+from .fuse import unfuse
 from .nn import QuantLinear
 from .roofline import Roofline, roofline
 from .swap import SwapReport, swap
@@ -12,7 +13,7 @@ from .swap import SwapReport, swap
 __version__ = build_info()["version"]
 __all__ = [
     "Config", "QuantLinear", "Roofline", "SwapReport", "WeightFormat", "batch_invariant", "build_info", "cpu_features", "explain",
-    "force_impl", "list_impls", "roofline", "save", "swap",
+    "force_impl", "list_impls", "roofline", "save", "swap", "unfuse",
 ]  # fmt: skip
 
 integrations.install()

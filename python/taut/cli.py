@@ -26,6 +26,9 @@ Weights = Annotated[str, typer.Option(help=_FORMATS)]
 GroupSize = Annotated[int | None, typer.Option(help="32, 64, 128, or 0 for one scale a row [default: the format's own]")]
 Zeros = Annotated[bool, typer.Option("--zeros", help="a zero point a group, for int2, int3 and int4")]
 Activations = Annotated[str, typer.Option(help="float, int8, int8_row, fp8_row, or auto: int8 on the CPU, float on CUDA")]
+Fuse = Annotated[
+    bool | None, typer.Option("--fuse/--no-fuse", help="run decoder layers as fused ops, at least one [default: those that can be]")
+]
 Skip = Annotated[list[str] | None, typer.Option(help="pattern of module names to leave alone; may be given again")]
 Dtype = Annotated[str, typer.Option(help="of what is not swapped: auto (the checkpoint's), float32, bfloat16, float16")]
 Threads = Annotated[int | None, typer.Option(help="threads to compute with [default: torch's own choice]")]
@@ -141,6 +144,7 @@ def quantize(
     zeros: Zeros = False,
     activations: Activations = "auto",
     skip: Skip = None,
+    fuse: Fuse = None,
     dtype: Dtype = "auto",
     force: Annotated[bool, typer.Option("--force", help="replace what DST holds; it stays whole until the new one is complete")] = False,
     threads: Threads = None,
@@ -148,7 +152,7 @@ def quantize(
     """Quantize a model and write it, with its tokenizer, where from_pretrained can read it."""
     from . import models
 
-    settings = models.Settings(weights, group_size, zeros, activations, tuple(skip or ()))
+    settings = models.Settings(weights, group_size, zeros, activations, tuple(skip or ()), fuse="auto" if fuse is None else fuse)
     _set_threads(threads)
     models.check_target(target.absolute(), force)
     found = models.find_source(source)
@@ -177,6 +181,7 @@ def generate(
     zeros: Zeros = False,
     activations: Activations = "auto",
     skip: Skip = None,
+    fuse: Fuse = None,
     dtype: Dtype = "auto",
     threads: Threads = None,
 ) -> None:  # fmt: skip
@@ -184,10 +189,12 @@ def generate(
     from . import models
 
     models.require_transformers()
+    from .fuse import unfuse
     from .generate import Sampling, generate_text
 
     sampling = Sampling(greedy, temperature, seed)
-    settings = None if weights is None else models.Settings(weights, group_size, zeros, activations, tuple(skip or ()))
+    how = "auto" if fuse is None else fuse
+    settings = None if weights is None else models.Settings(weights, group_size, zeros, activations, tuple(skip or ()), fuse=how)
     if weights is None and (group_size is not None or zeros or skip or activations != "auto"):
         raise ValueError("--group-size, --zeros, --activations and --skip are for swapping: give --weights as well")
     _set_threads(threads)
@@ -196,6 +203,8 @@ def generate(
     ids = models.prompt_tokens(tokenizer, sys.stdin.read() if prompt == "-" else prompt, chat)
     with _progress(f"loading {model}") as progress:
         loaded, report = models.load_model(found, dtype, settings, progress)
+    if fuse is False:  # also where the checkpoint is a swapped one
+        unfuse(loaded)
     if report is not None:
         typer.echo(str(report), err=True)
     typer.echo(str(generate_text(loaded, tokenizer, ids, max_new_tokens, sampling)), err=True)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .fuse import check_mode
 from .swap import RuleBook, SwapReport, swap
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,9 +32,11 @@ class Settings:
     activations: str = "auto"
     skip: tuple[str, ...] = ()
     rules: Mapping[str, Mapping | None] | None = None
+    fuse: bool | str = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "skip", tuple(self.skip))  # a list when it comes out of JSON
+        check_mode(self.fuse, strict=False)
         self.book()
 
     def book(self) -> RuleBook:

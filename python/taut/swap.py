@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from . import _native
+from . import fuse as fusing
 from .formats import ACTIVATIONS, FORMATS, KINDS, WeightFormat, check_activations, resolve_activations
 from .nn import QuantLinear
 
@@ -127,10 +128,12 @@ class Kept:
 
 @dataclass
 class SwapReport:
-    """What ``swap`` did: ``swapped`` and ``kept`` modules, each kept one with its reason; sizes in bytes."""
+    """What ``swap`` did: ``swapped`` and ``kept`` modules, each kept one with its reason; sizes in bytes. ``fused``: decoder
+    layers (and stacks of them) that run as fused ops, and with a reason those that do not."""
 
     swapped: list[Swapped] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
+    fused: list[fusing.Fused] = field(default_factory=list)
 
     @property
     def bytes_before(self) -> int:
@@ -147,7 +150,7 @@ class SwapReport:
         return (
             f"swapped {len(self.swapped)} linear layers{' to ' if kinds else ''}{'; '.join(kinds)}: {self.bytes_before / 1e6:.1f} MB -> "
             f"{self.bytes_after / 1e6:.1f} MB ({self.bytes_after / max(self.bytes_before, 1):.3f}); "
-            f"kept {len(self.kept)} modules, {sum(entry.bytes for entry in self.kept) / 1e6:.1f} MB"
+            f"kept {len(self.kept)} modules, {sum(entry.bytes for entry in self.kept) / 1e6:.1f} MB{fusing.summary(self.fused)}"
         )
 
     def __str__(self) -> str:
@@ -158,7 +161,7 @@ class SwapReport:
         for (kind, reason), entries in by_reason.items():
             names = ", ".join(entry.name for entry in entries[:3]) + (f" and {len(entries) - 3} more" if len(entries) > 3 else "")
             lines.append(f"kept {names} ({kind}, {sum(entry.bytes for entry in entries) / 1e6:.1f} MB): {reason}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *fusing.words(self.fused)])
 
 
 def held_bytes(model: nn.Module) -> dict[str, int]:
@@ -300,7 +303,7 @@ def nothing_to_swap(kept: Sequence[Kept]) -> str:
 def swap(
     model: nn.Module, weights: str = "int4", *, group_size: int | None = None, zeros: bool = False, activations: str = "auto",
     skip: Sequence[str] | None = None, rules: Mapping[str, Mapping | None] | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    fuse: bool | str = "auto", strict: bool = False, progress: Callable[[int, int, str], None] | None = None,
 ) -> SwapReport:  # fmt: skip
     """Replaces the ``nn.Linear`` layers of ``model`` by ``QuantLinear``, in place, one at a time.
 
@@ -311,6 +314,8 @@ def swap(
     8-bit floats): see ``taut.QuantLinear``. A model on a CUDA device stays there: its layers are quantized on the CPU, one at
     a time, and packed where they were; its weights can be int4, int8 or fp8_e4m3.
     ``skip``: patterns of names to leave alone. ``rules``: pattern -> settings, see ``RuleBook``.
+    ``fuse``: decoder layers whose linear layers are all low-bit then run as a few fused ops on the CPU (see README); "auto"
+    fuses what can be, True asks for at least one, False leaves them alone. ``strict``: every decoder layer must be fused.
     ``progress(done, total, name)`` is called before each layer. The output head is swapped only if a rule names it; one
     that is tied then gets low bits of its own beside the float embeddings. Other tied weights and modules taut does not
     know are kept, and named with their reason in the returned report. Raises ``ValueError`` for bad settings, a pattern
@@ -318,9 +323,11 @@ def swap(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    fusing.check_mode(fuse, strict)
     book = RuleBook(weights, group_size, zeros, activations, skip, rules)
     record = _recorder(model)
     chosen, kept = plan(model, book)
+    fusing.check_wanted(model, {id(module): rule for _, module, rule in chosen}, fuse, strict)
     tied = shared_weights(model)
     for name, module, rule in chosen:
         check_values(name, module.weight, rule)
@@ -340,9 +347,11 @@ def swap(
         del module
     if progress:
         progress(total, total, "")
+    if fuse is not False:
+        report.fused = fusing.fuse_model(model)
     if record is not None:
         settings = {"weights": weights, "group_size": group_size, "zeros": zeros, "activations": activations}
-        record(model, {**settings, "skip": skip, "rules": rules}, report)
+        record(model, {**settings, "skip": skip, "rules": rules, "fuse": fuse, "strict": strict}, report)
     return report
 
 

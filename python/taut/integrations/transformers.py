@@ -29,6 +29,7 @@ from transformers.quantizers.base import HfQuantizer, _assign_is_quantized
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import _native
+from .. import fuse as fusing
 from ..nn import QuantLinear
 from ..nn.quant_linear import PARTS
 from ..swap import Kept, Rule, RuleBook, SwapReport, check_values, held_bytes, make_rule, plan, swapped_entry
@@ -41,7 +42,8 @@ logger = logging.getLogger("taut")
 METHOD = "taut"
 VERSION = 1
 _RULE_KEYS = ("weights", "group_size", "zeros", "activations")
-_ARGUMENTS = (*_RULE_KEYS, "skip", "rules")
+_ARGUMENTS = (*_RULE_KEYS, "skip", "rules", "fuse", "strict")
+_DEFAULTS = {"fuse": "auto", "strict": False}  # not written into config.json
 _TENSORS = (*PARTS, "bias")
 
 
@@ -51,6 +53,7 @@ class Config(QuantizationConfigMixin):
 
     ``weights``, ``group_size``, ``zeros``, ``activations``: as ``taut.swap`` takes them. ``skip``: names or patterns of
     modules to leave alone. ``rules``: pattern -> a dict of the first four, or None to leave alone (see ``taut.swap``).
+    ``fuse``, ``strict``: whether decoder layers run as fused ops, and must (see ``taut.swap``).
     ``modules`` is written by taut into the config.json of a quantized checkpoint: which layers are in which format. It is
     not for users to give, and not looked at where a float checkpoint is loaded. Raises ``ValueError`` for anything else.
     """
@@ -58,11 +61,13 @@ class Config(QuantizationConfigMixin):
     def __init__(
         self, weights: str = "int4", group_size: int | None = None, zeros: bool = False, activations: str = "auto",
         skip: Sequence[str] | None = None, rules: Mapping[str, Mapping | None] | None = None,
-        modules: Sequence[Mapping[str, Any]] | None = None,
+        modules: Sequence[Mapping[str, Any]] | None = None, fuse: bool | str = "auto", strict: bool = False,
     ) -> None:  # fmt: skip
         self.quant_method = METHOD
         self.weights, self.group_size, self.zeros, self.activations = weights, group_size, zeros, activations
         self.book = RuleBook(weights, group_size, zeros, activations, skip, rules)
+        fusing.check_mode(fuse, strict)
+        self.fuse, self.strict = fuse, strict
         self.skip = None if skip is None else list(skip)
         self.rules = None if rules is None else {name: None if rule is None else dict(rule) for name, rule in rules.items()}
         self.modules = None if modules is None else [dict(entry) for entry in modules]
@@ -87,7 +92,8 @@ class Config(QuantizationConfigMixin):
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        fields = {"quant_method": METHOD, "version": VERSION, **{key: getattr(self, key) for key in _ARGUMENTS}}
+        given = {key: getattr(self, key) for key in _ARGUMENTS}
+        fields = {"quant_method": METHOD, "version": VERSION} | {k: v for k, v in given.items() if k not in _DEFAULTS or v != _DEFAULTS[k]}
         return copy.deepcopy(fields if self.modules is None else {**fields, "modules": self.modules})
 
     @classmethod
@@ -210,6 +216,7 @@ class TautQuantizer(HfQuantizer):
         if not self.pre_quantized:
             chosen, self.report.kept = plan(model, self.quantization_config.book, dtype)
             self.chosen = {name: rule for name, _, rule in chosen}
+            self._check_fuse(model, {id(module): rule for _, module, rule in chosen})
             return
         if self.quantization_config.modules is None:
             raise ValueError("the quantization_config of this checkpoint has no 'modules': it was not written by taut, or was edited")
@@ -226,7 +233,11 @@ class TautQuantizer(HfQuantizer):
                 format=rule.format, activations=rule.activations, dtype=dtype, device="meta",
             )  # fmt: skip
             model.set_submodule(name, new)
+        self._check_fuse(model, {})
         _check_files(model, self.chosen, checkpoint_files or ())
+
+    def _check_fuse(self, model: nn.Module, linears: dict[int, Rule]) -> None:
+        fusing.check_wanted(model, linears, self.quantization_config.fuse, self.quantization_config.strict)
 
     def take(self, model: nn.Module, name: str, weight: Tensor) -> bool:
         """Puts a QuantLinear for ``weight`` in the place of linear layer ``name``; False if it has to stay as it is."""
@@ -265,6 +276,8 @@ class TautQuantizer(HfQuantizer):
                 held = sum(p.numel() * p.element_size() for p in linear.parameters(recurse=False))
                 self.report.kept.append(Kept(name, "Linear", "the checkpoint has no weight for it: newly initialized, in float", held))
         self.chosen = {}
+        if self.quantization_config.fuse is not False:
+            self.report.fused = fusing.fuse_model(model)
         model.taut_report = self.report
         record_modules(model)
         _tell(self.report)
@@ -296,6 +309,7 @@ class TautQuantizer(HfQuantizer):
         return None, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        fusing.unfuse(model)
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear):
                 linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")

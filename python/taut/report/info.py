@@ -81,14 +81,11 @@ def words(found: dict[str, Any]) -> list[str]:
 
 def misfits(found: dict[str, Any]) -> list[str]:
     """What does not fit, one sentence each."""
-    machine, impls = found["machine"], [impl["name"] for group in found["impls"].values() for impl in group]
+    machine = found["machine"]
     lines = []
     if found["cuda_reason"]:
         stays = "; a model must stay on the CPU" if found["cuda_devices"] else ""
         lines.append(f"no CUDA: {found['cuda_reason']}{stays}")
-    amx = [name for name in impls if name.endswith("amx")]
-    if amx and "amx_int8" not in machine["cpu_features"]:
-        lines.append(f"{', '.join(amx)}: compiled, but this processor has no AMX")
     oldest = version_tuple(build_info().get("torch_target", ""))
     if oldest and version_tuple(machine["torch"]) < oldest:
         lines.append(f"this build serves torch {'.'.join(map(str, oldest))} and newer; torch {machine['torch']} is too old")
