@@ -3,8 +3,8 @@
 // its ISA first (x86_rows.h: load_row, store_strip). All of it in an anonymous namespace: each ISA file compiles its own
 // copy with its own flags.
 //
-//   small  weights are streamed once per kRows rows of x and unpacked in registers. A thread walks kStreams strips at a
-//          time that start far apart, so that as many hardware prefetch streams run.
+//   small  weights are unpacked in registers, for kRows rows of x at a time. A thread walks kMaxStreams strips that start far
+//          apart, so that as many hardware prefetch streams run, and takes all rows of x before it goes on to the next few.
 //   tile   per chunk of rows: x is prepared as A; a panel of 16 output columns x kPanelK is unpacked to L1 once and
 //          reused by every row block; fp32 sums live in a small tile C.
 #pragma once
@@ -61,24 +61,28 @@ inline void scale_sums(float* sums /* [8] */, float factor) {
   for (int i = 0; i < 8; i++) sums[i] *= factor;
 }
 
+constexpr int kMaxStreams = 4;
+
+// Rows [m, m + kRows) of x times `strips` strips, `apart` strips from one to the next.
 template <class Kernel, bool kZeros, Format kFormat, int kRows>
-void small_rows(const Params& p, const Strips& s, int64_t strip0, int64_t strip1, const uint8_t* a, const float* unit, int64_t m) {
+void small_rows(const Params& p, const Strips& s, int64_t strip0, int64_t apart, int64_t strips, const uint8_t* a, const float* unit, int64_t m, float factor) {
   constexpr int kStreams = Kernel::template streams<kFormat, kRows>;
+  static_assert(kMaxStreams % kStreams == 0);
   alignas(64) float sums[kStreams * kRows * 8];
-  const int64_t per_stream = (strip1 - strip0) / kStreams;
-  const float factor = factor_of<Kernel, kFormat>(p);
   const auto store = [&](int64_t strip, float* tile) {
     for (int r = 0; r < kRows; r++) {
       scale_sums(tile + r * 8, factor);
       store_strip(p, m + r, strip, tile + r * 8, unit[r]);
     }
   };
-  for (int64_t i = 0; i < per_stream; i++) {
-    const int64_t strip = strip0 + i;
-    Kernel::template strip_product<kZeros, kFormat, kRows, kStreams>(s, s.data + strip * s.strip_bytes, per_stream * s.strip_bytes, a, sums);
-    for (int stream = 0; stream < kStreams; stream++) store(strip + stream * per_stream, sums + stream * kRows * 8);
+  int64_t i = 0;
+  for (; i + kStreams <= strips; i += kStreams) {
+    const int64_t strip = strip0 + i * apart;
+    Kernel::template strip_product<kZeros, kFormat, kRows, kStreams>(s, s.data + strip * s.strip_bytes, apart * s.strip_bytes, a, sums);
+    for (int stream = 0; stream < kStreams; stream++) store(strip + stream * apart, sums + stream * kRows * 8);
   }
-  for (int64_t strip = strip0 + per_stream * kStreams; strip < strip1; strip++) {
+  for (; i < strips; i++) {
+    const int64_t strip = strip0 + i * apart;
     Kernel::template strip_product<kZeros, kFormat, kRows, 1>(s, s.data + strip * s.strip_bytes, 0, a, sums);
     store(strip, sums);
   }
@@ -101,15 +105,22 @@ void small_loop(const Params& p) {
         unit[m + r] = Kernel::template prepare_row<kZeros, kFormat>(p, load_row(p, m + r, padded_k, row), padded_k, r, rows, a + m * row_bytes, padded_k, 0);
     }
     const int64_t strip0 = num_strips * task / num_tasks, strip1 = num_strips * (task + 1) / num_tasks;
-    for (int64_t m = 0; m < p.M; m += 4) {
-      const uint8_t* block = a + m * row_bytes;
-      switch (std::min<int64_t>(4, p.M - m)) {
-        case 1: small_rows<Kernel, kZeros, kFormat, 1>(p, s, strip0, strip1, block, unit + m, m); break;
-        case 2: small_rows<Kernel, kZeros, kFormat, 2>(p, s, strip0, strip1, block, unit + m, m); break;
-        case 3: small_rows<Kernel, kZeros, kFormat, 3>(p, s, strip0, strip1, block, unit + m, m); break;
-        default: small_rows<Kernel, kZeros, kFormat, 4>(p, s, strip0, strip1, block, unit + m, m); break;
+    const float factor = factor_of<Kernel, kFormat>(p);
+    // A few strips times all rows of x: blocks of rows after the first find the weights in a cache.
+    const auto all_rows = [&](int64_t strip, int64_t apart, int64_t strips) {
+      for (int64_t m = 0; m < p.M; m += 4) {
+        const uint8_t* block = a + m * row_bytes;
+        switch (std::min<int64_t>(4, p.M - m)) {
+          case 1: small_rows<Kernel, kZeros, kFormat, 1>(p, s, strip, apart, strips, block, unit + m, m, factor); break;
+          case 2: small_rows<Kernel, kZeros, kFormat, 2>(p, s, strip, apart, strips, block, unit + m, m, factor); break;
+          case 3: small_rows<Kernel, kZeros, kFormat, 3>(p, s, strip, apart, strips, block, unit + m, m, factor); break;
+          default: small_rows<Kernel, kZeros, kFormat, 4>(p, s, strip, apart, strips, block, unit + m, m, factor); break;
+        }
       }
-    }
+    };
+    const int64_t per_stream = (strip1 - strip0) / kMaxStreams, last = strip0 + per_stream * kMaxStreams;
+    for (int64_t i = 0; i < per_stream; i++) all_rows(strip0 + i, per_stream, kMaxStreams);
+    if (last < strip1) all_rows(last, 1, strip1 - last);
   });
 }
 

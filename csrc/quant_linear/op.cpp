@@ -12,19 +12,14 @@ namespace {
 constexpr const char* kOp = "quant_linear";
 
 // The formats each kernel knows; the others are for cpu_scalar.
-const char* int4_int8(const Params& p) {
-  return p.weight.format == Format::kInt4 || p.weight.format == Format::kInt8 ? nullptr : "it computes with int4 and int8 weights";
-}
 const char* int4_int8_fp8(const Params& p) {
-  return !int4_int8(p) || p.weight.format == Format::kFp8E4M3 ? nullptr : "it computes with int4, int8 and fp8_e4m3 weights";
+  return p.weight.format == Format::kInt4 || p.weight.format == Format::kInt8 || p.weight.format == Format::kFp8E4M3
+             ? nullptr
+             : "it computes with int4, int8 and fp8_e4m3 weights";
 }
 
-const char* takes_int8(const Params& p) {
+const char* needs_int8(const Params& p) {  // every format that may be multiplied with int8 activations
   return p.activations == Activations::kInt8 || p.activations == Activations::kInt8Row ? nullptr : "it computes with int8 activations";
-}
-const char* needs_int8(const Params& p) {
-  if (const char* why = int4_int8(p)) return why;
-  return takes_int8(p);
 }
 
 const char* needs_float(const Params& p) {
@@ -42,7 +37,7 @@ const char* needs_int8_avx512bw(const Params& p) { return cpu_features().avx512b
 
 const char* needs_int8_avx512vnni(const Params& p) { return cpu_features().avx512vnni ? needs_int8(p) : "this processor has no AVX-512 VNNI"; }
 
-const char* needs_int8_amx(const Params& p) { return cpu_features().amx ? takes_int8(p) : "this processor has no AMX, or the system grants none"; }
+const char* needs_int8_amx(const Params& p) { return cpu_features().amx ? needs_int8(p) : "this processor has no AMX, or the system grants none"; }
 
 const char* needs_float_avx2(const Params& p) { return cpu_features().avx2 ? needs_float(p) : "this processor has no AVX2, FMA and F16C"; }
 #elif defined(__aarch64__)
@@ -52,34 +47,62 @@ const char* needs_int8_neondot(const Params& p) { return cpu_features().neondot 
 
 const char* needs_int8_neon(const Params& p) { return cpu_features().neon ? needs_int8(p) : "this processor has no NEON"; }
 
-const char* needs_float_neon(const Params& p) { return cpu_features().neon ? needs_float(p) : "this processor has no NEON"; }
+const char* needs_float_neon(const Params& p) {
+  if (!cpu_features().neon) return "this processor has no NEON";
+  return p.activations == Activations::kFloat ? nullptr : "it computes with float activations";
+}
 #endif
 
 // The small loops stream the packed weights and unpack them in registers, for up to 4 rows at a time; the tiles unpack
 // 16 rows of w once to L1 and reuse them for every row of x.
-const char* int8_small_m(const Params& p) { return p.M <= 16 ? nullptr : "above M=16 the tile is faster"; }
+// How many rows of x it takes to change that depends on the work of unpacking a code.
+struct SmallRows {
+  int64_t plain, int3, mxfp4, nvfp4, nf4, int8;  // plain: ternary, int2, int4
+};
+template <SmallRows kRows>
+const char* int8_small_m(const Params& p) {
+  const auto most = [&] {
+    switch (p.weight.format) {
+      case Format::kInt3: return kRows.int3;
+      case Format::kMxfp4: return kRows.mxfp4;
+      case Format::kNvfp4: return kRows.nvfp4;
+      case Format::kNf4: return kRows.nf4;
+      case Format::kInt8: return kRows.int8;
+      default: return kRows.plain;
+    }
+  };
+  return p.M <= most() ? nullptr : "for this many rows the tile is faster";
+}
+#if defined(__x86_64__)
 const char* amx_m(const Params& p) { return p.M > 16 ? nullptr : "up to M=16 a C tile is mostly empty"; }
+constexpr auto int8_small_avx512vnni = int8_small_m<SmallRows{16, 16, 12, 8, 12, 20}>;
+constexpr auto int8_small_avxvnni = int8_small_m<SmallRows{12, 8, 12, 6, 8, 24}>;
+constexpr auto int8_small_avx512bw = int8_small_m<SmallRows{20, 16, 12, 8, 24, 24}>;
+constexpr auto int8_small_avx2 = int8_small_m<SmallRows{12, 8, 8, 4, 12, 12}>;
+#elif defined(__aarch64__)
+constexpr auto int8_small_arm = int8_small_m<SmallRows{16, 16, 16, 16, 16, 16}>;  // not measured
+#endif
 const char* float_small_m(const Params& p) { return p.M <= 4 ? nullptr : "above M=4 the tile is faster"; }
 
 // In priority order. Every crossover is in this table, and nowhere else.
 constexpr Impl<Params> kImpls[] = {
 #if defined(__x86_64__)
     {"cpu_amx.int8_tile", needs_int8_amx, amx_m, cpu_int8_amx::run},
-    {"cpu_avx512vnni.int8_small", needs_int8_avx512vnni, int8_small_m, cpu_int8_avx512vnni::run_small},
+    {"cpu_avx512vnni.int8_small", needs_int8_avx512vnni, int8_small_avx512vnni, cpu_int8_avx512vnni::run_small},
     {"cpu_avx512vnni.int8_tile", needs_int8_avx512vnni, always, cpu_int8_avx512vnni::run_tile},
-    {"cpu_avxvnni.int8_small", needs_int8_avxvnni, int8_small_m, cpu_int8_avxvnni::run_small},
+    {"cpu_avxvnni.int8_small", needs_int8_avxvnni, int8_small_avxvnni, cpu_int8_avxvnni::run_small},
     {"cpu_avxvnni.int8_tile", needs_int8_avxvnni, always, cpu_int8_avxvnni::run_tile},
-    {"cpu_avx512bw.int8_small", needs_int8_avx512bw, int8_small_m, cpu_int8_avx512bw::run_small},
+    {"cpu_avx512bw.int8_small", needs_int8_avx512bw, int8_small_avx512bw, cpu_int8_avx512bw::run_small},
     {"cpu_avx512bw.int8_tile", needs_int8_avx512bw, always, cpu_int8_avx512bw::run_tile},
-    {"cpu_avx2.int8_small", needs_int8_avx2, int8_small_m, cpu_int8_avx2::run_small},
+    {"cpu_avx2.int8_small", needs_int8_avx2, int8_small_avx2, cpu_int8_avx2::run_small},
     {"cpu_avx2.int8_tile", needs_int8_avx2, always, cpu_int8_avx2::run_tile},
     {"cpu_avx2.float_small", needs_float_avx2, float_small_m, cpu_float_avx2::run_small},
     {"cpu_avx2.float_tile", needs_float_avx2, always, cpu_float_avx2::run_tile},
 #elif defined(__aarch64__)
-    {"cpu_neondot.int8_small", needs_int8_neondot, int8_small_m, cpu_int8_neondot::run_small},
+    {"cpu_neondot.int8_small", needs_int8_neondot, int8_small_arm, cpu_int8_neondot::run_small},
     {"cpu_i8mm.int8_tile", needs_int8_i8mm, always, cpu_int8_i8mm::run_tile},
     {"cpu_neondot.int8_tile", needs_int8_neondot, always, cpu_int8_neondot::run_tile},
-    {"cpu_neon.int8_small", needs_int8_neon, int8_small_m, cpu_int8_neon::run_small},
+    {"cpu_neon.int8_small", needs_int8_neon, int8_small_arm, cpu_int8_neon::run_small},
     {"cpu_neon.int8_tile", needs_int8_neon, always, cpu_int8_neon::run_tile},
     {"cpu_neon.float_small", needs_float_neon, float_small_m, cpu_float_neon::run_small},
     {"cpu_neon.float_tile", needs_float_neon, always, cpu_float_neon::run_tile},

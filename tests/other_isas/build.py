@@ -31,7 +31,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "sanitize"))
 
-from build import ROOT, compiler, impl_lines, impl_rows, isa_flags, isa_of, isas_of, kernel_sources
+from build import ROOT, compiler, impl_rows, isa_flags, isa_of, isas_of, kernel_sources
 
 FLAGS = ("-std=c++20", "-O2", "-ffp-contract=off", "-fno-math-errno", "-w")  # warnings are the affair of the library's build
 # No exceptions, no red zone, which an interrupt would overwrite; roundss instead of a call of the C library.
@@ -50,9 +50,15 @@ def required_impls(machine: str, isas: tuple[str, ...]) -> str:
     return ",".join(name for name, _ in impl_rows("quant_linear", machine) if name.split(".")[0].removeprefix("cpu_") in isas)
 
 
+def table() -> str:
+    """The impl table of op.cpp and the functions it names: pure functions, that know no torch."""
+    text = (ROOT / "csrc/quant_linear/op.cpp").read_text()
+    return text[text.index("namespace {") + len("namespace {") : text.index("\n};\n", text.index(" kImpls[] = {")) + 4]
+
+
 def build(folder: Path, cxx: str, machine: str, flags: tuple[str, ...], main: list[Path], link: list[str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "impls.inc").write_text("".join(f"{line}\n" for line in impl_lines("quant_linear", machine)))
+    (folder / "table.inc").write_text(table())
     sources = [path for path in kernel_sources(machine) if path.parent.name == "quant_linear"]
     sources += [ROOT / "csrc/common/cpu_features.cpp", HERE / "program.cpp", *main]
 
@@ -114,12 +120,8 @@ def aarch64(out: Path) -> int:
         print(f"---- ARM, {processor} (qemu)", flush=True)
         # On the others the news is what must not run.
         cases = "all" if processor == "max" else "few"
-        failed |= (
-            subprocess.run(
-                ["qemu-aarch64-static", "-cpu", processor, str(program), cases, required_impls("aarch64", isas)], check=False
-            ).returncode
-            != 0
-        )
+        command = ["qemu-aarch64-static", "-cpu", processor, str(program), cases, required_impls("aarch64", isas)]
+        failed |= subprocess.run(command, check=False).returncode != 0
     return failed
 
 
@@ -133,12 +135,7 @@ def bochs(out: Path) -> int:
         print(f"---- x86, {processor} (Bochs)", flush=True)
         folder = out / processor
         flags = (*BARE, f'-DTAUT_REQUIRED="{required_impls("x86_64", isas)}"')
-        link = [
-            "-nostdlib",
-            "-static",
-            "-no-pie",
-            f"-Wl,--no-warn-rwx-segments,--build-id=none,-z,max-page-size=4096,-T,{HERE / 'link.ld'}",
-        ]
+        link = ["-nostdlib", "-static", "-no-pie", f"-Wl,--no-warn-rwx-segments,--build-id=none,-z,max-page-size=4096,-T,{HERE}/link.ld"]
         program = build(folder, "g++", "x86_64", flags, [HERE / "boot.S", HERE / "main_bare.cpp"], link)
         iso = folder / "iso"
         iso.mkdir(exist_ok=True)

@@ -229,24 +229,35 @@ struct Inputs {
 
 // ---- Impls ----
 
-// The rows of op.cpp's table, by build.py: TAUT_IMPL_quant_linear(name, run, activations it takes, whether this processor can).
-struct LinearImpl {
+// A row of the table; as in common/impl.h, which needs exceptions.
+template <class Params>
+struct Impl {
   const char* name;
+  const char* (*supported)(const Params&);
+  const char* (*preferred)(const Params&);
   void (*run)(const Params&);
-  enum { kTakes_any, kTakes_float, kTakes_int8 } takes;
-  bool (*can_run)();
 };
-#define TAUT_IMPL_quant_linear(name, run, takes, can_run) {name, run, LinearImpl::kTakes_##takes, [] { return bool(can_run); }},
-constexpr LinearImpl kImpls[] = {
-#include "impls.inc"
-};
-constexpr int kNumImpls = sizeof(kImpls) / sizeof(kImpls[0]);
-
-bool is_truth(const LinearImpl& impl) { return impl.run == quant_linear::cpu_scalar::run; }
-bool takes(const LinearImpl& impl, Activations activations) {
-  const bool int8 = activations == Activations::kInt8 || activations == Activations::kInt8Row;
-  return impl.takes == LinearImpl::kTakes_any || (impl.takes == LinearImpl::kTakes_int8 ? int8 : activations == Activations::kFloat);
+template <class Params>
+const char* always(const Params&) {
+  return nullptr;
 }
+}  // namespace
+}  // namespace other_isas
+
+namespace quant_linear {
+namespace {
+using other_isas::always;
+using other_isas::Impl;
+#include "table.inc"  // kImpls, out of op.cpp, by build.py
+}  // namespace
+}  // namespace quant_linear
+
+namespace other_isas {
+namespace {
+
+using quant_linear::kImpls;
+constexpr int kNumImpls = sizeof(kImpls) / sizeof(kImpls[0]);
+bool is_truth(int impl) { return kImpls[impl].run == quant_linear::cpu_scalar::run; }
 
 struct Tally {
   int64_t cases = 0, planted = 0, missed = 0, failed = 0;
@@ -270,10 +281,10 @@ struct Output {
 
 // ---- One case ----
 
-void fail(const LinearImpl& impl, const Case& c, Tally& tally, const char* what) {
+void fail(int impl, const Case& c, Tally& tally, const char* what) {
   tally.failed++;
   if (printed_failures++ > 20) return;
-  print("FAILED "), print(impl.name), print(": "), print_case(c), print(": "), print(what), print("\n");
+  print("FAILED "), print(kImpls[impl].name), print(": "), print_case(c), print(": "), print(what), print("\n");
 }
 
 // Whether `found` is `expected` but for rounding. Notes the worst.
@@ -317,7 +328,7 @@ void check_truth(const Case& c, const Params& p, const Weight& weight, const uin
   if (c.activations != Activations::kFloat || c.data == Data::kSpecial || c.dtype != DType::kFloat32) return;
   const int64_t N = c.weight.N, K = c.weight.K;
   for (int i = 0; i < kNumImpls; i++) {
-    if (!is_truth(kImpls[i])) continue;
+    if (!is_truth(i)) continue;
     Tally& tally = tallies[i][static_cast<int>(c.weight.format)][c.weight.zeros];
     tally.cases++;
     for (int64_t m = 0; m < c.M; m++)
@@ -330,7 +341,7 @@ void check_truth(const Case& c, const Params& p, const Weight& weight, const uin
         const double error = std::fabs(load_float(found, m * N + n, c.dtype) - sum), allowed = 0x1p-23 * std::fabs(sum) + 0x1p-40 * size;
         tally.worst_error = std::max(tally.worst_error, size > 0 ? error / size : 0.0);
         tally.worst_share = std::max(tally.worst_share, allowed > 0 ? error / allowed : 0.0);
-        if (!(error <= allowed)) return fail(kImpls[i], c, tally, "the truth is not what was packed");
+        if (!(error <= allowed)) return fail(i, c, tally, "the truth is not what was packed");
       }
   }
 }
@@ -349,20 +360,19 @@ void run_case(const Case& c) {
   check_truth(c, p, weight, expected.data());
 
   for (int i = 0; i < kNumImpls; i++) {
-    const LinearImpl& impl = kImpls[i];
-    if (is_truth(impl) || !impl.can_run() || !takes(impl, c.activations)) continue;
+    if (is_truth(i) || kImpls[i].supported(p)) continue;
     Tally& tally = tallies[i][static_cast<int>(c.weight.format)][c.weight.zeros];
     tally.cases++;
     Output found(bytes), threaded(bytes);
     p.out = found.data(), p.num_threads = 1;
-    impl.run(p);
+    kImpls[i].run(p);
     p.out = threaded.data(), p.num_threads = 3;
-    impl.run(p);
+    kImpls[i].run(p);
     int64_t where = 0;
-    if (!found.guards_whole()) fail(impl, c, tally, "it wrote past its output");
-    if (std::memcmp(found.data(), threaded.data(), bytes) != 0) fail(impl, c, tally, "other bits when split in three");
+    if (!found.guards_whole()) fail(i, c, tally, "it wrote past its output");
+    if (std::memcmp(found.data(), threaded.data(), bytes) != 0) fail(i, c, tally, "other bits when split in three");
     if (!matches(c, p, weight, found.data(), expected.data(), &tally, &where)) {
-      fail(impl, c, tally, "not what cpu_scalar gives");
+      fail(i, c, tally, "not what cpu_scalar gives");
       if (printed_failures <= 21) {
         print("       ["), print_integer(where / c.weight.N), print(", "), print_integer(where % c.weight.N), print("] is ");
         print_number(load_float(found.data(), where, c.dtype)), print(", expected "), print_number(load_float(expected.data(), where, c.dtype)), print("\n");
@@ -379,12 +389,12 @@ void run_case(const Case& c) {
     const uint8_t bit = static_cast<uint8_t>((bits == 8 ? 64 : bits == 4 ? 4 : 2) << layout.code_shift(k));
     code ^= bit;
     p.out = found.data(), p.num_threads = 1;
-    impl.run(p);
+    kImpls[i].run(p);
     code ^= bit;
     tally.planted++;
     if (matches(c, p, weight, found.data(), expected.data(), nullptr, &where)) {
       tally.missed++;
-      if (printed_failures++ <= 20) print("MISSED "), print(impl.name), print(": a planted fault does not show: "), print_case(c), print("\n");
+      if (printed_failures++ <= 20) print("MISSED "), print(kImpls[i].name), print(": a planted fault does not show: "), print_case(c), print("\n");
     }
   }
 }
@@ -460,11 +470,16 @@ int run_all(bool thorough, const char* required) {
         print("\n");
         cases += t.cases, failures += static_cast<int>(t.failed + t.missed);
       }
-    if (is_truth(kImpls[i]) || cases) continue;
-    print_padded(kImpls[i].name, 30), print(kImpls[i].can_run() ? "no case\n" : "passed over: this processor cannot run it\n");
+    if (is_truth(i) || cases) continue;
+    Params p{};
+    p.weight = {Format::kInt4, 8, 32, 32, false};
+    p.dtype = DType::kBFloat16;
+    const char* why = kImpls[i].supported(p);
+    p.activations = Activations::kInt8;
+    if (why == nullptr || kImpls[i].supported(p) == nullptr) why = "no case";
+    print_padded(kImpls[i].name, 30), print("passed over: "), print(why), print("\n");
+    if (contains_word(required, kImpls[i].name)) print("FAILED "), print(kImpls[i].name), print(" was to run here\n"), failures++;
   }
-  for (int i = 0; i < kNumImpls; i++)
-    if (contains_word(required, kImpls[i].name) && !kImpls[i].can_run()) print("FAILED "), print(kImpls[i].name), print(" was to run here\n"), failures++;
   if (turn == 0) print("no case ran\n"), failures++;
   print(failures ? "FAILURES: " : "all as expected; cases: "), print_integer(failures ? failures : turn), print("\n");
   return failures;
