@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cases import LinearCase, LinearInputs
+from taut.formats import Canonical
 from taut.ops import quant_linear as linear_op
 from taut.ops import quantize_weight as weight_op
 
@@ -110,9 +111,13 @@ def assert_linear(out: Tensor, x: Tensor, inputs: LinearInputs, case: LinearCase
     walk = (case.K * (values**2 @ (terms**2).T)).sqrt()
     assert_matches(
         out, reference, plain, magnitude.nan_to_num(), walk.nan_to_num(), dtype=case.dtype, depth=case.K + 2,
-        weight_error=weight_rounding(values.nan_to_num(), w, case.dtype) if impl.startswith(ROUND_WEIGHTS) else None,
+        weight_error=weight_rounding(values.nan_to_num(), w, case.dtype) if rounds_weights(impl, case) else None,
         independent=independent, context=f"{impl} on {case}, seed {case.seed}",
     )  # fmt: skip
+
+
+def rounds_weights(impl: str, case: LinearCase) -> bool:
+    return impl.startswith(ROUND_WEIGHTS) or (impl.startswith("cpu_amx.float") and case.format.name == "nf4")
 
 
 def weight_rounding(values: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
@@ -129,14 +134,25 @@ def weight_rounding(values: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
 def term_sizes(inputs: LinearInputs, w: Tensor, case: LinearCase) -> Tensor:
     """How large the terms are that a kernel may add up in place of each element of w, ``float64 [N, K]``.
 
-    WHY int8 differs: an instruction set without 8 x 8 bit products that cannot overflow takes q = 16 * high + low in two
-    passes, each rounded; for a q near zero of which high is -1 they are larger than q itself.
+    WHY int8 differs, and nf4 beside 8-bit x: an instruction set without 8 x 8 bit products that cannot overflow takes
+    q = 16 * high + low in two passes, each rounded; for a q near zero of which high is -1 they are larger than q itself.
     """
-    if case.format.name != "int8":
+    if case.format.name != "int8" and (case.format.name != "nf4" or case.activations == "float"):
         return w.abs()
-    scale = inputs.scales.double().abs()[:, torch.arange(case.K) // (case.format.group_size or case.K)]
-    high = torch.div(inputs.codes.double(), 16, rounding_mode="floor")
-    return (16 * high.abs() + (inputs.codes.double() - 16 * high)) * scale
+    scale = weight_op.reference(*scales_alone(inputs, case), case.K, case.format).abs()
+    if case.format.name == "int8":
+        q = inputs.codes.double()
+    else:  # of the 127ths
+        codes = inputs.canonical._replace(scales=torch.full_like(inputs.scales, 127))
+        q, scale = weight_op.reference(*codes, case.K, case.format, case.activations), scale / 127
+    high = torch.div(q, 16, rounding_mode="floor")
+    return (16 * high.abs() + (q - 16 * high)) * scale
+
+
+def scales_alone(inputs: LinearInputs, case: LinearCase) -> Canonical:
+    """The weight as if each of its codes stood for 1."""
+    one = {"int8": 1, "nf4": 0xFF}.get(case.format.name, 0)
+    return inputs.canonical._replace(codes=torch.full_like(inputs.codes, one))
 
 
 def assert_same_bits(a: Tensor, b: Tensor, context: str) -> None:

@@ -58,7 +58,7 @@ def test_matches_reference(impl, prologue, case, residual, forced):
     assert_same_bits(out, run(case, made, x, **extra), f"{impl} on {case}, twice")
     for old, new in zip(before, (t for t in (x, made.packed, extra["residual"]) if t is not None), strict=True):
         assert_same_bits(old, new, f"{impl}: an input was written to")
-    w = weight_reference(made.codes, made.scales, made.zeros, case.K, case.format)
+    w = weight_reference(*made.canonical, case.K, case.format, case.activations)
     values = op.prologue_reference(x, prologue, extra["norm_weight"], EPS, 1.0)
     expected = op.reference(x, w, made.bias, extra["residual"], case.activations, prologue, extra["norm_weight"], EPS, 1.0)
     magnitude = values.abs() @ w.abs().T
@@ -98,7 +98,7 @@ def test_every_isa_gives_the_prologue_the_same_bits(prologue):
     for i in range(k):
         codes[i, i // 2] = 0x89 if i % 2 == 0 else 0x98
     scales = torch.ones(k, k // 32, dtype=torch.float16)
-    packed = pack(codes, scales, None, k, INT4)
+    packed = pack(codes, scales, None, None, k, INT4)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(50, k * (2 if prologue.endswith("glu") else 1), generator=generator) * 3
     weight = torch.randn(k, generator=generator) if prologue == "rms_norm" else None
@@ -153,7 +153,7 @@ def test_gates_of_every_size(impl, prologue, value, forced):
     made, x, extra = inputs_of(prologue, case, False)
     x[0, 5] = value
     out = run(case, made, x, **extra)
-    w = weight_reference(made.codes, made.scales, made.zeros, case.K, case.format)
+    w = weight_reference(*made.canonical, case.K, case.format, case.activations)
     expected = op.reference(x, w, None, None, "float", prologue).float()
     assert torch.equal(out.isnan(), expected.isnan())
     assert bool(out[1].isfinite().all())

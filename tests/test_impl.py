@@ -111,9 +111,9 @@ def test_forcing_the_unknown_is_a_value_error(op, impl, message):
         ("matmul", {}, "no op 'matmul'; known ops:"),
         ("quant_linear", {"Q": 3}, "quant_linear has no size 'Q'; accepted: M, N, K"),
         ("quantize_weight", {"M": 3}, "quantize_weight has no size 'M'; accepted: none"),
-        ("quant_linear", {"format": 5}, "format must be 4"),
+        ("quant_linear", {"format": 11}, "format must be 1"),
         ("quant_linear", {"group_size": 5}, "group_size must be"),
-        ("quant_linear", {"format": 8, "zeros": 1}, "zeros are for int4 only"),
+        ("quant_linear", {"format": 8, "zeros": 1}, "zeros are for int2, int3 and int4 only"),
         ("quant_linear", {"K": 0}, "K >= 1"),
         ("quant_linear", {"format": 9, "activations": 1}, "fp8_e4m3 weights take activations 0"),
     ],
@@ -208,6 +208,8 @@ def test_features_agree_with_the_kernel():
     if flags is None:
         pytest.skip("no /proc/cpuinfo with x86 flags here")
     assert features["avx2"] == ({"avx2", "fma", "f16c"} <= flags)
+    assert features["avxvnni"] == ({"avx2", "fma", "f16c", "avx_vnni"} <= flags)
+    assert features["avx512bw"] == ({"avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl"} <= flags)
     assert features["avx512vnni"] == ({"avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_vnni"} <= flags)
     assert features["avx512bf16"] == (features["avx512vnni"] and "avx512_bf16" in flags)
 

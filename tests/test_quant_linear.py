@@ -11,22 +11,22 @@ import taut
 from cases import (
     ACTIVATIONS,
     DTYPES,
+    EACH_FORMAT,
     EACH_KIND,
     EACH_MODE,
     FORMATS,
-    FP8,
     INT4,
-    INT4_ZEROS,
     INT8,
     PAIRS,
     LinearCase,
     LinearInputs,
+    encode,
     linear_cases,
     pack,
     random_weight,
 )  # fmt: skip
 from checks import assert_linear, assert_same_bits
-from taut.formats import WeightFormat, activation_code
+from taut.formats import Canonical, WeightFormat, activation_code
 from taut.ops import quant_linear as linear_op
 from taut.ops.quant_linear import quant_linear
 
@@ -39,8 +39,19 @@ def run(case: LinearCase, inputs: LinearInputs, x: torch.Tensor | None = None) -
     return quant_linear(inputs.x if x is None else x, inputs.packed, inputs.bias, case.N, case.format, case.activations)
 
 
-def weight_of(codes, scales, zeros, k: int, format: WeightFormat, x: torch.Tensor, bias=None) -> LinearInputs:
-    return LinearInputs(x, pack(codes, scales, zeros, k, format), bias, codes, scales, zeros)
+def weight_of(parts: Canonical, k: int, format: WeightFormat, x: torch.Tensor, bias=None) -> LinearInputs:
+    return LinearInputs(x, pack(*parts, k, format), bias, *parts)
+
+
+def weight_numbers(inputs: LinearInputs, case: LinearCase) -> torch.Tensor:
+    return taut.ops.quantize_weight.reference(*inputs.canonical, case.K, case.format, case.activations)
+
+
+def scales_of(values: torch.Tensor, format: WeightFormat) -> torch.Tensor:
+    """These scales (powers of two, for mxfp4) as the format stores them."""
+    if format.name == "mxfp4":
+        return (torch.log2(values) + 127).to(torch.uint8)
+    return values.to(torch.float8_e4m3fn).view(torch.uint8) if format.name == "nvfp4" else values.to(format.scales_dtype)
 
 
 def poison_next_output(case: LinearCase, rows: int) -> None:
@@ -159,27 +170,19 @@ def test_more_rows_than_a_chunk(impl, activations, format, forced):
 # ---- Exact mode: sums that fp32 can represent have no excuse ----
 
 
-def exact_weight(case: LinearCase, generator: torch.Generator):
-    codes, scales, zeros = random_weight(case.N, case.K, case.format, generator)
-    if case.format.name == "fp8_e4m3":  # small integers: sums over the whole range of E4M3 do not fit fp32
+def exact_weight(case: LinearCase, generator: torch.Generator) -> Canonical:
+    """Numbers whose sums fp32 can represent. nf4 has them beside 8-bit x only: 127ths, here with scales of 127 / 2^i."""
+    parts = random_weight(case.N, case.K, case.format, generator)
+    codes = parts.codes
+    if codes.dtype == torch.float8_e4m3fn:  # small integers: sums over the whole range of E4M3 do not fit fp32
         codes = torch.randint(-16, 17, codes.shape, generator=generator).float().to(codes.dtype)
-    scales = 2.0 ** torch.randint(-3, 1, scales.shape, generator=generator) * torch.sign(scales)
-    return codes, scales.half(), zeros
-
-
-@pytest.mark.parametrize("format", FORMATS, ids=str)
-@pytest.mark.parametrize("rows", (1, 4, 7, 33))
-def test_exact_with_float_activations(impl, format, rows, forced):
-    for dtype in DTYPES:
-        case = LinearCase(rows, 19, 200, format, "float", dtype, bias=True)
-        forced(impl, **case.sizes())
-        generator = torch.Generator().manual_seed(case.seed)
-        codes, scales, zeros = exact_weight(case, generator)
-        x = torch.randint(-64, 65, (rows, case.K), generator=generator).to(dtype)
-        bias = torch.randint(-64, 65, (case.N,), generator=generator).to(dtype)
-        out = run(case, weight_of(codes, scales, zeros, case.K, format, x, bias))
-        w = taut.ops.quantize_weight.reference(codes, scales, zeros, case.K, format)
-        assert_same_bits(out, positive_zero((x.double() @ w.T + bias.double()).to(dtype)), f"{impl} on {case}, seed {case.seed}")
+    scales = 2.0 ** torch.randint(-3, 1, parts.scales.shape, generator=generator)
+    if case.format.name != "mxfp4":
+        scales *= torch.where(torch.rand(scales.shape, generator=generator) < 0.25, -1.0, 1.0)
+    if case.format.name == "nf4":
+        scales *= 127
+    global_scale = torch.tensor([0.5]) if case.format.has_global_scale else None
+    return Canonical(codes, scales_of(scales, case.format), parts.zeros, global_scale)
 
 
 def positive_zero(t: torch.Tensor) -> torch.Tensor:
@@ -200,23 +203,33 @@ def exact_activations(rows: int, k: int, generator: torch.Generator) -> torch.Te
     return x
 
 
+def with_zero_first(parts: Canonical, k: int, format: WeightFormat) -> torch.Tensor:
+    """The codes, but that what meets the large first element of x is a zero."""
+    zero = 1 if parts.zeros is not None else {"ternary": 1, "int2": 2, "int3": 4, "int4": 8, "nf4": 7}.get(format.name, 0)
+    codes = parts.codes.clone()
+    if format.name == "ternary":
+        codes[:, 0] = codes[:, 0] - codes[:, 0] % 3 + zero
+    elif format.bits == 8:
+        codes[:, 0] = zero
+    else:  # the first code is the lowest bits of the first byte
+        codes[:, 0] = codes[:, 0] & ~(2**format.bits - 1) & 0xFF | zero
+    return codes
+
+
 @pytest.mark.parametrize("format", PAIRS["int8"], ids=str)
 @pytest.mark.parametrize("rows", (1, 2, 4, 6, 33))
 def test_exact_with_int8_activations(impl, format, rows, forced):
     case = LinearCase(rows, 19, 300, format, "int8", bias=True)
     forced(impl, **case.sizes())
     generator = torch.Generator().manual_seed(case.seed)
-    codes, scales, zeros = exact_weight(case, generator)
-    if zeros is not None:
-        zeros[:, 0] = 5
-    if format.name == "int4":
-        codes[:, 0] = codes[:, 0] & 0xF0 | (8 if zeros is None else 5)  # what meets the large first element is a zero
-    else:
-        codes[:, 0] = 0
+    parts = exact_weight(case, generator)
+    if parts.zeros is not None:
+        parts.zeros[:, 0] = 1
+    parts = parts._replace(codes=with_zero_first(parts, case.K, format))
     x = exact_activations(rows, case.K, generator)
     bias = torch.randint(-64, 65, (case.N,), generator=generator).float()
-    out = run(case, weight_of(codes, scales, zeros, case.K, format, x, bias))
-    w = taut.ops.quantize_weight.reference(codes, scales, zeros, case.K, format)
+    inputs = weight_of(parts, case.K, format, x, bias)
+    out, w = run(case, inputs), weight_numbers(inputs, case)
     assert_same_bits(out, positive_zero((x.double() @ w.T + bias.double()).float()), f"{impl} on {case}, seed {case.seed}")
 
 
@@ -224,29 +237,28 @@ def test_exact_with_int8_activations(impl, format, rows, forced):
 
 
 def extreme_codes(format: WeightFormat, n: int, k: int) -> list[tuple[str, torch.Tensor, torch.Tensor | None]]:
-    groups = format.num_groups(k)
-    if format.name == "fp8_e4m3":
-        largest = torch.full((n, k), 448.0)
-        alternating = largest * (1.0 - 2 * (torch.arange(k) % 2))
-        return [(name, values.to(torch.float8_e4m3fn), None) for name, values in (("all 448", largest), ("-448 and 448", alternating))]
-    if format.name == "int8":
-        alternating = torch.full((n, k), 127, dtype=torch.int8)
-        alternating[:, ::2] = -128
-        return [
-            ("all -128", torch.full((n, k), -128, dtype=torch.int8), None),
-            ("all 127", torch.full((n, k), 127, dtype=torch.int8), None),
-            ("-128 and 127", alternating, None),
-        ]
-    shape = format.codes_shape(n, k)
-    found = []
-    for name, byte in (("all 15", 0xFF), ("all 0", 0x00), ("15 and 0", 0xF0), ("0 and 15", 0x0F)):
-        codes = torch.full(shape, byte, dtype=torch.uint8)
-        if k % 2:
-            codes[:, -1] &= 15
-        for zero in (0, 15) if format.zeros else (None,):
-            zeros = None if zero is None else torch.full((n, groups), zero, dtype=torch.uint8)
-            found.append((f"{name}, zero point {zero}", codes, zeros))
-    return found
+    """Every code the largest there is, the smallest, or both in turn, with zero points at either end."""
+    if format.codes_dtype == torch.float8_e4m3fn:
+        low, high = 0xFE, 0x7E  # -448, 448
+    elif format.name in ("mxfp4", "nvfp4"):
+        low, high = 15, 7  # -6, 6
+    elif format.name == "int8":
+        low, high = 0x80, 0x7F
+    else:
+        low, high = 0, 2 if format.name == "ternary" else 2**format.bits - 1
+    even = torch.arange(k) % 2 == 0
+    patterns = {
+        "all high": torch.full((k,), high),
+        "all low": torch.full((k,), low),
+        "low and high": torch.where(even, low, high),
+        "high and low": torch.where(even, high, low),
+    }
+    zeros = [torch.full((n, format.num_groups(k)), z, dtype=torch.uint8) for z in (0, format.largest_zero)] if format.zeros else [None]
+    return [
+        (f"{name}, zero point {None if zero is None else int(zero[0, 0])}", encode(pattern.repeat(n, 1), format), zero)
+        for name, pattern in patterns.items()
+        for zero in zeros
+    ]
 
 
 @pytest.mark.parametrize(("activations", "format"), [(mode, format) for mode in PAIRS for format in PAIRS[mode]], ids=str)
@@ -265,11 +277,12 @@ def test_no_integer_overflows(impl, format, rows, activations, forced):
         "halves of a block": 1.0 - 2 * (k // 16 % 2),
         "blocks": 1.0 - 2 * (k // 32 % 2),
     }
-    scales = torch.ones(case.N, format.num_groups(case.K), dtype=torch.float16)
+    scales = scales_of(torch.ones(format.scales_shape(case.N, case.K)), format)
+    global_scale = torch.ones(1) if format.has_global_scale else None
     for what, codes, zeros in extreme_codes(format, case.N, case.K):
         for pattern, sign in signs.items():
             x = (sign * 127).repeat(rows, 1)
-            inputs = weight_of(codes, scales, zeros, case.K, format, x)
+            inputs = weight_of(Canonical(codes, scales, zeros, global_scale), case.K, format, x)
             assert_linear(run(case, inputs), x, inputs, case, impl=f"{impl} ({what}; x {pattern})", independent=False)
 
 
@@ -323,7 +336,7 @@ def test_special_values(impl, kind, format, activations, forced):
         assert bool(out[[2, 5, 6]].isnan().all()), f"{impl}: a row of x that holds a {kind} must give a row of NaN"
         assert bool(out[[0, 1, 3, 4]].isfinite().all()), f"{impl}: a {kind} leaked into another row"
     if activations == "float" and kind == "infinity":
-        w = taut.ops.quantize_weight.reference(inputs.codes, inputs.scales, inputs.zeros, case.K, format)
+        w = weight_numbers(inputs, case)
         assert_same_nonfinite(out, x.double() @ w.T, f"{impl} on {case}")
         out, x = out[[0, 1, 3, 4]], x[[0, 1, 3, 4]]
     assert_linear(out, x, inputs, case, impl=f"{impl} ({kind})")
@@ -348,7 +361,7 @@ def test_results_too_large_for_the_dtype(impl, dtype, activations, forced):
     codes = torch.full_like(inputs.codes, 0xFF)
     codes[4:] = 0
     scales = torch.full_like(inputs.scales, 0.5 if dtype == torch.float16 else 0.001)
-    inputs = weight_of(codes, scales, None, 64, INT4, x)
+    inputs = weight_of(Canonical(codes, scales), 64, INT4, x)
     out = run(case, inputs)
     if dtype == torch.float16:
         assert bool((out[:, :4] == float("inf")).all() and (out[:, 4:] == float("-inf")).all())
@@ -357,13 +370,43 @@ def test_results_too_large_for_the_dtype(impl, dtype, activations, forced):
 
 @each_kind
 def test_extreme_scales(impl, activations, format, forced):
-    """fp16 scales that are zero, subnormal or the largest there is."""
+    """Scales that are zero, subnormal (they count), or the largest there is."""
     case = LinearCase(5, 12, 100, format, activations)
     forced(impl, **case.sizes())
     inputs = case.make()
-    for scale in (0.0, 2.0**-24, -(2.0**-15), 65504.0):
-        changed = weight_of(inputs.codes, torch.full_like(inputs.scales, scale), inputs.zeros, case.K, format, inputs.x)
-        assert_linear(run(case, changed), inputs.x, changed, case, impl=f"{impl} (scale {scale})")
+    for scale in extreme_scales(format):
+        changed = inputs.canonical._replace(scales=torch.full_like(inputs.scales, scale))
+        # for scales next to the end of fp32: x brings the result back to where fp32 has all its bits
+        x = inputs.x * 2.0**60 if format.scales_dtype == torch.float32 or format.name == "mxfp4" else inputs.x
+        changed = weight_of(changed, case.K, format, x)
+        assert_linear(run(case, changed, x), x, changed, case, impl=f"{impl} (scale {scale})")
+
+
+def extreme_scales(format: WeightFormat) -> tuple[float, ...]:
+    if format.name == "mxfp4":
+        return (0, 1, 60, 170)  # bytes: 2^-127, which fp32 holds as a subnormal, 2^-126, ...
+    if format.name == "nvfp4":
+        return (0, 0x80, 1, 0x87, 0x7E, 0xFE)  # bytes: 0, -0, 2^-9, -7 * 2^-9, 448, -448
+    if format.scales_dtype == torch.float32:
+        return (0.0, 2.0**-100, -(2.0**-118) if format.name == "nf4" else -(2.0**-130), 1e15)
+    return (0.0, 2.0**-24, -(2.0**-15), 65504.0)
+
+
+@each_kind
+def test_a_scale_that_is_no_number_stays_in_its_column(impl, activations, format, forced):
+    """pack_weight's contract refuses them; what kernels make of one that slipped through is no number either, there alone."""
+    rows = format.kind.block_rows
+    case = LinearCase(5, 140 if rows > 1 else 20, 100, format, activations)
+    forced(impl, **case.sizes())
+    inputs = case.make()
+    expected = run(case, inputs)
+    bad = torch.arange(case.N) // rows == (case.N - 1) // rows
+    for value in {"mxfp4": [255], "nvfp4": [0x7F, 0xFF]}.get(format.name, [float("nan"), float("inf"), float("-inf")]):
+        scales = inputs.scales.clone()
+        scales[-1, 0] = value
+        out = run(case, weight_of(inputs.canonical._replace(scales=scales), case.K, format, inputs.x))
+        assert not bool(out[:, bad].isfinite().any()), f"{impl} on {case}: a scale of {value} gave a number"
+        assert_same_bits(out[:, ~bad], expected[:, ~bad], f"{impl} on {case}: a scale of {value} in the last row")
 
 
 # ---- Fuzz ----
@@ -417,7 +460,7 @@ def test_opcheck(activations, format, shape, bias):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("format", (INT4, INT4_ZEROS, INT8, FP8), ids=str)
+@pytest.mark.parametrize("format", EACH_FORMAT, ids=str)
 def test_backward(dtype, format):
     case = LinearCase(6, 1050, 40, format, "float", dtype, bias=True)  # more rows of w than one step of the backward takes
     inputs = case.make()
@@ -425,7 +468,7 @@ def test_backward(dtype, format):
     out = quant_linear(x.view(2, 3, 40), inputs.packed, bias, case.N, format, "float")
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     out.backward(grad)
-    w = taut.ops.quantize_weight.reference(inputs.codes, inputs.scales, inputs.zeros, case.K, format)
+    w = weight_numbers(inputs, case)
     expected = grad.view(6, -1).double() @ w
     magnitude = grad.view(6, -1).double().abs() @ w.abs()
     unit = torch.finfo(dtype).eps / 2
@@ -443,7 +486,7 @@ def test_backward_reaches_x_alone():
     assert x.grad is not None and x.grad.shape == x.shape
 
 
-@each_mode
+@pytest.mark.parametrize(("activations", "format"), [*EACH_MODE, ("int8", WeightFormat("nvfp4")), ("float", WeightFormat("int3"))], ids=str)
 def test_compile_keeps_the_graph_whole(activations, format):
     case = LinearCase(4, 9, 40, format, activations, bias=True)
     inputs = case.make()
@@ -501,11 +544,16 @@ RAW_BAD_CALLS = {
     "N is huge": ({"out_features": 1 << 40}, "under 2\\^31"),
     "bias is long": ({"bias": torch.zeros(10)}, r"bias must be \[9\]"),
     "bias is bfloat16": ({"bias": torch.zeros(9, dtype=torch.bfloat16)}, "bias must have the dtype of x"),
-    "unknown format": ({"format": 5}, "format must be 4"),
+    "unknown format": ({"format": 11}, "format must be 1"),
     "unknown group": ({"group_size": 48}, "group_size must be 32, 64, 128 or 0"),
-    "int8 with zeros": ({"format": 8, "zeros": True}, "zeros are for int4 only"),
-    "unknown activations": ({"activations": 4}, "int4 weights take activations 0"),
-    "int8_row with int4": ({"activations": 2}, "int4 weights take activations 0"),
+    "group of nvfp4": ({"format": 7}, "group_size must be 16 for nvfp4"),
+    "int8 with zeros": ({"format": 8, "zeros": True}, "zeros are for int2, int3 and int4 only"),
+    "unknown activations": ({"activations": 4}, "weights of up to 4 bits take activations 0"),
+    "int8_row with int4": ({"activations": 2}, "weights of up to 4 bits take activations 0"),
+    "int8 with fp8_block": (
+        {"format": 10, "group_size": 128, "packed": torch.zeros(WeightFormat("fp8_block").layout_bytes(9, 40), dtype=torch.uint8)},
+        "fp8_block weights take activations 0",
+    ),
     "fp8_row with int8": (INT8_CALL | {"activations": 3}, "int8 weights take activations 0"),
     "int8 with fp8": (INT8_CALL | {"format": 9}, "fp8_e4m3 weights take activations 0"),
 }  # fmt: skip

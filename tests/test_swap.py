@@ -11,6 +11,7 @@ from torch import nn
 
 import taut
 from taut import QuantLinear, WeightFormat
+from taut.formats import KINDS
 from taut.swap import RuleBook, matches
 
 
@@ -218,13 +219,13 @@ def test_other_copies_keep_the_float_weights():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"weights": "int3"}, "unknown weight format 'int3'; accepted: int4, int8"),
+        ({"weights": "int5"}, "unknown weight format 'int5'; accepted: ternary, int2, int3, int4"),
         ({"weights": 4}, "unknown weight format 4"),
-        ({"weights": None}, "weights must be one of int4, int8, fp8_e4m3"),
+        ({"weights": None}, "weights must be one of ternary, int2, int3, int4"),
         ({"group_size": 48}, "group_size 48 does not fit; accepted: 32, 64, 128"),
         ({"group_size": "32"}, "group_size must be"),
         ({"group_size": True}, "group_size"),
-        ({"weights": "int8", "zeros": True}, "int4 only"),
+        ({"weights": "int8", "zeros": True}, "int2, int3 and int4 only"),
         ({"zeros": 1}, "zeros must be True or False"),
         ({"activations": "int4"}, "unknown activations 'int4'; accepted: auto, float, int8"),
         ({"activations": None}, "activations must be one of"),
@@ -233,7 +234,7 @@ def test_other_copies_keep_the_float_weights():
         ({"rules": ["head"]}, "rules must map"),
         ({"rules": {"head": "int8"}}, "rule 'head' must be None or a dict"),
         ({"rules": {"head": {"bits": 4}}}, "rule 'head': unknown key 'bits'; accepted: weights"),
-        ({"rules": {"head": {"weights": "int2"}}}, "unknown weight format 'int2'"),
+        ({"rules": {"head": {"weights": "int1"}}}, "unknown weight format 'int1'"),
         ({"rules": {3: None}}, "got the pattern 3"),
         ({"skip": ["haed"]}, "pattern 'haed' matches no module"),
         ({"rules": {"*.haed": None}}, r"pattern '\*\.haed' matches no module"),
@@ -260,7 +261,19 @@ def test_bad_weights_change_nothing(value, weights):
     assert [type(m) for m in model.modules()] == before["types"]
 
 
-@pytest.mark.parametrize(("weights", "most"), [("int4", 65504.0 * 7), ("int8", 65504.0 * 127)])
+@pytest.mark.parametrize("weights", KINDS)
+def test_every_format(weights):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    report = taut.swap(model, weights, rules={"1": {"weights": "int8"}})
+    assert [entry.rule.format for entry in report.swapped] == [WeightFormat(weights), WeightFormat("int8")]
+    assert report.swapped[0].rule.activations == ("float" if weights.startswith("fp8") else "int8")
+    assert model(torch.randn(3, 64)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("weights", "most"),
+    [("int4", 65504.0 * 7), ("int8", 65504.0 * 127), ("int2", 65504.0), ("int3", 65504.0 * 3), ("ternary", 65504.0), ("nf4", 1e38)],
+)
 def test_the_largest_weights_that_are_accepted(weights, most):
     model = nn.Sequential(nn.Linear(64, 64))
     model[0].weight.data[0, 0], model[0].weight.data[1, 0] = most, -most

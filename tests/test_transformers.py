@@ -36,6 +36,16 @@ FORMATS = [
     {"weights": "int8", "activations": "int8_row"},
     {"weights": "fp8_e4m3"},
 ]
+CPU_FORMATS = [
+    {"weights": "ternary", "group_size": 32},
+    {"weights": "int2", "zeros": True},
+    {"weights": "int3"},
+    {"weights": "nf4"},
+    {"weights": "mxfp4", "activations": "float"},
+    {"weights": "nvfp4"},
+    {"weights": "fp8_block"},
+]
+THREE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +123,7 @@ def test_config_round_trips_through_json(settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weights": "int3"}, "unknown weight format 'int3'; accepted: int4, int8"),
+        ({"weights": "int5"}, "unknown weight format 'int5'; accepted: ternary, int2, int3, int4"),
         ({"weights": None}, "weights must be"),
         ({"group_size": 16}, "group_size 16 does not fit; accepted: 32, 64, 128"),
         ({"weights": "int8", "zeros": True}, "int4 only"),
@@ -199,8 +209,11 @@ def test_without_taut_no_low_bit_tensor_passes_for_a_weight(saved):
 # Loading, saving, loading again
 
 
-@pytest.mark.parametrize("settings", FORMATS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [(settings, dtype) for settings in FORMATS for dtype in THREE] + [(settings, THREE[i % 3]) for i, settings in enumerate(CPU_FORMATS)],
+    ids=str,
+)
 def test_streamed_equals_swapped_equals_reloaded(checkpoint, tmp_path, settings, dtype):
     streamed = load(checkpoint, dtype, **settings)
     swapped = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)

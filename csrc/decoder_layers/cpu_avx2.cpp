@@ -1,12 +1,12 @@
 // COMPUTES  a stack of decoder layers (layers.h); attention in fp32 over keys and values in fp32, bf16 or fp16
 // LAYOUT    caches [B,Hkv,capacity,D], rows of D contiguous; weights Rows8
-// WORK      layers.h walks the layers; x86_dots.h has attention's products
+// WORK      layers.h walks the layers; dots.h has attention's products
 // BOUND     bytes: the weights and the keys and values seen, once each
 // LIMITS    AVX2, FMA, F16C; head_dim a multiple of 8
-#include "decoder_layers/x86_dots.h"
+#include "decoder_layers/dots.h"
 
 namespace taut::decoder_layers::cpu_avx2 {
 
-void run(const Params& p) { run_layers<X86Dot<Avx2Lanes>>(p); }
+void run(const Params& p) { run_layers<LanesDot<Avx2Lanes>>(p); }
 
 }  // namespace taut::decoder_layers::cpu_avx2

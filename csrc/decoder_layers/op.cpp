@@ -20,17 +20,21 @@ const char* needs_avx2(const Params& p) {
   if (!cpu_features().avx2) return "this processor has no AVX2, FMA and F16C";
   return p.head_dim % 8 == 0 ? nullptr : "head_dim is no multiple of 8";
 }
-const char* needs_avx512(const Params& p) {
-  if (!cpu_features().avx512vnni) return "this processor has no AVX-512 F, BW, DQ, VL and VNNI";
+const char* needs_avx512bw(const Params& p) {
+  if (!cpu_features().avx512bw) return "this processor has no AVX-512 F, BW, DQ and VL";
   return p.head_dim % 16 == 0 ? nullptr : "head_dim is no multiple of 16";
 }
+#elif defined(__aarch64__)
+const char* needs_neon(const Params& p) { return p.head_dim % 4 == 0 ? nullptr : "head_dim is no multiple of 4"; }
 #endif
 
 // Attention's arithmetic; which matmul runs is quant_linear's affair.
 constexpr Impl<Params> kImpls[] = {
 #if defined(__x86_64__)
-    {"cpu_avx512vnni", needs_avx512, always, cpu_avx512vnni::run},
+    {"cpu_avx512bw", needs_avx512bw, always, cpu_avx512bw::run},
     {"cpu_avx2", needs_avx2, always, cpu_avx2::run},
+#elif defined(__aarch64__)
+    {"cpu_neon", needs_neon, always, cpu_neon::run},
 #endif
     {"cpu_scalar", always, always, cpu_scalar::run},
 };

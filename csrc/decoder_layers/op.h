@@ -67,7 +67,10 @@ void run(const Params&);
 namespace cpu_avx2 {
 void run(const Params&);
 }
-namespace cpu_avx512vnni {
+namespace cpu_avx512bw {
+void run(const Params&);
+}
+namespace cpu_neon {
 void run(const Params&);
 }
 

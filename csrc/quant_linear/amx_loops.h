@@ -151,7 +151,7 @@ __attribute__((noinline)) void four_steps(const Unit (&units)[kUnits], const Chu
 }
 
 struct PanelShape {
-  int64_t k_tiles, units;          // of the panel
+  int64_t k_tiles, units;                         // of the panel
   int64_t rows, a_block_bytes, multiples_offset;  // A: blocks of 32 rows; where in a block the panel's multiples are
   bool fresh;
 };
@@ -212,7 +212,8 @@ void amx_loop(const Params& p) {
   const int64_t k_tiles = (s.num_blocks * 32 + S::kTileK - 1) / S::kTileK, num_units = (k_tiles + S::kTilesPerUnit - 1) / S::kTilesPerUnit;
   const int64_t chunk_rows = std::min(p.M, kChunkRows), chunk_blocks = (chunk_rows + kPairRows - 1) / kPairRows;
   // For few rows a panel is longer in k, so that packed bytes are read in longer streams.
-  const int64_t panel_k = chunk_blocks > 2 ? 512 : 2048, panel_units = std::max<int64_t>(panel_k / S::kUnitK, kUnits), panel_tiles = panel_units * S::kTilesPerUnit;
+  const int64_t panel_k = chunk_blocks > 2 ? 512 : 2048, panel_units = std::max<int64_t>(panel_k / S::kUnitK, kUnits),
+                panel_tiles = panel_units * S::kTilesPerUnit;
   const int64_t codes_bytes = k_tiles * 2 * S::kATileBytes, a_block_bytes = codes_bytes + (Kernel::kMultiples ? num_units * kPairRows * 4 : 0);
   uint8_t* a = scratch(0, chunk_blocks * (a_block_bytes + kPairRows * sizeof(float)));
   float* unit = reinterpret_cast<float*>(a + chunk_blocks * a_block_bytes);

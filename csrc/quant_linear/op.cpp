@@ -11,21 +11,11 @@ namespace {
 
 constexpr const char* kOp = "quant_linear";
 
-// The formats each kernel knows; the others are for cpu_scalar.
-const char* int4_int8_fp8(const Params& p) {
-  return p.weight.format == Format::kInt4 || p.weight.format == Format::kInt8 || p.weight.format == Format::kFp8E4M3
-             ? nullptr
-             : "it computes with int4, int8 and fp8_e4m3 weights";
-}
-
 const char* needs_int8(const Params& p) {  // every format that may be multiplied with int8 activations
   return p.activations == Activations::kInt8 || p.activations == Activations::kInt8Row ? nullptr : "it computes with int8 activations";
 }
 
-const char* needs_float(const Params& p) {
-  if (const char* why = int4_int8_fp8(p)) return why;
-  return p.activations == Activations::kFloat ? nullptr : "it computes with float activations";
-}
+const char* needs_float(const Params& p) { return p.activations == Activations::kFloat ? nullptr : "it computes with float activations"; }
 
 // Which of these kernels exist at all is a matter of the architecture this is compiled for.
 #if defined(__x86_64__)
@@ -37,9 +27,17 @@ const char* needs_int8_avx512bw(const Params& p) { return cpu_features().avx512b
 
 const char* needs_int8_avx512vnni(const Params& p) { return cpu_features().avx512vnni ? needs_int8(p) : "this processor has no AVX-512 VNNI"; }
 
+const char* needs_float_amx(const Params& p) {
+  if (!cpu_features().amx) return "this processor has no AMX, or the system grants none";
+  if (p.dtype != DType::kBFloat16) return "it computes with x in bfloat16";
+  return needs_float(p);
+}
+
 const char* needs_int8_amx(const Params& p) { return cpu_features().amx ? needs_int8(p) : "this processor has no AMX, or the system grants none"; }
 
 const char* needs_float_avx2(const Params& p) { return cpu_features().avx2 ? needs_float(p) : "this processor has no AVX2, FMA and F16C"; }
+
+const char* needs_float_avx512bw(const Params& p) { return cpu_features().avx512bw ? needs_float(p) : "this processor has no AVX-512 F, BW, DQ and VL"; }
 #elif defined(__aarch64__)
 const char* needs_int8_i8mm(const Params& p) { return cpu_features().i8mm ? needs_int8(p) : "this processor has no I8MM (smmla)"; }
 
@@ -47,10 +45,7 @@ const char* needs_int8_neondot(const Params& p) { return cpu_features().neondot 
 
 const char* needs_int8_neon(const Params& p) { return cpu_features().neon ? needs_int8(p) : "this processor has no NEON"; }
 
-const char* needs_float_neon(const Params& p) {
-  if (!cpu_features().neon) return "this processor has no NEON";
-  return p.activations == Activations::kFloat ? nullptr : "it computes with float activations";
-}
+const char* needs_float_neon(const Params& p) { return cpu_features().neon ? needs_float(p) : "this processor has no NEON"; }
 #endif
 
 // The small loops stream the packed weights and unpack them in registers, for up to 4 rows at a time; the tiles unpack
@@ -75,7 +70,7 @@ const char* int8_small_m(const Params& p) {
 }
 #if defined(__x86_64__)
 const char* amx_m(const Params& p) { return p.M > 16 ? nullptr : "up to M=16 a C tile is mostly empty"; }
-constexpr auto int8_small_avx512vnni = int8_small_m<SmallRows{16, 16, 12, 8, 12, 20}>;
+constexpr auto int8_small_avx512vnni = int8_small_m<SmallRows{12, 12, 12, 8, 12, 16}>;
 constexpr auto int8_small_avxvnni = int8_small_m<SmallRows{12, 8, 12, 6, 8, 24}>;
 constexpr auto int8_small_avx512bw = int8_small_m<SmallRows{20, 16, 12, 8, 24, 24}>;
 constexpr auto int8_small_avx2 = int8_small_m<SmallRows{12, 8, 8, 4, 12, 12}>;
@@ -96,6 +91,9 @@ constexpr Impl<Params> kImpls[] = {
     {"cpu_avx512bw.int8_tile", needs_int8_avx512bw, always, cpu_int8_avx512bw::run_tile},
     {"cpu_avx2.int8_small", needs_int8_avx2, int8_small_avx2, cpu_int8_avx2::run_small},
     {"cpu_avx2.int8_tile", needs_int8_avx2, always, cpu_int8_avx2::run_tile},
+    {"cpu_amx.float_tile", needs_float_amx, amx_m, cpu_float_amx::run},
+    {"cpu_avx512bw.float_small", needs_float_avx512bw, float_small_m, cpu_float_avx512bw::run_small},
+    {"cpu_avx512bw.float_tile", needs_float_avx512bw, always, cpu_float_avx512bw::run_tile},
     {"cpu_avx2.float_small", needs_float_avx2, float_small_m, cpu_float_avx2::run_small},
     {"cpu_avx2.float_tile", needs_float_avx2, always, cpu_float_avx2::run_tile},
 #elif defined(__aarch64__)

@@ -89,10 +89,17 @@ void run_tile(const Params&);
 namespace cpu_int8_amx {
 void run(const Params&);
 }
+namespace cpu_float_amx {
+void run(const Params&);
+}
 namespace cpu_float_avx2 {
 void run_small(const Params&);
 void run_tile(const Params&);
 }  // namespace cpu_float_avx2
+namespace cpu_float_avx512bw {
+void run_small(const Params&);
+void run_tile(const Params&);
+}  // namespace cpu_float_avx512bw
 namespace cpu_int8_i8mm {
 void run_tile(const Params&);
 }

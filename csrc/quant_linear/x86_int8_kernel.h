@@ -172,11 +172,13 @@ struct Int8Kernel {
             const Multiple<Isa> m(a + ((8 + W::kScales) * kRows + r) * 4);
             TAUT_FOR (int i = 0; i < kVectors; i++) {
               if (kRows == 1) W::load_scales(scales + i * apart, stride, scale[i]);
-              TAUT_FOR (int h = 0; h < W::kScales; h++) {
-                Floats value = m.of_sum(sum[h][i][r]);
-                if constexpr (kPasses == 2) value = Isa::fma(value, Isa::splat_float(16.0f), m.of_sum(sum[1][i][r]));
-                if constexpr (kInRegisters) total[i][r] = Isa::fma(value, m.of_scale(scale[i][h]), total[i][r]);
-                else Isa::accumulate(sums + (i * kRows + r) * 8, value, m.of_scale(scale[i][h]));
+              // Part by part as in micro(), so that a row has the same bits whichever kernel its batch gets.
+              TAUT_FOR (int part = 0; part < kParts; part++) {
+                Floats times = scale[i][W::kScales == 2 ? part : 0];
+                if (kPasses == 2 && part == 0) times = times * Isa::splat_float(16.0f);
+                const Floats value = m.of_sum(sum[part][i][r]);
+                if constexpr (kInRegisters) total[i][r] = Isa::fma(value, m.of_scale(times), total[i][r]);
+                else Isa::accumulate(sums + (i * kRows + r) * 8, value, m.of_scale(times));
               }
             }
           }

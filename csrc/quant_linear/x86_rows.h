@@ -14,11 +14,6 @@ inline __m256 load8_bf16(const uint16_t* p) {
 }
 inline __m256 load8_fp16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
-inline __m256 horizontal_add(__m256 v) {  // the sum, in lane 0
-  __m128 h = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  h = _mm_add_ps(h, _mm_movehl_ps(h, h));
-  return _mm256_castps128_ps256(_mm_add_ss(h, _mm_shuffle_ps(h, h, 1)));
-}
 inline float horizontal_max(__m256 v) {
   __m128 h = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   h = _mm_max_ps(h, _mm_movehl_ps(h, h));

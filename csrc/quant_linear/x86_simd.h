@@ -62,6 +62,10 @@ struct Simd256 {
   }
 
   static TAUT_INLINE Floats zero() { return _mm256_setzero_ps(); }
+  static TAUT_INLINE Floats min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+  // table[low 3 bits of each lane]
+  static TAUT_INLINE Floats look_up_floats(const float* table, Bytes lanes) { return _mm256_permutevar8x32_ps(_mm256_load_ps(table), lanes); }
+  static TAUT_INLINE Floats choose_by_sign(Floats positive, Floats negative, Floats sign) { return _mm256_blendv_ps(positive, negative, sign); }
   static TAUT_INLINE Floats splat_float(float v) { return _mm256_set1_ps(v); }
   static TAUT_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
   static TAUT_INLINE Floats from_int32(Bytes v) { return _mm256_cvtepi32_ps(v); }
@@ -131,6 +135,9 @@ struct Simd512 {
   }
 
   static TAUT_INLINE Floats zero() { return _mm512_setzero_ps(); }
+  static TAUT_INLINE Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+  // table[low 4 bits of each lane]
+  static TAUT_INLINE Floats look_up_floats(const float* table, Bytes lanes) { return _mm512_permutexvar_ps(lanes, _mm512_load_ps(table)); }
   static TAUT_INLINE Floats splat_float(float v) { return _mm512_set1_ps(v); }
   static TAUT_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static TAUT_INLINE Floats from_int32(Bytes v) { return _mm512_cvtepi32_ps(v); }

@@ -27,11 +27,13 @@ constexpr float kInt4Candidates[] = {1.0f, 0.96f, 0.92f, 0.88f, 0.84f, 0.80f, 1.
 constexpr int kInt8Candidates = 16;
 // fp8: the largest magnitude maps to one of the 16 largest codes, 448 down to 120, for the same reason.
 constexpr int kFp8Candidates = 16;
-// int2 and int3: from the largest magnitude at the end of the range to a third of it there. Ahead of these comes 1, and
-// what maps it to the shorter end: weights that are ternary, say, are exact then.
-constexpr float kFewBitsCandidates[] = {1.1f, 1.05f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f, 0.65f, 0.6f, 0.55f, 0.5f, 0.45f, 0.4f, 0.35f};
-// ternary: the scale whose half is the threshold under which weights become 0, times the mean magnitude.
-constexpr float kTernaryCandidates[] = {1.0f, 0.7f, 0.85f, 1.15f, 1.3f, 1.45f, 1.6f, 1.8f, 2.0f, 2.3f, 2.7f, 3.5f};
+// int2 and int3: from the largest magnitude at the end of the range to a twentieth of it there, where a row has outliers.
+// Ahead of these comes 1, and what maps it to the shorter end: weights that are ternary, say, are exact then.
+constexpr float kFewBitsCandidates[] = {1.1f,  1.05f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f,  0.65f, 0.6f,  0.55f,  0.5f,
+                                        0.45f, 0.4f,  0.35f, 0.3f, 0.25f, 0.2f, 0.16f, 0.13f, 0.1f,  0.08f, 0.065f, 0.05f};
+// ternary: the scale whose half is the threshold under which weights become 0, times the mean magnitude. The last ones keep
+// nothing but outliers.
+constexpr float kTernaryCandidates[] = {1.0f, 0.7f, 0.85f, 1.15f, 1.3f, 1.45f, 1.6f, 1.8f, 2.0f, 2.3f, 2.7f, 3.2f, 4.0f, 5.0f, 6.5f, 8.5f, 12.0f, 18.0f, 30.0f};
 
 // WHY: adding 1.5*2^23 rounds to nearest even in every instruction set, SSE2 too. |value| < 2^22.
 inline float round_even(float value) { return (value + 12582912.0f) - 12582912.0f; }
@@ -204,14 +206,15 @@ inline void quantize_mxfp4_group(const float* x, int64_t length, int64_t padded,
   int best = plain;
   float best_error = 0;
   for (int s = plain; s <= plain + 1; s++) {
-    const float scale = e8m0_to_float(static_cast<uint8_t>(s)), inverse = std::bit_cast<float>(static_cast<uint32_t>(254 - s) << 23);
+    const float inverse = std::bit_cast<float>(static_cast<uint32_t>(254 - s) << 23);
     float sums[kLanes] = {}, error = 0;
     for (int64_t i = 0; i < padded; i += kLanes)
       for (int64_t lane = 0; lane < kLanes; lane++) {
-        const float size = std::fabs(x[i + lane]), off = e2m1_size(size * inverse) * scale - size;
+        const float size = std::fabs(x[i + lane]) * inverse, off = e2m1_size(size) - size;
         sums[lane] += off * off;
       }
     for (const float sum : sums) error += sum;
+    if (s != plain) error *= 4;  // in units of its own scale: squares of any size fit
     if (s == plain || error < best_error) best = s, best_error = error;
   }
   *scale_out = static_cast<uint8_t>(best);

@@ -14,7 +14,8 @@ from torch import nn
 from . import _native
 from . import fuse as fusing
 from .formats import ACTIVATIONS, FORMATS, KINDS, WeightFormat, check_activations, resolve_activations
-from .nn import QuantLinear
+from .nn import PackedWeight, QuantLinear
+from .ops.pack_weight import check_device
 
 _RULE_KEYS = ("weights", "group_size", "zeros", "activations")
 
@@ -170,8 +171,9 @@ def held_bytes(model: nn.Module) -> dict[str, int]:
     counted: set[int] = set()
     sizes = {}
     for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            sizes[name] = module.weight_bytes
+        if isinstance(module, PackedWeight):
+            sizes[name] = module.weight_bytes if module.packed is None or id(module.packed) not in counted else 0
+            counted.add(id(module.packed))
             continue
         own = {key: p for key, p in module.named_parameters(recurse=False) if f"{name}.{key}" not in tied and id(p) not in counted}
         counted.update(map(id, own.values()))
@@ -366,11 +368,10 @@ def check_values(name: str, weight: torch.Tensor, rule: Rule) -> None:
     """Raises ``ValueError`` if the weight of module ``name`` cannot be quantized, so that nothing is changed then."""
     if weight.device.type == "meta":
         raise ValueError(f"{name} is on the meta device: load the model first, or give taut.Config to from_pretrained")
-    if weight.device.type == "cuda":
-        try:
-            rule.format.check_cuda()
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+    try:
+        check_device(weight.device, rule.format)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     least, most = torch.aminmax(weight.detach())
     largest = max(-float(least), float(most))
     if not math.isfinite(largest):

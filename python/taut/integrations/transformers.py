@@ -31,7 +31,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import _native
 from .. import fuse as fusing
 from ..nn import QuantLinear
-from ..nn.quant_linear import PARTS
+from ..nn.packed_weight import PARTS
 from ..swap import Kept, Rule, RuleBook, SwapReport, check_values, held_bytes, make_rule, plan, swapped_entry
 
 if TYPE_CHECKING:

@@ -44,7 +44,8 @@ def decoder_layers(
     sees itself and the window - 1 keys before it). ``numbers``: ``NUMBERS``; scores are ``q . k * attn_scale * attn_multiplier``,
     with ``attn_softcap`` c > 0 they become ``c tanh(score / c)``; ``residual_multiplier`` scales what is added to x.
 
-    On the CPU only, and without a backward. Neither the threads nor the other sequences change a sequence's bits.
+    On the CPU only, and without a backward. The number of threads changes no bits; the other sequences change none of a sequence's
+    as long as ``quant_linear`` runs the same impl for that many rows.
     Raises ``ValueError`` before anything is written if a shape, dtype, device, count or range is wrong.
     """
     if torch.is_grad_enabled() and x.requires_grad:

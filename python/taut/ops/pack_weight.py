@@ -9,12 +9,17 @@ from .. import _native
 from ..formats import Canonical, WeightFormat
 
 
+def check_device(device: torch.device, format: WeightFormat) -> None:
+    """Raises ``ValueError`` where kernels of ``device`` do not take weights of this format."""
+    if _native.layout_for(device.type) == _native.MMA_TILES:
+        format.check_cuda()
+
+
 def check_canonical(
     codes: Tensor, scales: Tensor, zeros: Tensor | None, global_scale: Tensor | None, in_features: int, format: WeightFormat
 ) -> None:
     device = _native.device_of(codes=codes, scales=scales, zeros=zeros, global_scale=global_scale)
-    if device.type == "cuda":
-        format.check_cuda()
+    check_device(device, format)
     if codes.dim() != 2 or tuple(codes.shape) != format.codes_shape(codes.shape[0], in_features) or codes.dtype != format.codes_dtype:
         raise ValueError(
             f"codes of a {format} weight with K={in_features} must be {format.codes_dtype} [N, {format.codes_shape(1, in_features)[1]}], "
@@ -85,8 +90,7 @@ def repack(packed: Tensor, layout: int, out_features: int, in_features: int, for
     """
     if layout == _native.layout_for(device.type):
         return packed.to(device)
-    if device.type == "cuda":
-        format.check_cuda()
+    check_device(device, format)
     if layout == _native.layout_for(packed.device.type):
         parts = unpack_weight(packed, out_features, in_features, format)
     else:  # bytes that were moved as they are; the CPU ops read every layout

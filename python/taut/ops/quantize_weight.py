@@ -28,7 +28,7 @@ def quantize_weight(w: Tensor, format: WeightFormat) -> Canonical:
     int8: the largest magnitude maps to 127, 126, ... or 112, whichever has the least squared error. int4 without zeros:
     the largest magnitude maps to code -8, as llama.cpp's Q4_0, then eight scales around that one are tried and the least
     squared error wins; with zeros: min and max map to 0 and 15, likewise searched. int2, int3: the same over a wider range of
-    scales, of either sign or with three zero points. ternary: twelve scales around the mean magnitude (BitNet b1.58 takes
+    scales, of either sign or with three zero points. ternary: nineteen scales around the mean magnitude (BitNet b1.58 takes
     the mean), each then the least squares one for the weights it does not make 0. fp8_e4m3: the largest magnitude maps to
     one of the sixteen largest codes, 448 down to 120. nf4: the largest magnitude is the scale, codes are bitsandbytes'.
     mxfp4: the specification's scale, ``2^(floor(log2(largest)) - 2)``, or twice that where it is closer. nvfp4: the global
@@ -94,7 +94,7 @@ def reference(
     return (q.double() - offset) * scales.double()[row, column]
 
 
-_CANDIDATES = {"ternary": 12, "int2": 34, "int3": 34, "int4": 8, "int8": 16, "fp8_e4m3": 16, "mxfp4": 2}
+_CANDIDATES = {"ternary": 19, "int2": 52, "int3": 52, "int4": 8, "int8": 16, "fp8_e4m3": 16, "mxfp4": 2}
 
 
 def cost(n: int, k: int, format: WeightFormat, element_bytes: int = 4) -> dict[str, int]:

@@ -1,8 +1,12 @@
-// The dot products of attention for x86: 4 queries at a time share each load of a key or value. Lanes<kWidth> says what a register
-// is: 8 floats on AVX2, 16 on AVX-512.
+// The dot products of attention, written once: 4 queries at a time share each load of a key or value. The lanes say what a register
+// is: 8 floats on AVX2, 16 on AVX-512, 4 on NEON. head_dim is a multiple of that.
 #pragma once
 
+#if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 #include "decoder_layers/layers.h"
 
@@ -10,6 +14,13 @@ namespace taut::decoder_layers {
 namespace {
 
 #define TAUT_FOR(...) _Pragma("GCC unroll 16") for (__VA_ARGS__)
+
+#if defined(__x86_64__)
+// The sums of the lanes of four vectors.
+TAUT_INLINE void four_sums(__m256 a, __m256 b, __m256 c, __m256 d, float* out) {
+  const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+}
 
 struct Avx2Lanes {
   using V = __m256;
@@ -19,7 +30,7 @@ struct Avx2Lanes {
   static TAUT_INLINE V load(const float* p) { return _mm256_loadu_ps(p); }
   static TAUT_INLINE void store(float* p, V v) { _mm256_storeu_ps(p, v); }
   static TAUT_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
-  static TAUT_INLINE __m256 half(V v) { return v; }
+  static TAUT_INLINE void sums(V a, V b, V c, V d, float* out) { four_sums(a, b, c, d, out); }
   template <DType kDType>
   static TAUT_INLINE V load(const char* p) {
     if constexpr (kDType == DType::kFloat32) return _mm256_loadu_ps(reinterpret_cast<const float*>(p));
@@ -28,6 +39,7 @@ struct Avx2Lanes {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
 };
+#endif
 
 #if defined(__AVX512F__)
 struct Avx512Lanes {
@@ -39,6 +51,7 @@ struct Avx512Lanes {
   static TAUT_INLINE void store(float* p, V v) { _mm512_storeu_ps(p, v); }
   static TAUT_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static TAUT_INLINE __m256 half(V v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+  static TAUT_INLINE void sums(V a, V b, V c, V d, float* out) { four_sums(half(a), half(b), half(c), half(d), out); }
   template <DType kDType>
   static TAUT_INLINE V load(const char* p) {
     if constexpr (kDType == DType::kFloat32) return _mm512_loadu_ps(p);
@@ -49,14 +62,28 @@ struct Avx512Lanes {
 };
 #endif
 
-// The sums of the lanes of four vectors.
-TAUT_INLINE __m128 four_sums(__m256 a, __m256 b, __m256 c, __m256 d) {
-  const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-  return _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
-}
+#if defined(__aarch64__)
+struct NeonLanes {
+  using V = float32x4_t;
+  static constexpr int kWidth = 4, kKeys = 4;
+  static TAUT_INLINE V zero() { return vdupq_n_f32(0); }
+  static TAUT_INLINE V set1(const float* p) { return vld1q_dup_f32(p); }
+  static TAUT_INLINE V load(const float* p) { return vld1q_f32(p); }
+  static TAUT_INLINE void store(float* p, V v) { vst1q_f32(p, v); }
+  static TAUT_INLINE V fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
+  static TAUT_INLINE void sums(V a, V b, V c, V d, float* out) { vst1q_f32(out, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d))); }
+  template <DType kDType>
+  static TAUT_INLINE V load(const char* p) {
+    if constexpr (kDType == DType::kFloat32) return vld1q_f32(reinterpret_cast<const float*>(p));
+    const uint16x4_t bits = vld1_u16(reinterpret_cast<const uint16_t*>(p));
+    if constexpr (kDType == DType::kFloat16) return vcvt_f32_f16(vreinterpret_f16_u16(bits));
+    return vreinterpretq_f32_u32(vshll_n_u16(bits, 16));
+  }
+};
+#endif
 
 template <class L>
-struct X86Dot {
+struct LanesDot {
   using V = typename L::V;
   static constexpr int64_t kAhead = 4096;  // bytes that are fetched ahead
 
@@ -72,22 +99,17 @@ struct X86Dot {
       TAUT_FOR (int t = 0; t < kKeys; t++) {
         const char* p = keys + (t * D + d) * kBytes;
         key[t] = L::template load<kDType>(p);
-        _mm_prefetch(p + kAhead, _MM_HINT_T0);
+        __builtin_prefetch(p + kAhead);
       }
       TAUT_FOR (int r = 0; r < kRows; r++) {
         const V query = L::load(q + r * D + d);
         TAUT_FOR (int t = 0; t < kKeys; t++) sum[r][t] = L::fma(query, key[t], sum[r][t]);
       }
     }
-    const __m256 none = _mm256_setzero_ps();
     TAUT_FOR (int r = 0; r < kRows; r++) {
-      if constexpr (kKeys == 4) {
-        _mm_storeu_ps(out + r * kChunk, four_sums(L::half(sum[r][0]), L::half(sum[r][1]), L::half(sum[r][2]), L::half(sum[r][3])));
-      } else {
-        const __m128 sums = four_sums(L::half(sum[r][0]), kKeys == 2 ? L::half(sum[r][kKeys - 1]) : none, none, none);
-        if (kKeys == 2) _mm_storel_pi(reinterpret_cast<__m64*>(out + r * kChunk), sums);
-        else _mm_store_ss(out + r * kChunk, sums);
-      }
+      float found[4];
+      L::sums(sum[r][0], sum[r][kKeys > 1], sum[r][kKeys / 2], sum[r][kKeys - 1], kKeys == 4 ? out + r * kChunk : found);
+      if (kKeys < 4) std::memcpy(out + r * kChunk, found, kKeys * sizeof(float));
     }
   }
 
@@ -109,7 +131,7 @@ struct X86Dot {
     for (int64_t t = 0; t < n; t++, values += D * kBytes, ahead += kStep) {
       V value[kVectors];
       TAUT_FOR (int i = 0; i < kVectors; i++) value[i] = L::template load<kDType>(values + i * L::kWidth * kBytes);
-      for (int line = 0; line < kStep; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
+      for (int line = 0; line < kStep; line += 64) __builtin_prefetch(ahead + line);
       TAUT_FOR (int r = 0; r < kRows; r++) {
         const V weight = L::set1(p + r * kChunk + t);
         TAUT_FOR (int i = 0; i < kVectors; i++) sum[r][i] = L::fma(weight, value[i], sum[r][i]);
