@@ -3,7 +3,7 @@
 // LAYOUT    w: Rows8 (common/formats.h).   A and B: NeonInt8 in neon_int8.h, rows side by side
 // WORK      What sdot does, on processors that have none: two smull, an addp in int16 (two products of signed bytes, at most
 //           2*128*127, fit) and an sadalp, for 4 outputs x 4 k. Loops, tile and scaling: neon_int8_kernel.h
-// BOUND     The SIMD pipes: 4 or 5 instructions where sdot is one; a quarter of those that the float kernel takes.
+// BOUND     The SIMD pipes: 4 or 5 instructions where sdot is one; a third of those that the float kernel takes at M=1.
 // LIMITS    any 64-bit ARM (Cortex-A53, A72: Raspberry Pi 3 and 4); int8 activations. It has run in an emulator only, never on ARM
 //           hardware: rows, streams and panel sizes are reasoned from instruction counts, not measured.
 #include "quant_linear/neon_int8_kernel.h"
