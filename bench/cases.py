@@ -3,8 +3,8 @@
 A measurement is ``op/case/format/impl``:
 
 * case: ``N14336_K4096_M1`` (quant_linear), ``N14336_K4096`` (quantize_weight, pack_weight)
-* format: ``<weights>_<activations>``. Weights are ``int4`` or ``int8``, then ``g32``, ``g64``, ``g128`` or ``row`` for what a
-  scale covers, then ``z`` where there are zero points. Activations are ``a8`` (fp32 in and out, int8 inside), or ``f32`` or
+* format: ``<weights>_<activations>``. Weights are one of ``taut.formats.KINDS``, then ``g16``, ``g32``, ``g64``, ``g128`` or ``row``
+  for what a scale covers, then ``z`` where there are zero points. Activations are ``a8`` (fp32 in and out, int8 inside), or ``f32`` or
   ``bf16``: the dtype of x and of the arithmetic. For quantize_weight the last part is the dtype it reads; pack_weight has none.
 * impl: the row of the op's table that ran, or a peer's name. A peer's format says what the peer computes.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from taut.formats import WeightFormat
+from taut.formats import KINDS, WeightFormat
 
 # Linear layers of models: (N, K) -> what has that shape. Fused shapes are those of one matrix for q, k and v, or for gate and up.
 _LAYERS = {
@@ -56,11 +56,20 @@ _WEIGHTS = (
     "int4_row_z",
     "int8_row",
     "int8_g32",
+    "ternary_row",
+    "int2_g32",
+    "int3_g32",
+    "nf4_g64",
+    "mxfp4_g32",
+    "nvfp4_g16",
+    "fp8_e4m3_row",
+    "fp8_block_g128",
 )
 _ACTIVATIONS = ("a8", "f32", "bf16")
 _QUANTIZE_SHAPES = (HEADLINE, (576, 1536))
 DTYPES = {"a8": torch.float32, "f32": torch.float32, "bf16": torch.bfloat16}
 DEFAULT_FORMATS = ("int4_g32_a8", "int8_row_a8")
+SWEEP_M = tuple(2**power for power in range(12))
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,19 @@ class Case:
     def formats(self) -> tuple[str, ...]:
         if self.op == "pack_weight":
             return _WEIGHTS
-        return tuple(f"{w}_{a}" for w in _WEIGHTS for a in (_ACTIVATIONS if self.op == "quant_linear" else ("f32", "bf16")))
+        if self.op == "quantize_weight":
+            return tuple(f"{weights}_{source}" for weights in _WEIGHTS for source in ("f32", "bf16"))
+        return tuple(f"{weights}_{how}" for weights in _WEIGHTS for how in _ACTIVATIONS if how != "a8" or _takes_int8(weights))
+
+
+def _takes_int8(weights: str) -> bool:
+    return "int8" in parse_format(weights)[0].kind.activations
+
+
+def default_formats() -> tuple[str, ...]:
+    """Every kind of weights in its default group, with the activations that "auto" stands for on the CPU."""
+    names = [format_name(WeightFormat(kind)) for kind in KINDS]
+    return tuple(f"{name}_{'a8' if _takes_int8(name) else 'f32'}" for name in names)
 
 
 def all_cases() -> list[Case]:
@@ -97,9 +118,11 @@ def all_cases() -> list[Case]:
 
 def parse_format(name: str) -> tuple[WeightFormat, str]:
     """``int4_g32_z_a8`` -> the weight format and the part after it ("" if none). Raises ``ValueError`` for anything else."""
-    match = re.fullmatch(r"(int4|int8)_(?:g(\d+)|row)(_z)?(?:_(a8|f32|bf16))?", name)
+    match = re.fullmatch(rf"({'|'.join(KINDS)})_(?:g(\d+)|row)(_z)?(?:_(a8|f32|bf16))?", name)
     if not match:
-        raise ValueError(f"unknown format {name!r}; accepted: int4 or int8, then g32, g64, g128 or row, then z, then a8, f32 or bf16")
+        raise ValueError(
+            f"unknown format {name!r}; accepted: one of {', '.join(KINDS)}, then g16, g32, g64, g128 or row, then z, then a8, f32 or bf16"
+        )
     weights, group, zeros, activations = match.groups()
     return WeightFormat(weights, int(group or 0), zeros is not None), activations or ""
 

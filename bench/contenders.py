@@ -121,16 +121,13 @@ def _prepare_linear(problem: Problem, format: str, impl: str, cold_bytes: int) -
     weights, activations = parse_format(format)
     mode = "int8" if activations == "a8" else "float"
     x = problem.x.to(DTYPES[activations])
-    parts = problem.canonical(weights)
-    layout_bytes = weights.layout_bytes(case.n, case.k)
-    # WHY packed again, not cloned: pack_weight asks for 2 MB pages, as a model's weights have them
-    packed = [pack_weight(*parts, case.k, weights) for _ in range(copies_for(layout_bytes, cold_bytes))]
+    packed = problem.packed(weights, copies_for(weights.layout_bytes(case.n, case.k), cold_bytes))
     take, arguments = rotation(packed), (None, case.n, weights.code, weights.group_size, weights.zeros, int(mode == "int8"))
     op = torch.ops.taut.quant_linear
     call = _forced(case.op, impl, lambda: op(x, take(), *arguments), impl == default_impl(case, format))
     out = call()
     w = problem.dense(weights)
-    exact = max_error(out, x, w, quantized_x=mode == "int8")
+    exact = max_error(out, x, problem.dense(weights, mode), quantized_x=mode == "int8")
     wrong = None if exact <= _OWN_TOLERANCE[x.dtype] else f"off by {exact:.2g} of the largest result from its definition"
     counted = quant_linear.cost(case.m, case.n, case.k, weights, x.element_size())
     flops, int8_ops = (0, counted["flops"]) if mode == "int8" else (counted["flops"], 0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from taut.formats import Canonical, WeightFormat
 from taut.ops.pack_weight import dequantize_weight, pack_weight
 from taut.ops.quant_linear import quantize_activations
-from taut.ops.quantize_weight import quantize_weight
+from taut.ops.quantize_weight import quantize_weight, reference
 
 from .cases import Case
 
@@ -27,11 +27,18 @@ class Problem:
     x: Tensor = field(init=False)
     _w: Tensor | None = field(init=False, default=None)
     _canonical: dict[WeightFormat, Canonical] = field(init=False, default_factory=dict)
-    _dense: dict[WeightFormat, Tensor] = field(init=False, default_factory=dict)
+    _dense: dict[tuple[WeightFormat, str], Tensor] = field(init=False, default_factory=dict)
+    _packed: dict[WeightFormat, list[Tensor]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.case.n * 31 + self.case.k)
         self.x = torch.randn(self.case.m, self.case.k, generator=generator)
+
+    def with_rows(self, case: Case) -> Problem:
+        """The problem of ``case``, which differs in M alone; what was made of w is shared with this one."""
+        other = Problem(case)
+        other._w, other._canonical, other._dense, other._packed = self.w, self._canonical, self._dense, self._packed
+        return other
 
     @property
     def w(self) -> Tensor:
@@ -46,12 +53,27 @@ class Problem:
             self._canonical[format] = quantize_weight(self.w, format)
         return self._canonical[format]
 
-    def dense(self, format: WeightFormat) -> Tensor:
-        """The numbers the low-bit weight stands for, fp32: what float peers compute with, so that all compute the same."""
-        if format not in self._dense:
-            packed = pack_weight(*self.canonical(format), self.case.k, format)
-            self._dense[format] = dequantize_weight(packed, self.case.n, self.case.k, format)
-        return self._dense[format]
+    def dense(self, format: WeightFormat, activations: str = "float") -> Tensor:
+        """The numbers the low-bit weight stands for, fp32: what float peers compute with, so that all compute the same.
+
+        ``activations``: what they are multiplied with: nf4 stands for other numbers beside int8 ones.
+        """
+        key = (format, activations if format.name == "nf4" else "float")
+        if key not in self._dense:
+            parts = self.canonical(format)
+            if key[1] == "float":
+                packed = pack_weight(*parts, self.case.k, format)
+                self._dense[key] = dequantize_weight(packed, self.case.n, self.case.k, format)
+            else:
+                self._dense[key] = reference(*parts, self.case.k, format, activations).float()
+        return self._dense[key]
+
+    def packed(self, format: WeightFormat, count: int) -> list[Tensor]:
+        """``count`` copies of the weight in the layout kernels read, each in memory of its own."""
+        copies = self._packed.setdefault(format, [])
+        # WHY packed again, not cloned: pack_weight asks for 2 MB pages, as a model's weights have them
+        copies += [pack_weight(*self.canonical(format), self.case.k, format) for _ in range(count - len(copies))]
+        return copies[:count]
 
 
 def max_error(out: Tensor, x: Tensor, w: Tensor, quantized_x: bool = False) -> float:

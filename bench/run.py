@@ -3,11 +3,15 @@
 How it measures. Every result is checked against float64 before anything is timed. All contenders of a case take turns in one
 process, with the same threads and inputs; before each turn the threads of the one before must have stopped spinning. Samples
 during which the hypervisor took time away are dropped. Cold: each computation reads other copies of the weights, together more
-than three times the last cache. Warm: the same copy. The share of the roofline is the least time the machine could take, by the
-bytes and the operations counted and the ceilings measured in the same run, over the median; bytes that a warm run finds in the
-cache set no bound. A long run measures the ceilings again as it goes and holds each result against the best so far: a host that
-shares its memory with others has slow minutes. Operations in bf16 are held against the fp32 ceiling: a processor with bf16
-instructions can pass it.
+than three times the last cache, or 1.25 times in sweeps and where memory is short. Warm: the same copy. The share of the roofline
+is the least time the machine could take, by the bytes and the operations counted and the ceilings measured in the same run, over
+the median; bytes that a warm run finds in the cache set no bound. A long run measures the ceilings again as it goes and holds each
+result against the best so far: a host that shares its memory with others has slow minutes. Operations in bf16 are held against the
+fp32 ceiling: a processor with bf16 instructions can pass it.
+
+``--sweep`` times the headline layer at M = 1, 2, 4 .. 2048 with every impl, for the plot; ``--never-slower`` every format with the impl
+the table picks, beside torch's float layers, and says where one is slower. Their lines have the op ``sweep``.
+``--model NAME`` times whole models instead, through ``model.generate``; bench/generation.py says how.
 
 JSON lines: op, case, format, impl (bench/cases.py says how they are named), peer, threads, median_us, p10_us, p90_us, gb_s,
 gflop_s, roofline_share, cold, max_error (of the largest result, against float64 with unrounded x), commit, machine, torch, and
@@ -37,8 +41,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from bench import generation, language_models, plot
 from bench import table as readme_table
-from bench.cases import DEFAULT_FORMATS, HEADLINE, Case, all_cases, parse_format
+from bench.cases import DEFAULT_FORMATS, HEADLINE, SWEEP_M, Case, all_cases, default_formats, parse_format
 from bench.contenders import Entry, Prepared, Skip, default_impl, impls, own_entry
 from bench.peers import all_peers, bits_of
 from bench.peers import entry as peer_entry
@@ -55,6 +60,8 @@ FIELDS = (
 _WARM_ONLY_M = 64  # above it a matrix product is bound by arithmetic: cold and warm weights cost the same
 _SECONDS_EACH = 6.0  # that a contender may take in a race; with three samples it stops there
 _BUSY_LOAD = 0.5
+_SWEEP_ROUNDS, _SWEEP_SECONDS_EACH = 4, 1.5
+_TOO_SLOW = {"torch_int4pack_f32"}  # to take part in a sweep: it takes minutes at many rows
 _CEILINGS_SECONDS = 20.0  # how old the ceilings may be when a race begins
 
 
@@ -127,13 +134,29 @@ def _parser() -> argparse.ArgumentParser:
         "--cold", action="store_true", help=f"only cold weights [default: both; only warm where M is above {_WARM_ONLY_M}]"
     )
     weights.add_argument("--warm", action="store_true", help="only warm weights")
-    parser.add_argument("--table", action="store_true", help="write the README table from bench/results/*.jsonl and stop")
+    parser.add_argument(
+        "--model", action="append", metavar="NAME",
+        help=f"how fast a model reads and writes: {', '.join(language_models.NAMES)}, or a directory; may be given several times",
+    )  # fmt: skip
+    parser.add_argument("--sweep", action="store_true", help="time the headline layer over M with every impl; --peers: and every peer")
+    parser.add_argument("--never-slower", action="store_true", help="time every format over M beside torch's float layers")
+    parser.add_argument("--plot", action="store_true", help="draw bench/results/*.png from the newest sweep and stop")
+    parser.add_argument("--quick", action="store_true", help="with --model: fewer tokens and turns")
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", default=ROOT / ".cache" / "bench",
+        help="with --model: where its files are kept between runs [default: .cache/bench]",
+    )  # fmt: skip
+    parser.add_argument("--table", action="store_true", help="write the README's tables from bench/results/*.jsonl and stop")
     return parser
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
     if args.table:
         readme_table.update_readme(ROOT / "README.md", sorted((ROOT / "bench" / "results").glob("*.jsonl")))
+        return 0
+    if args.plot:
+        for path in plot.draw_all(ROOT / "bench" / "results"):
+            print(path)
         return 0
     if args.threads is not None:
         if args.threads < 1:
@@ -146,8 +169,12 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         for entry in _listed(pattern):
             print(entry)
         return 0
-    races = list(select(pattern, args.peers))
-    if not races:
+    sweep = args.sweep or args.never_slower
+    if sweep:
+        races = list(select_sweep(args.never_slower, args.peers, pattern))
+    else:
+        races = list(select(pattern, args.peers)) if args.model is None else []
+    if not races and args.model is None:
         raise ValueError(f"--filter {args.filter!r} matches nothing that can run here; see --list")
     if args.json is not None:
         with args.json.open("a"):  # so that a path that cannot be written is known before, not after
@@ -156,12 +183,19 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     ceilings, measured = roofline(), time.monotonic()
     machine = f"{processor_name()}, {usable_cores()} cores"
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    context = Context(ceilings, torch.get_num_threads(), _commit(), machine, now)
+    context = Context(ceilings, torch.get_num_threads(), commit(), machine, now)
     console.print(_words(context), highlight=False)
     _warn_if_busy(load, console)  # now, for who would rather stop, and at the end, for who reads only that
+    if args.model is not None:
+        wrong = _run_models(args, context, console)
+        _warn_if_busy(load, console)
+        return 1 if wrong else 0
     wrong: list[str] = []
+    slower: list[str] = []
     skipped = {f"{peer.name}: {reason}" for peer in all_peers() if args.peers and (reason := peer.available())}
-    jobs = [(entries, cold) for entries in races for cold in _temperatures(entries[0].case, args.cold, args.warm)]
+    kinds = 1 if sweep else 2  # a sweep has no time for both
+    jobs = [(entries, cold) for entries in races for cold in _temperatures(entries[0].case, args.cold, args.warm)[:kinds]]
+    shared = Problem(races[0][0].case) if sweep else None
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=len(jobs))
         for entries, cold in jobs:
@@ -170,20 +204,69 @@ def _run(args: argparse.Namespace, console: Console) -> int:
                 wait_until_idle()
                 ceilings, measured = ceilings.best_of(roofline(refresh=True)), time.monotonic()
                 context = replace(context, ceilings=ceilings)
-            rows = race(entries, cold, args.rounds, context, wrong, skipped)
+            rows = race(entries, cold, args.rounds, context, wrong, skipped, shared)
             progress.advance(task)
             if rows:
                 console.print(_show(rows))
-                _append(args.json, rows, context)
+                _append(args.json, rows, context, "sweep" if sweep else None)
+                slower += where_slower(rows)
     console.print(_ceilings_in_words(ceilings), highlight=False)
     for line in sorted(skipped):
         console.print(f"not measured: {line}", highlight=False, markup=False)
     for line in wrong:
         console.print(f"WRONG, not timed: {line}", style="bold red", highlight=False, markup=False)
+    if args.never_slower:
+        verdict = "\n".join(slower) or "No format is slower than torch's float layers at any M."
+        console.print(verdict, highlight=False, markup=False)
     _warn_if_busy(load, console)
     if (after := _load()) > context.threads + 1:
         console.print(f"The load average is {after:.2f} with {context.threads} threads: something else runs.", style="bold yellow")
     return 1 if wrong else 0
+
+
+def _run_models(args: argparse.Namespace, context: Context, console: Console) -> list[str]:
+    """Times the models that ``--model`` names; gives what was wrong."""
+    all_wrong: list[str] = []
+    work = generation.QUICK if args.quick else generation.Work()
+    for name in args.model:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("", total=None)
+            results, skipped, wrong = generation.race(
+                name, generation.chosen(args.peers), work, context.threads, args.cache, context.ceilings,
+                lambda what, task=task, progress=progress: progress.update(task, description=what),
+            )  # fmt: skip
+        for case in dict.fromkeys(result.case for result in results):
+            console.print(_show_model([result for result in results if result.case == case]))
+        for line in dict.fromkeys(f"{each.contender.name} {each.contender.format}: {each.note}" for each in results if each.note):
+            console.print(line, highlight=False, markup=False)
+        if args.json is not None:
+            about = {"threads": context.threads, "commit": context.commit, "machine": context.machine, "torch": torch.__version__}
+            with args.json.open("a") as file:
+                file.writelines(json.dumps({**result.to_dict(), **about, "run": context.run}) + "\n" for result in results)
+        for line in skipped:
+            console.print(f"not measured: {line}", highlight=False, markup=False)
+        for line in wrong:
+            console.print(f"WRONG, not timed: {line}", style="bold red", highlight=False, markup=False)
+        all_wrong += wrong
+    console.print(_ceilings_in_words(context.ceilings), highlight=False)
+    return all_wrong
+
+
+def _show_model(results: Sequence[generation.Result]) -> Table:
+    table = Table(title=results[0].case, title_justify="left", header_style="bold")
+    for name in ("format", "impl"):
+        table.add_column(name)
+    for name in ("tokens/s", "p10 - p90", "GB/s", "GFLOP/s", "of roofline", "cosine", "KL", "same top"):
+        table.add_column(name, justify="right")
+    for result in results:
+        timing, found, line = result.timing, result.fidelity, result.to_dict()
+        spread_of_rates = f"{1e6 / timing.p90_us:.1f} - {1e6 / timing.p10_us:.1f}"
+        table.add_row(
+            result.contender.format, result.contender.name, f"{result.tokens_s:.1f}", spread_of_rates,
+            f"{line['gb_s']:.1f}", f"{line['gflop_s']:.0f}", f"{result.share:.0%}", f"{found.cosine:.4f}", f"{found.kl:.4f}",
+            f"{found.top1:.0%}", style=None if result.contender.peer else "bold",
+        )  # fmt: skip
+    return table
 
 
 def _warn_if_busy(load: float, console: Console) -> None:
@@ -221,6 +304,36 @@ def select(pattern: re.Pattern[str] | None, peers: bool) -> Iterator[list[Entry]
             yield entries
 
 
+def select_sweep(never_slower: bool, peers: bool, pattern: re.Pattern[str] | None) -> Iterator[list[Entry]]:
+    """The races of a sweep: at each M every format's own impl beside torch's float layers, or the headline's formats in every impl."""
+    ready = [peer for peer in all_peers() if peer.available() is None and peer.name not in _TOO_SLOW]
+    if never_slower or not peers:
+        ready = [peer for peer in ready if bits_of(peer.format) is None and never_slower]
+    formats = default_formats() if never_slower else DEFAULT_FORMATS
+    for m in SWEEP_M:
+        case = Case("quant_linear", *HEADLINE, m)
+        own = [
+            own_entry(case, format, impl)
+            for format in formats
+            for impl in (impls(case, format)[: 1 if never_slower else None])
+            if never_slower or "scalar" not in impl
+        ]
+        entries = [entry for entry in (*own, *(peer_entry(peer, case) for peer in ready)) if pattern is None or pattern.search(entry.id)]
+        if entries:
+            yield entries
+
+
+def where_slower(rows: Sequence[Row]) -> list[str]:
+    """Which of taut's rows a float layer of torch beat in the same race, and by how much."""
+    floats = [row for row in rows if row.entry.peer and bits_of(row.entry.format) is None]
+    return [
+        f"slower: {own.entry.id} {_time(own.timing.median_us)}, {rival.entry.impl} {_time(rival.timing.median_us)}"
+        for own in rows
+        for rival in floats
+        if not own.entry.peer and own.timing.median_us > rival.timing.median_us
+    ]
+
+
 def _own(case: Case, pattern: re.Pattern[str] | None) -> Iterator[Entry]:
     if pattern is None:
         if case.op == "quant_linear" and (case.n, case.k) == HEADLINE:
@@ -250,15 +363,29 @@ def _temperatures(case: Case, cold: bool, warm: bool) -> list[bool]:
     return [False] if case.m > _WARM_ONLY_M else [True, False]
 
 
-def race(entries: Sequence[Entry], cold: bool, rounds: int, context: Context, wrong: list[str], skipped: set[str]) -> list[Row]:
-    """Checks and times the entries of one case; what is wrong or cannot take part is added to the lists, with the reason."""
-    problem = Problem(entries[0].case)
-    cold_bytes = 3 * last_cache_bytes() if cold else 0
+def cold_bytes(entries: int, few: bool) -> int:
+    """How much memory the copies of cold weights of a contender must exceed, where ``entries`` of them are held at once."""
+    most, least = 3 * last_cache_bytes(), last_cache_bytes() * 5 // 4
+    return least if few else max(least, min(most, psutil.virtual_memory().available // (2 * entries)))
+
+
+def race(
+    entries: Sequence[Entry], cold: bool, rounds: int, context: Context, wrong: list[str], skipped: set[str], sweep: Problem | None = None,
+) -> list[Row]:  # fmt: skip
+    """Checks and times the entries of one case; what is wrong or cannot take part is added to the lists, with the reason.
+
+    ``sweep``: in a sweep, which has many races, the problem whose weights they share; each is then a short one.
+    """
+    case = entries[0].case
+    problem = Problem(case) if sweep is None else sweep.with_rows(case)
+    copies = cold_bytes(len(entries), sweep is not None) if cold else 0
+    if sweep is not None:
+        rounds = min(rounds, _SWEEP_ROUNDS)
     ready: list[tuple[Entry, Prepared, Runner]] = []
     for entry in entries:
         try:
-            _check_memory(entry, cold_bytes)
-            prepared = entry.prepare(problem, cold_bytes)
+            _check_memory(entry, copies)
+            prepared = entry.prepare(problem, copies)
         except Skip as reason:
             skipped.add(f"{entry.id}: {reason}")
             continue
@@ -269,7 +396,7 @@ def race(entries: Sequence[Entry], cold: bool, rounds: int, context: Context, wr
             continue
         ready.append((entry, prepared, Runner(prepared.call, prepared.layers)))
     gc.collect()
-    interleave([runner for _, _, runner in ready], rounds, _SECONDS_EACH)
+    interleave([runner for _, _, runner in ready], rounds, _SECONDS_EACH if sweep is None else _SWEEP_SECONDS_EACH)
     rows = []
     for entry, prepared, runner in ready:
         timing = spread(runner.samples)
@@ -280,7 +407,7 @@ def race(entries: Sequence[Entry], cold: bool, rounds: int, context: Context, wr
 def _check_memory(entry: Entry, cold_bytes: int) -> None:
     """Raises ``Skip`` where a contender would fill what memory is left: fp32 weights twice, the copies, and the float64 check."""
     case = entry.case
-    need = case.n * case.k * 8 + cold_bytes * 3 + case.m * (case.n + case.k) * 24
+    need = case.n * case.k * 8 + cold_bytes * 2 + case.m * (case.n + case.k) * 24
     available = psutil.virtual_memory().available
     if need > 0.8 * available:
         raise Skip(f"it needs about {need / 1e9:.1f} GB of memory, and {available / 1e9:.1f} are free")
@@ -291,10 +418,11 @@ def _share(prepared: Prepared, timing: Spread, cold: bool, ceilings: Roofline) -
     return ceilings.least_seconds(0 if cached else prepared.nbytes, prepared.flops, prepared.int8_ops) / (timing.median_us * 1e-6)
 
 
-def _append(path: Path | None, rows: Sequence[Row], context: Context) -> None:
+def _append(path: Path | None, rows: Sequence[Row], context: Context, op: str | None) -> None:
+    """Adds a line for each row; ``op`` stands in the place of its own."""
     if path is not None:
         with path.open("a") as file:
-            file.writelines(json.dumps(row.to_dict(context)) + "\n" for row in rows)
+            file.writelines(json.dumps({**row.to_dict(context), **({"op": op} if op else {})}) + "\n" for row in rows)
 
 
 def _show(rows: Sequence[Row]) -> Table:
@@ -338,7 +466,7 @@ def _ceilings_in_words(ceilings: Roofline) -> str:
     )
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of the tree, with ``-dirty`` where its code differs from it; ``unknown`` outside a git checkout."""
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")

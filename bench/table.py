@@ -1,4 +1,4 @@
-"""The README's table, out of committed benchmark lines: ``python bench/run.py --table``, or ``python bench/table.py``."""
+"""The README's tables, out of committed benchmark lines: ``python bench/run.py --table``, or ``python bench/table.py``."""
 
 from __future__ import annotations
 
@@ -9,13 +9,23 @@ from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+MODELS_BEGIN, MODELS_END = "<!-- bench-models:begin -->", "<!-- bench-models:end -->"
 SHAPE = "N14336_K4096"
 COLUMNS = (1, 4, 32, 512)
-_NAMES = {
+NAMES = {
     "torch_fp32": "torch fp32", "torch_bf16": "torch bf16",
     "torch_int4pack_f32": "torch int4pack, fp32", "torch_int4pack_bf16": "torch int4pack, bf16",
     "onnxruntime_4bit": "ONNX Runtime, 4 bits", "onnxruntime_8bit": "ONNX Runtime, 8 bits", "openvino_u4": "OpenVINO, 4 bits",
     "openvino_u8": "OpenVINO, 8 bits", "llama_cpp_q4_0": "llama.cpp Q4_0", "llama_cpp_q8_0": "llama.cpp Q8_0",
+}  # fmt: skip
+_GENERATORS = {
+    ("taut", "int4_g32_a8"): "**taut int4**", ("taut", "int8_row_a8"): "**taut int8**",
+    ("transformers_fp32", "fp32"): "transformers fp32", ("transformers_bf16", "bf16"): "transformers bf16",
+    ("llama_cpp_q4_0", "int4_g32_a8"): "llama.cpp Q4_0", ("llama_cpp_q8_0", "int8_g32_a8"): "llama.cpp Q8_0",
+    ("onnxruntime_4bit", "int4_g32_a8"): "ONNX Runtime, 4 bits", ("onnxruntime_8bit", "int8_g32_a8"): "ONNX Runtime, 8 bits",
+}  # fmt: skip
+_MODELS = {
+    "smollm2-135m": "SmolLM2 135M", "gemma3-270m": "Gemma 3 270M", "llama-1b": "1B Llama", "llama-8b-4layers": "8B Llama, 4 layers",
 }  # fmt: skip
 _OWN = {"int4_g32_a8": "**taut int4**", "int8_row_a8": "**taut int8**"}
 _NEEDED = ("op", "case", "format", "impl", "peer", "threads", "median_us", "cold", "commit", "machine", "torch", "run")
@@ -70,11 +80,11 @@ def render(lines: Sequence[Line]) -> str:
     times: dict[str, dict[int, float]] = {}
     rival: dict[str, str] = {}
     for line in sorted(lines, key=lambda line: line["cold"]):  # cold last: it stays
-        name = _NAMES.get(line["impl"], line["impl"]) if line["peer"] else _OWN[line["format"]]
+        name = NAMES.get(line["impl"], line["impl"]) if line["peer"] else _OWN[line["format"]]
         if line["peer"]:
             rival[name] = _OWN["int8_row_a8" if line["format"].startswith("int8") else "int4_g32_a8"]
         times.setdefault(name, {})[int(line["case"].rpartition("_M")[2])] = line["median_us"] / 1e3
-    order = [*_OWN.values(), *_NAMES.values()]
+    order = [*_OWN.values(), *NAMES.values()]
     names = sorted(times, key=lambda name: (order.index(name) if name in order else len(order), name))
     first = lines[0]
     rows = [
@@ -92,6 +102,56 @@ def render(lines: Sequence[Line]) -> str:
     return "\n".join([*rows, "", note])
 
 
+def newest_models(lines: Sequence[Line]) -> dict[str, list[Line]]:
+    """The lines of each model's newest run beside a peer of few bits, or else of its newest; in the order of the table."""
+    found: dict[str, list[Line]] = {}
+    for model in _MODELS:
+        runs: dict[str, list[Line]] = {}
+        for line in lines:
+            if line["op"] == "generate" and line["case"].partition("/")[0] == model:
+                runs.setdefault(line["run"], []).append(line)
+        full = [run for run, own in runs.items() if any(line["peer"] and line["format"].startswith("int") for line in own)]
+        if runs:
+            found[model] = runs[max(full or runs)]
+    return found
+
+
+def render_models(found: dict[str, list[Line]]) -> str:
+    """Tokens a second in Markdown, of prompts and of decoding, and taut's over a peer's; ``found`` as ``newest_models`` gives it."""
+    if not found:
+        return "Not measured yet: `python bench/run.py --model smollm2-135m --peers`."
+    columns = [(model, case) for model, lines in found.items() for case in dict.fromkeys(line["case"] for line in lines)]
+    rates = {(line["impl"], line["format"], line["case"]): line["tokens_s"] for lines in found.values() for line in lines}
+    heads = [f"{_MODELS[model]}, {case.partition('/')[2].rstrip('0123456789')}" for model, case in columns]
+    rows = ["| tokens/s (taut of as many bits is so many times as fast) | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+    for (impl, format), name in _GENERATORS.items():
+        if not any((impl, format, case) in rates for _, case in columns):
+            continue
+        ours = "int8_row_a8" if format.startswith("int8") else "int4_g32_a8"
+        cells = []
+        for _, case in columns:
+            rate, own = rates.get((impl, format, case)), rates.get(("taut", ours, case))
+            ratio = f" ({own / rate:.1f}x)" if rate and own and impl != "taut" else ""
+            cells.append("" if rate is None else f"{rate:.3g}{ratio}" if rate < 1000 else f"{rate:.0f}{ratio}")
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    first = next(iter(found.values()))[0]
+    tokens = {case.partition("/")[2] for _, case in columns}
+    prompt, decode = (max(part.removeprefix(kind) for part in tokens if part.startswith(kind)) for kind in ("prompt", "decode"))
+    note = (
+        f"Batch 1, greedy; prompts of {prompt} tokens, then {decode} tokens decoded after a prompt of 32. transformers and taut through "
+        "`model.generate`. The Llamas have random weights and 32000 words. Heads have 8 bits (llama.cpp: what its quantizer gives "
+        f"them). {first['machine']}, {first['threads']} threads, torch {first['torch']}, commit {first['commit']}, {first['run'][:10]}. "
+        "Reproduce: `python bench/run.py --model smollm2-135m --peers`."
+    )
+    return "\n".join([*rows, "", note])
+
+
+def pictures(results: Iterable[Path]) -> str:
+    """Markdown of the plots that lie beside the results, newest name last; empty where there is none."""
+    found = sorted({path for result in results for path in result.parent.glob("*-int[48].png")})
+    return "\n".join(f"![Throughput of a layer over M, {path.stem[-4:]}](bench/results/{path.name})" for path in found)
+
+
 def _cell(value: float | None, ours: float | None) -> str:
     if value is None:
         return ""
@@ -99,21 +159,34 @@ def _cell(value: float | None, ours: float | None) -> str:
 
 
 def update_readme(readme: Path, results: Sequence[Path]) -> None:
-    """Puts the table between the two marker comments of ``readme``; the rest stays as it is.
+    """Puts the tables between the marker comments of ``readme``; the rest stays as it is.
 
-    Raises ``ValueError`` where the markers are not there once each, in order, or no result fits.
+    Raises ``ValueError`` where the markers are not there once each, in order, or no result fits the layers' table. A file
+    without markers for the models' table gets none.
     """
     text = readme.read_text()
-    begin, end = text.find(BEGIN), text.find(END)
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or begin > end:
-        raise ValueError(f"{readme} must hold {BEGIN} and {END}, once each, in this order")
-    table = render(newest_run(read_lines(results)))
+    _check_markers(readme, text, BEGIN, END)
+    lines = read_lines(results)
+    layers = "\n\n".join(filter(None, (render(newest_run(lines)), pictures(results))))
+    text = _between(text, BEGIN, END, layers)
+    if MODELS_BEGIN in text or MODELS_END in text:
+        _check_markers(readme, text, MODELS_BEGIN, MODELS_END)
+        text = _between(text, MODELS_BEGIN, MODELS_END, render_models(newest_models(lines)))
     temporary = readme.with_name(f".{readme.name}.new")
     try:
-        temporary.write_text(f"{text[:begin]}{BEGIN}\n{table}\n{text[end:]}")
+        temporary.write_text(text)
         temporary.replace(readme)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _check_markers(readme: Path, text: str, begin: str, end: str) -> None:
+    if text.count(begin) != 1 or text.count(end) != 1 or text.find(begin) > text.find(end):
+        raise ValueError(f"{readme} must hold {begin} and {end}, once each, in this order")
+
+
+def _between(text: str, begin: str, end: str, new: str) -> str:
+    return f"{text[: text.find(begin)]}{begin}\n{new}\n{text[text.find(end) :]}"
 
 
 if __name__ == "__main__":

@@ -55,13 +55,15 @@ def test_every_case_has_its_own_name_and_formats_that_parse() -> None:
         ("int4_row_z_bf16", WeightFormat("int4", 0, True), "bf16"),
         ("int8_row_f32", WeightFormat("int8", 0), "f32"),
         ("int8_g128", WeightFormat("int8", 128), ""),
+        ("ternary_row_a8", WeightFormat("ternary", 0), "a8"),
+        ("fp8_block_g128_f32", WeightFormat("fp8_block"), "f32"),
     ],
 )
 def test_parse_format(name: str, format: WeightFormat, activations: str) -> None:
     assert parse_format(name) == (format, activations)
 
 
-@pytest.mark.parametrize("name", ["", "int4", "int3_g32_a8", "int4_g33_a8", "int8_g32_z_a8", "int4_g32_a4"])
+@pytest.mark.parametrize("name", ["", "int4", "int5_g32_a8", "int4_g33_a8", "int8_g32_z_a8", "int4_g32_a4", "mxfp4_g64_a8"])
 def test_unknown_formats_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"accepted|does not fit|int4 only"):
         parse_format(name)

@@ -75,10 +75,11 @@ class Stack:
             for name in WEIGHTS:
                 if name in shapes:
                     n, k = shapes[name]
-                    codes, scales, zeros = random_weight(n, k, self.format, generator)
-                    scales = (scales.float() * 2 * k**-0.5 * (1 if self.format.name == "int4" else 0.2)).half()
-                    packed.append(pack(codes, scales, zeros, k, self.format))
-                    dense[name] = weight_reference(codes, scales, zeros, k, self.format)
+                    made = random_weight(n, k, self.format, generator)
+                    size = 2 * k**-0.5 * (1 if self.format.name == "int4" else 0.2)
+                    made = made._replace(scales=(made.scales.float() * size).half())
+                    packed.append(pack(*made, k, self.format))
+                    dense[name] = weight_reference(*made, k, self.format, self.activations)
                     code = activation_code(self.activations, self.format)
                     numbers += [self.format.code, self.format.group_size, int(self.format.zeros), code]
                     continue
@@ -153,7 +154,7 @@ STACKS = {
     "odd head": {"head_dim": 10, "q_heads": 4, "kv_heads": 2, "past": 300},
     "int8 weights": {"format": INT8},
 }
-BOUNDS = {torch.float32: 4e-6, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
+BOUNDS = {torch.float32: 4e-6, torch.float16: 2.0**-7, torch.bfloat16: 2.0**-4}  # 16 bits: a dozen roundings a layer
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -388,7 +389,7 @@ def bad_calls() -> dict[str, tuple[dict, str]]:
         "a bias is bfloat16": (weights(6, torch.ones(64, dtype=torch.bfloat16)), r"weights\[0\]\[o_bias\] must have the dtype of x"),
         "an unknown format": (layers(0, 77), "format must be|unknown format|format"),
         "an unknown group size": (layers(5, 48), "group_size must be"),
-        "unknown activations": (layers(3, 9), r"weights\[0\]\[qkv_packed\]: int4 weights take activations"),
+        "unknown activations": (layers(3, 9), r"weights\[0\]\[qkv_packed\]: .*take activations"),
         "begin after length": (layers(17, 38), "0 <= begin <= length"),
         "begin is negative": (layers(37, -1), "layer 1 must have 0 <= begin"),
         "no room in the cache": (layers(18, 41), r"keys\[0\] has capacity 41, but past and new tokens are 42"),

@@ -149,13 +149,19 @@ def test_recorded_states_are_all_there_and_the_next_call_is_fused_again(calls):
     assert calls.take() == (2, 0)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
 def test_compiled_with_a_static_cache(family):
     torch.compiler.reset()
     plain, fused = pair(family)
     ids = prompt(1, 17)
     expected = generate(plain, ids, cache_implementation="static", disable_compile=True)
-    compiled = torch.compile(fused.forward, fullgraph=True, backend="eager")
+    ops: set[str] = set()
+
+    def backend(graph, _):
+        ops.update(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled = torch.compile(fused.forward, fullgraph=True, backend=backend)
     cache = transformers.StaticCache(config=fused.config, max_cache_len=32)
     with torch.no_grad():
         logits = fused(ids, past_key_values=cache).logits
@@ -164,6 +170,28 @@ def test_compiled_with_a_static_cache(family):
             step = compiled(found[-1], past_key_values=cache, position_ids=torch.tensor([[position]]))
             found.append(step.logits[:, -1:].argmax(-1))
     assert torch.equal(torch.cat(found, 1), expected)
+    assert {"taut.fused_linear", "taut.split_rope"} <= ops
+    assert "taut.quant_linear" not in ops
+
+
+def test_exported():
+    _, fused = pair("qwen2")
+    ids = prompt(1, 20)
+    with torch.no_grad():
+        exported = torch.export.export(fused, (ids,), {"use_cache": False}, strict=False)
+        assert_close(exported.module()(ids, use_cache=False).logits, fused(ids).logits)
+
+
+def test_gradient_checkpointing():
+    plain, fused = pair("llama")
+    ids = prompt(2, 20)
+    for model in (plain, fused):
+        model.gradient_checkpointing_enable()
+        model.train()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    for (name, one), other in zip(plain.named_parameters(), fused.parameters(), strict=True):
+        if one.requires_grad:
+            assert torch.equal(one.grad, other.grad), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -483,3 +511,20 @@ def test_refused_settings_leave_the_model_as_it_was(arguments, message):
         taut.swap(model, **arguments)
     assert [type(module) for module in model.modules()] == types
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_changes_between_two_tokens_are_seen(calls):
+    _, fused = pair("llama")
+    ids, cache = prompt(1, 24), transformers.DynamicCache()
+    steps(fused, ids, (18, 1, 1), cache)
+    seen = []
+    calls.take()
+    handle = fused.model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
+    steps(fused, ids, (1,), cache)
+    assert (len(seen), *calls.take()) == (1, 1, 0)
+    handle.remove()
+    steps(fused, ids, (1,), cache)
+    assert calls.take() == (0, 1)
+    fused.model.layers[1].mlp.up_proj = torch.nn.Linear(64, 96, bias=False)
+    steps(fused, ids, (1, 1), cache)
+    assert calls.take() == (2, 0)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-
 import pytest
 import torch
 from torch import nn
@@ -12,7 +9,8 @@ from torch import nn
 import taut
 from cases import ALL_FORMATS, DTYPES, EACH_FORMAT, pack, random_weight
 from checks import assert_same_bits
-from taut import QuantEmbedding, WeightFormat
+from taut import QuantLinear, WeightFormat
+from taut.nn import QuantEmbedding
 from taut.ops import quant_embedding as embedding_op
 from taut.ops import quantize_weight as weight_op
 from taut.ops.quant_embedding import quant_embedding
@@ -109,68 +107,41 @@ def test_cost_counts_the_rows_asked_for():
     assert found == {"flops": 3 * 64, "bytes": 3 * (FORMATS[0].canonical_bytes(1, 64) + 64 * 2)}
 
 
-# ---- The module ----
-
-
-def make(format: WeightFormat = FORMATS[0], dtype: torch.dtype = torch.float32) -> tuple[QuantEmbedding, nn.Embedding]:
-    torch.manual_seed(0)
-    embedding = nn.Embedding(N, K, padding_idx=3).to(dtype)
-    return QuantEmbedding.from_float(embedding, format), embedding
+# ---- The module: a view of a packed output head ----
 
 
 IDS = torch.tensor([[0, 5, 52], [7, 7, 1]])
 
 
+def make(
+    format: WeightFormat = FORMATS[0], dtype: torch.dtype = torch.float32, scale: float | None = None
+) -> tuple[QuantEmbedding, QuantLinear]:
+    torch.manual_seed(0)
+    head = QuantLinear.from_float(nn.Linear(K, N, bias=False).to(dtype), format)
+    like = nn.Embedding(N, K, padding_idx=3)
+    if scale is not None:
+        like.scalar_embed_scale = scale  # transformers' Gemma
+    return QuantEmbedding(head, like), head
+
+
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_module_looks_up_the_quantized_table(format, dtype):
-    module, embedding = make(format, dtype)
-    expected = weight_op.reference(*weight_op.quantize_weight(embedding.weight.detach(), format), K, format)
+def test_module_looks_up_the_table_of_the_head(format, dtype):
+    module, head = make(format, dtype)
+    expected = weight_op.reference(*head.canonical(), K, format)
     out = module(IDS)
-    assert out.dtype == dtype and isinstance(module, nn.Embedding) and module.padding_idx == 3
+    assert out.dtype == dtype and module.padding_idx == 3 and not module.state_dict() and not list(module.parameters())
     assert_same_bits(out + 0.0, expected[IDS].float().to(dtype) + 0.0, str(format))
     assert_same_bits(module(IDS.int()), out, "int32 ids")
-    assert_same_bits(module.weight[IDS] + 0.0, out + 0.0, "its weight")
-    assert module(IDS).requires_grad is False
+    assert_same_bits(module.to_float().weight.detach() + 0.0, expected.float().to(dtype) + 0.0, "as floats")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scale_of_its_own(dtype):
     """As transformers' Gemma: the rows times the scale in their dtype."""
-    _, embedding = make(dtype=dtype)
-    embedding.embed_scale = torch.tensor(K**0.5)
-    scaled = QuantEmbedding.from_float(embedding, FORMATS[0])
+    scaled, _ = make(dtype=dtype, scale=K**0.5)
     plain, _ = make(dtype=dtype)
     assert_same_bits(scaled(IDS), plain(IDS) * torch.tensor(K**0.5).to(dtype), "scaled")
-    assert "embed_scale=8.7" in repr(scaled)
-
-
-@pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_states(format):
-    module, _ = make(format)
-    state = module.state_dict()
-    assert set(state) == {"qweight", "scales", *(["zeros"] if format.zeros else []), *(["global_scale"] if format.has_global_scale else [])}
-    fresh = QuantEmbedding(N, K, 3, format=format)
-    assert fresh.load_state_dict(state).missing_keys == []
-    meta = QuantEmbedding(N, K, 3, format=format, device="meta")
-    meta.load_state_dict(state, assign=True)
-    for other in (fresh, meta, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert_same_bits(other(IDS), module(IDS), "copied")
-    assert module.half()(IDS).dtype == torch.float16
-    for key, value in module.state_dict().items():
-        assert_same_bits(value, state[key], f"{key} after .half()")
-
-
-@pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_head_shares_the_table(format):
-    module, _ = make(format)
-    head = module.head("float")
-    assert head.packed.data_ptr() == module.packed.data_ptr()
-    x = torch.randn(4, K)
-    torch.testing.assert_close(head(x), x @ module.weight.T, rtol=1e-4, atol=1e-4)
-    pair = nn.ModuleDict({"embed": module, "head": head}).half()
-    assert pair["head"].packed.data_ptr() == pair["embed"].packed.data_ptr(), "a cast moves no table"
-    assert (pair["head"].in_features, pair["head"].out_features, pair["head"].bias) == (K, N, None)
 
 
 def test_compile_keeps_the_graph_whole():
@@ -180,7 +151,7 @@ def test_compile_keeps_the_graph_whole():
         assert_same_bits(compiled(ids), module(ids) * 2, "compiled")
 
 
-def test_bad_modules():
+def test_bad_ids():
     module, _ = make()
     with pytest.raises(ValueError, match="takes ids in int64 or int32, got torch.float32"):
         module(IDS.float())
@@ -188,12 +159,6 @@ def test_bad_modules():
         module(IDS.to("meta"))
     with pytest.raises(RuntimeError, match="an id must be 0..52, got 53"):
         module(torch.tensor([53]))
-    with pytest.raises(ValueError, match="max_norm"):
-        QuantEmbedding.from_float(nn.Embedding(4, 40, max_norm=1.0), FORMATS[0])
-    with pytest.raises(ValueError, match="holds no weight yet"):
-        QuantEmbedding(N, K, format=FORMATS[0], device="meta").finalize()
-    with pytest.raises(ValueError, match="read-only"):
-        module.weight.zero_()
 
 
 def test_it_runs_by_its_name():

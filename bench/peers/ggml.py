@@ -2,15 +2,22 @@
 
 Weights are given to the buffer type that llama.cpp itself would choose, so they are repacked for this processor where it can.
 One graph holds all the copies; a graph runs its nodes one after the other.
+
+A buffer type that repacks is tried in a process of its own first, and passed over, with a warning, where that dies: in gcc 12
+``_tile_loadconfig`` says that it reads 8 bytes of the 64 of a tile configuration, the stores to the others are dropped, and
+libggml's AMX code faults when that compiler built it. Where it was built with a header that names all 64, it is timed.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +26,7 @@ import torch
 
 from taut.formats import WeightFormat
 
+from ..cases import Case
 from ..contenders import Prepared, Skip, copies_for
 from ..problem import Problem
 from .common import disagreement, prepared
@@ -30,6 +38,11 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ggml_log_set": (None, [_Pointer, _Pointer]),
     "ggml_tensor_overhead": (ctypes.c_size_t, []),
     "ggml_graph_overhead_custom": (ctypes.c_size_t, [ctypes.c_size_t, ctypes.c_bool]),
+    "ggml_row_size": (ctypes.c_size_t, [ctypes.c_int, ctypes.c_int64]),
+    "ggml_quantize_chunk": (
+        ctypes.c_size_t,
+        [ctypes.c_int, _Pointer, _Pointer, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, _Pointer],
+    ),
     "ggml_free": (None, [_Pointer]),
     "ggml_new_tensor_2d": (_Pointer, [_Pointer, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]),
     "ggml_mul_mat": (_Pointer, [_Pointer, _Pointer, _Pointer]),
@@ -71,7 +84,11 @@ class _Library:
         self.ggml_log_set(ctypes.cast(_quiet, _Pointer), None)  # it would announce every tensor that it repacks
 
     def weight_buffer_types(self) -> list[int]:
-        """Where the CPU backend may keep weights, its favourites (those that repack) first."""
+        """Where the CPU backend may keep weights, its favourites (those that repack) first, less those whose code crashes here."""
+        favourites = self.repacking_buffer_types()
+        return [*(kind for index, kind in enumerate(favourites) if _survives(index)), self.ggml_backend_cpu_buffer_type()]
+
+    def repacking_buffer_types(self) -> list[int]:
         registry = self.ggml_backend_cpu_reg()
         address = self.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
         found = []
@@ -79,7 +96,7 @@ class _Library:
             listing = ctypes.CFUNCTYPE(ctypes.POINTER(_Pointer), _Pointer)(address)(self.ggml_backend_reg_dev_get(registry, 0))
             while listing and listing[len(found)]:
                 found.append(listing[len(found)])
-        return [*found, self.ggml_backend_cpu_buffer_type()]
+        return found
 
 
 def _folder() -> Path | None:
@@ -97,6 +114,42 @@ def _newest(folder: Path, name: str) -> Path:
 @lru_cache(maxsize=1)
 def _library() -> _Library:
     return _Library(_folder())
+
+
+@cache
+def _survives(index: int) -> bool:
+    """Whether products of weights in the ``index``-th buffer type that repacks can be computed without the process dying of it."""
+    command = [sys.executable, "-m", "bench.peers.ggml", str(index)]
+    done = subprocess.run(command, cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True, check=False)
+    if done.returncode:
+        warnings.warn(
+            f"libggml's buffer type {index} is passed over: a product in it ended with code {done.returncode}. "
+            "Was libggml built by gcc 12? See bench/peers/ggml.py.",
+            stacklevel=2,
+        )
+    return done.returncode == 0
+
+
+def _try(index: int) -> None:
+    """Computes a product of each kind in one buffer type, for ``_survives``."""
+    lib = _library()
+    lib.weight_buffer_types = lambda: [lib.repacking_buffer_types()[index]]
+    for m in (1, 33):
+        problem = Problem(Case("quant_linear", 64, 256, m))
+        for peer in PEERS:
+            try:
+                peer.prepare(problem, 0)
+            except Skip:
+                pass  # it takes no weights of this kind
+
+
+def quantize(values: np.ndarray, kind: int) -> np.ndarray:
+    """``values fp32 [N, K]`` as llama.cpp stores them in blocks of ``kind``, an ``enum ggml_type``: ``uint8 [N, bytes a row]``."""
+    lib, (n, k) = _library(), values.shape
+    values = np.ascontiguousarray(values, np.float32)
+    blocks = np.empty((n, lib.ggml_row_size(kind, k)), np.uint8)
+    lib.ggml_quantize_chunk(kind, values.ctypes.data, blocks.ctypes.data, 0, n, k, None)
+    return blocks
 
 
 @dataclass(frozen=True)
@@ -219,3 +272,6 @@ PEERS = [
     MulMat("llama_cpp_q4_0", "int4_g32_a8", WeightFormat("int4", 32)),
     MulMat("llama_cpp_q8_0", "int8_g32_a8", WeightFormat("int8", 32)),
 ]
+
+if __name__ == "__main__":
+    _try(int(sys.argv[1]))

@@ -47,6 +47,12 @@ enum WeightIndex { kAttnNorm, kQkv, kQkvBias, kQNorm, kKNorm, kO, kOBias, kAttnP
 constexpr const char* kWeightNames[] = {"attn_norm",      "qkv_packed", "qkv_bias",       "q_norm",       "k_norm",      "o_packed",  "o_bias",
                                         "attn_post_norm", "mlp_norm",   "gate_up_packed", "gate_up_bias", "down_packed", "down_bias", "mlp_post_norm"};
 
+// WHY a macro: there are a thousand checks in a call of thirty layers, and their messages must cost nothing.
+#define REQUIRE(condition, ...)                             \
+  do {                                                      \
+    if (!(condition)) check(false, kOp, ": ", __VA_ARGS__); \
+  } while (0)
+
 // Reads the arguments of one call; every check is made before anything is written.
 struct Reader {
   const Tensor& x;
@@ -68,10 +74,10 @@ struct Reader {
   const void* vector(int64_t layer, int64_t index, int64_t size, bool float32_too, DType* dtype) {
     const Tensor& t = weight(layer, index);
     if (t.numel() == 0) return nullptr;
-    check_cpu(kOp, name(layer, index).c_str(), t);
-    check(t.dim() == 1 && t.size(0) == size, kOp, ": ", name(layer, index), " must be [", size, "] or empty, got ", shape_string(t));
-    check(t.scalar_type() == x.scalar_type() || (float32_too && t.scalar_type() == ScalarType::Float), kOp, ": ", name(layer, index),
-          " must have the dtype of x", float32_too ? " or be float32" : "");
+    REQUIRE(t.is_cpu(), name(layer, index), " must be on the CPU");
+    REQUIRE(t.dim() == 1 && t.size(0) == size, name(layer, index), " must be [", size, "] or empty, got ", shape_string(t));
+    REQUIRE(t.scalar_type() == x.scalar_type() || (float32_too && t.scalar_type() == ScalarType::Float), name(layer, index), " must have the dtype of x",
+            float32_too ? " or be float32" : "");
     if (dtype) *dtype = float_dtype(kOp, "a norm", t);
     return contiguous(t);
   }
@@ -87,14 +93,14 @@ struct Reader {
     Linear linear;
     linear.weight = weight_spec(kOp, N, K, numbers[0], numbers[1], numbers[2] != 0);
     const char* why = quant_linear::refused_activations(linear.weight.format, numbers[3]);
-    check(!why, kOp, ": ", name(layer, index), ": ", why ? why : "", ", got ", numbers[3]);
+    REQUIRE(!why, name(layer, index), ": ", why ? why : "", ", got ", numbers[3]);
     linear.activations = static_cast<quant_linear::Activations>(numbers[3]);
     const Tensor& packed = weight(layer, index);
-    check_cpu(kOp, name(layer, index).c_str(), packed);
-    check(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous(), kOp, ": ", name(layer, index),
-          " must be a contiguous 1-D uint8 tensor from pack_weight");
-    check(packed.numel() == Rows8{linear.weight}.total_bytes(), kOp, ": ", name(layer, index), " holds ", packed.numel(), " bytes, but [", N, ", ", K,
-          "] in this format takes ", Rows8{linear.weight}.total_bytes());
+    REQUIRE(packed.is_cpu(), name(layer, index), " must be on the CPU");
+    REQUIRE(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous(), name(layer, index),
+            " must be a contiguous 1-D uint8 tensor from pack_weight");
+    REQUIRE(packed.numel() == Rows8{linear.weight}.total_bytes(), name(layer, index), " holds ", packed.numel(), " bytes, but [", N, ", ", K,
+            "] in this format takes ", Rows8{linear.weight}.total_bytes());
     linear.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
     linear.bias = vector(layer, index + 1, N, false, nullptr);
     linear.num_threads = std::clamp<int64_t>(p.B * p.T * N * K / kMinWorkPerThread, 1, p.num_threads);
@@ -110,13 +116,13 @@ struct Reader {
 
   // One layer's keys or values.
   void* cache(const char* what, const Tensor& t, int64_t layer, int64_t rows, int64_t* batch_stride, int64_t* head_stride) {
-    check(t.is_cpu() && t.dim() == 4 && t.size(0) == p.B && t.size(1) == p.kv_heads && t.size(3) == p.head_dim, kOp, ": ", what, "[", layer,
-          "] must be on the CPU and [", p.B, ", ", p.kv_heads, ", capacity, ", p.head_dim, "], got ", shape_string(t));
-    check(t.scalar_type() == x.scalar_type() || t.scalar_type() == ScalarType::Float, kOp, ": ", what, "[", layer, "] must have the dtype of x or be float32");
-    check(t.size(2) >= rows, kOp, ": ", what, "[", layer, "] has capacity ", t.size(2), ", but past and new tokens are ", rows);
-    check(t.stride(3) == 1 && t.stride(2) == p.head_dim, kOp, ": ", what, "[", layer, "] must be contiguous in its last two dimensions");
-    check((p.B == 1 || t.stride(0) >= p.kv_heads * t.size(2) * p.head_dim) && (p.kv_heads == 1 || t.stride(1) >= t.size(2) * p.head_dim), kOp, ": ", what, "[",
-          layer, "] must not overlap itself");
+    REQUIRE(t.is_cpu() && t.dim() == 4 && t.size(0) == p.B && t.size(1) == p.kv_heads && t.size(3) == p.head_dim, what, "[", layer,
+            "] must be on the CPU and [", p.B, ", ", p.kv_heads, ", capacity, ", p.head_dim, "], got ", shape_string(t));
+    REQUIRE(t.scalar_type() == x.scalar_type() || t.scalar_type() == ScalarType::Float, what, "[", layer, "] must have the dtype of x or be float32");
+    REQUIRE(t.size(2) >= rows, what, "[", layer, "] has capacity ", t.size(2), ", but past and new tokens are ", rows);
+    REQUIRE(t.stride(3) == 1 && t.stride(2) == p.head_dim, what, "[", layer, "] must be contiguous in its last two dimensions");
+    REQUIRE((p.B == 1 || t.stride(0) >= p.kv_heads * t.size(2) * p.head_dim) && (p.kv_heads == 1 || t.stride(1) >= t.size(2) * p.head_dim), what, "[", layer,
+            "] must not overlap itself");
     *batch_stride = t.stride(0);
     *head_stride = t.stride(1);
     return t.mutable_data_ptr();
@@ -138,14 +144,14 @@ struct Reader {
     layer.mlp_post_norm = norm(i, kMlpPostNorm, H);
 
     const int64_t table = numbers[0];
-    check(0 <= table && table < static_cast<int64_t>(cos.size()), kOp, ": layer ", i, " asks for rope table ", table, " of ", cos.size());
+    REQUIRE(0 <= table && table < static_cast<int64_t>(cos.size()), "layer ", i, " asks for rope table ", table, " of ", cos.size());
     const Tensor &c = cos[table], &s = sin[table];
-    check(c.is_cpu() && c.dim() == 3 && (c.size(0) == p.B || c.size(0) == 1) && c.size(1) == p.T && c.size(2) % 2 == 0 && c.size(2) <= D, kOp, ": cos[", table,
-          "] must be on the CPU and [", p.B, " or 1, ", p.T, ", R] with R even and at most ", D, ", got ", shape_string(c));
-    check(s.is_cpu() && s.dim() == 3 && s.size(0) == c.size(0) && s.size(1) == p.T && s.size(2) == c.size(2), kOp, ": sin[", table,
-          "] must have the shape of cos[", table, "], ", shape_string(c), ", got ", shape_string(s));
-    check(c.scalar_type() == s.scalar_type() && (c.scalar_type() == x.scalar_type() || c.scalar_type() == ScalarType::Float), kOp,
-          ": cos and sin must have the dtype of x or be float32, both the same");
+    REQUIRE(c.is_cpu() && c.dim() == 3 && (c.size(0) == p.B || c.size(0) == 1) && c.size(1) == p.T && c.size(2) % 2 == 0 && c.size(2) <= D, "cos[", table,
+            "] must be on the CPU and [", p.B, " or 1, ", p.T, ", R] with R even and at most ", D, ", got ", shape_string(c));
+    REQUIRE(s.is_cpu() && s.dim() == 3 && s.size(0) == c.size(0) && s.size(1) == p.T && s.size(2) == c.size(2), "sin[", table, "] must have the shape of cos[",
+            table, "], ", shape_string(c), ", got ", shape_string(s));
+    REQUIRE(c.scalar_type() == s.scalar_type() && (c.scalar_type() == x.scalar_type() || c.scalar_type() == ScalarType::Float),
+            "cos and sin must have the dtype of x or be float32, both the same");
     layer.cos = contiguous(c);
     layer.sin = contiguous(s);
     layer.rope_dtype = float_dtype(kOp, "cos", c);
@@ -155,15 +161,15 @@ struct Reader {
     layer.begin = numbers[1];
     layer.length = numbers[2];
     layer.window = numbers[3];
-    check(0 <= layer.begin && layer.begin <= layer.length && layer.length < kMostElems, kOp, ": layer ", i,
-          " must have 0 <= begin <= length, got begin=", layer.begin, ", length=", layer.length);
-    check(layer.window >= 0, kOp, ": layer ", i, " must have a window of 0 (none) or more, got ", layer.window);
-    check(!p.mask || p.mask_columns >= layer.length - layer.begin + p.T, kOp, ": mask has ", p.mask_columns, " columns, but layer ", i, " has ",
-          layer.length - layer.begin, " past and ", p.T, " new tokens");
+    REQUIRE(0 <= layer.begin && layer.begin <= layer.length && layer.length < kMostElems, "layer ", i,
+            " must have 0 <= begin <= length, got begin=", layer.begin, ", length=", layer.length);
+    REQUIRE(layer.window >= 0, "layer ", i, " must have a window of 0 (none) or more, got ", layer.window);
+    REQUIRE(!p.mask || p.mask_columns >= layer.length - layer.begin + p.T, "mask has ", p.mask_columns, " columns, but layer ", i, " has ",
+            layer.length - layer.begin, " past and ", p.T, " new tokens");
     const int64_t rows = layer.length + p.T;
     layer.keys = cache("keys", keys[i], i, rows, &layer.key_batch_stride, &layer.key_head_stride);
     layer.values = cache("values", values[i], i, rows, &layer.value_batch_stride, &layer.value_head_stride);
-    check(keys[i].scalar_type() == values[i].scalar_type(), kOp, ": keys[", i, "] and values[", i, "] must have one dtype");
+    REQUIRE(keys[i].scalar_type() == values[i].scalar_type(), "keys[", i, "] and values[", i, "] must have one dtype");
     layer.cache_dtype = float_dtype(kOp, "keys", keys[i]);
     return layer;
   }
@@ -175,46 +181,45 @@ Tensor decoder_layers(const Tensor& x, const std::vector<Tensor>& cos, const std
   check_cpu(kOp, "x", x);
   Params p{};
   p.dtype = float_dtype(kOp, "x", x);
-  check(sizes.size() == 6, kOp, ": sizes must be [q_heads, kv_heads, head_dim, hidden, intermediate, glu], got ", sizes.size(), " numbers");
-  check(numbers.size() == 7, kOp,
-        ": numbers must be [norm_eps, norm_offset, attn_scale, attn_softcap, qk_norm_eps, attn_multiplier, residual_multiplier], got ", numbers.size());
+  REQUIRE(sizes.size() == 6, "sizes must be [q_heads, kv_heads, head_dim, hidden, intermediate, glu], got ", sizes.size(), " numbers");
+  REQUIRE(numbers.size() == 7, "numbers must be [norm_eps, norm_offset, attn_scale, attn_softcap, qk_norm_eps, attn_multiplier, residual_multiplier], got ",
+          numbers.size());
   p.num_layers = static_cast<int64_t>(keys.size());
   const auto count = [&](const char* what, size_t found, int64_t per_layer) {
-    check(static_cast<int64_t>(found) == p.num_layers * per_layer, kOp, ": ", what, " must hold ", per_layer, " a layer, ", p.num_layers * per_layer, " for ",
-          p.num_layers, " layers (as many as keys), got ", found);
+    REQUIRE(static_cast<int64_t>(found) == p.num_layers * per_layer, what, " must hold ", per_layer, " a layer, ", p.num_layers * per_layer, " for ",
+            p.num_layers, " layers (as many as keys), got ", found);
   };
   count("values", values.size(), 1);
   count("weights", weights.size(), kWeightsPerLayer);
   count("layers", layers.size(), kIntsPerLayer);
-  check(cos.size() == sin.size(), kOp, ": cos and sin must be lists of one length, got ", cos.size(), " and ", sin.size());
+  REQUIRE(cos.size() == sin.size(), "cos and sin must be lists of one length, got ", cos.size(), " and ", sin.size());
   constexpr int64_t kMost = 1 << 20;
   for (int i = 0; i < 5; i++)
-    check(1 <= sizes[i] && sizes[i] <= kMost, kOp, ": sizes must be 1 to 2^20 (q_heads, kv_heads, head_dim, hidden, intermediate), got ", sizes[i]);
-  check(2 <= sizes[5] && sizes[5] <= 4, kOp, ": glu must be 2 (silu), 3 (gelu_tanh) or 4 (gelu), got ", sizes[5]);
+    REQUIRE(1 <= sizes[i] && sizes[i] <= kMost, "sizes must be 1 to 2^20 (q_heads, kv_heads, head_dim, hidden, intermediate), got ", sizes[i]);
+  REQUIRE(2 <= sizes[5] && sizes[5] <= 4, "glu must be 2 (silu), 3 (gelu_tanh) or 4 (gelu), got ", sizes[5]);
   p.q_heads = sizes[0];
   p.kv_heads = sizes[1];
   p.head_dim = sizes[2];
   p.hidden = sizes[3];
   p.intermediate = sizes[4];
   p.glu = static_cast<quant_linear::Prologue>(sizes[5]);
-  check(p.q_heads % p.kv_heads == 0, kOp, ": q_heads must be a multiple of kv_heads, got ", p.q_heads, " and ", p.kv_heads);
-  check((p.q_heads + 2 * p.kv_heads) * p.head_dim < kMostElems, kOp, ": (q_heads + 2 kv_heads) * head_dim must be under 2^31");
-  check(x.dim() == 3 && x.size(2) == p.hidden, kOp, ": x must be [B, T, ", p.hidden, "], got ", shape_string(x));
+  REQUIRE(p.q_heads % p.kv_heads == 0, "q_heads must be a multiple of kv_heads, got ", p.q_heads, " and ", p.kv_heads);
+  REQUIRE((p.q_heads + 2 * p.kv_heads) * p.head_dim < kMostElems, "(q_heads + 2 kv_heads) * head_dim must be under 2^31");
+  REQUIRE(x.dim() == 3 && x.size(2) == p.hidden, "x must be [B, T, ", p.hidden, "], got ", shape_string(x));
   p.B = x.size(0);
   p.T = x.size(1);
-  check(p.T <= kMostTokens, kOp, ": x must have at most ", kMostTokens, " new tokens a sequence, got ", p.T);
+  REQUIRE(p.T <= kMostTokens, "x must have at most ", kMostTokens, " new tokens a sequence, got ", p.T);
   p.norm_eps = static_cast<float>(numbers[0]);
   p.norm_offset = static_cast<float>(numbers[1]);
   p.attn_scale = static_cast<float>(numbers[2] * numbers[5]);
   p.attn_softcap = static_cast<float>(numbers[3]);
-  check(numbers[3] >= 0, kOp, ": attn_softcap must be 0 (none) or positive, got ", numbers[3]);
+  REQUIRE(numbers[3] >= 0, "attn_softcap must be 0 (none) or positive, got ", numbers[3]);
   p.qk_norm_eps = static_cast<float>(numbers[4]);
   p.residual_multiplier = static_cast<float>(numbers[6]);
   Tensor mask_rows;
   if (mask) {
-    check(mask->is_cpu() && (mask->scalar_type() == ScalarType::Byte || mask->scalar_type() == ScalarType::Bool), kOp,
-          ": mask must be uint8 or bool, on the CPU");
-    check(mask->dim() == 2 && mask->size(0) == p.B, kOp, ": mask must be [", p.B, ", past + new tokens], got ", shape_string(*mask));
+    REQUIRE(mask->is_cpu() && (mask->scalar_type() == ScalarType::Byte || mask->scalar_type() == ScalarType::Bool), "mask must be uint8 or bool, on the CPU");
+    REQUIRE(mask->dim() == 2 && mask->size(0) == p.B, "mask must be [", p.B, ", past + new tokens], got ", shape_string(*mask));
     mask_rows = torch::stable::contiguous(*mask);
     p.mask = static_cast<const uint8_t*>(mask_rows.const_data_ptr());
     p.mask_columns = mask->size(1);
@@ -223,6 +228,8 @@ Tensor decoder_layers(const Tensor& x, const std::vector<Tensor>& cos, const std
 
   Reader reader{x, weights, cos, sin, keys, values, layers, p, {}};
   std::vector<Layer> parsed;
+  parsed.reserve(p.num_layers);
+  reader.kept.reserve(p.num_layers * 8);
   const Tensor start = torch::stable::contiguous(x);
   Tensor out = torch::stable::empty_like(start);
   const bool empty = p.B * p.T == 0;

@@ -6,13 +6,13 @@ from . import integrations
 from ._native import batch_invariant, build_info, cpu_features, explain, force_impl, list_impls
 from .formats import WeightFormat
 from .fuse import unfuse
-from .nn import QuantEmbedding, QuantLinear
+from .nn import QuantLinear
 from .roofline import Roofline, roofline
 from .swap import SwapReport, swap
 
 __version__ = build_info()["version"]
 __all__ = [
-    "Config", "QuantEmbedding", "QuantLinear", "Roofline", "SwapReport", "WeightFormat", "batch_invariant", "build_info", "cpu_features",
+    "Config", "QuantLinear", "Roofline", "SwapReport", "WeightFormat", "batch_invariant", "build_info", "cpu_features",
     "explain", "force_impl", "list_impls", "roofline", "save", "swap", "unfuse",
 ]  # fmt: skip
 

@@ -26,6 +26,9 @@ Weights = Annotated[str, typer.Option(help=_FORMATS)]
 GroupSize = Annotated[int | None, typer.Option(help="32, 64, 128, or 0 for one scale a row [default: the format's own]")]
 Zeros = Annotated[bool, typer.Option("--zeros", help="a zero point a group, for int2, int3 and int4")]
 Activations = Annotated[str, typer.Option(help="float, int8, int8_row, fp8_row, or auto: int8 on the CPU, float on CUDA")]
+LmHead = Annotated[
+    str | None, typer.Option(help="a format for the output head as well; tied embeddings share its table [default: it stays in float]")
+]
 Fuse = Annotated[
     bool | None, typer.Option("--fuse/--no-fuse", help="run decoder layers as fused ops, at least one [default: those that can be]")
 ]
@@ -144,6 +147,7 @@ def quantize(
     zeros: Zeros = False,
     activations: Activations = "auto",
     skip: Skip = None,
+    lm_head: LmHead = None,
     fuse: Fuse = None,
     dtype: Dtype = "auto",
     force: Annotated[bool, typer.Option("--force", help="replace what DST holds; it stays whole until the new one is complete")] = False,
@@ -152,7 +156,7 @@ def quantize(
     """Quantize a model and write it, with its tokenizer, where from_pretrained can read it."""
     from . import models
 
-    settings = models.Settings(weights, group_size, zeros, activations, tuple(skip or ()), fuse="auto" if fuse is None else fuse)
+    settings = models.Settings(weights, group_size, zeros, activations, tuple(skip or ()), None, lm_head, "auto" if fuse is None else fuse)
     _set_threads(threads)
     models.check_target(target.absolute(), force)
     found = models.find_source(source)
@@ -181,6 +185,7 @@ def generate(
     zeros: Zeros = False,
     activations: Activations = "auto",
     skip: Skip = None,
+    lm_head: LmHead = None,
     fuse: Fuse = None,
     dtype: Dtype = "auto",
     threads: Threads = None,
@@ -194,9 +199,9 @@ def generate(
 
     sampling = Sampling(greedy, temperature, seed)
     how = "auto" if fuse is None else fuse
-    settings = None if weights is None else models.Settings(weights, group_size, zeros, activations, tuple(skip or ()), fuse=how)
-    if weights is None and (group_size is not None or zeros or skip or activations != "auto"):
-        raise ValueError("--group-size, --zeros, --activations and --skip are for swapping: give --weights as well")
+    settings = None if weights is None else models.Settings(weights, group_size, zeros, activations, tuple(skip or ()), None, lm_head, how)
+    if weights is None and (group_size is not None or zeros or skip or lm_head or activations != "auto"):
+        raise ValueError("--group-size, --zeros, --activations, --lm-head and --skip are for swapping: give --weights as well")
     _set_threads(threads)
     found = models.find_source(model)
     tokenizer = models.load_tokenizer(found)

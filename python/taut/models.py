@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .fuse import check_mode
+from .head import make_head_rule
 from .swap import RuleBook, SwapReport, swap
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,11 +33,13 @@ class Settings:
     activations: str = "auto"
     skip: tuple[str, ...] = ()
     rules: Mapping[str, Mapping | None] | None = None
+    lm_head: str | None = None
     fuse: bool | str = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "skip", tuple(self.skip))  # a list when it comes out of JSON
         check_mode(self.fuse, strict=False)
+        make_head_rule(self.lm_head)
         self.book()
 
     def book(self) -> RuleBook:

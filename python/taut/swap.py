@@ -13,6 +13,7 @@ from torch import nn
 
 from . import _native
 from . import fuse as fusing
+from . import head as heads
 from .formats import ACTIVATIONS, FORMATS, KINDS, WeightFormat, check_activations, resolve_activations
 from .nn import PackedWeight, QuantLinear
 from .ops.pack_weight import check_device
@@ -135,6 +136,7 @@ class SwapReport:
     swapped: list[Swapped] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
     fused: list[fusing.Fused] = field(default_factory=list)
+    shared: dict[str, str] = field(default_factory=dict)  # embeddings, and the head whose packed table they share
 
     @property
     def bytes_before(self) -> int:
@@ -162,6 +164,10 @@ class SwapReport:
         for (kind, reason), entries in by_reason.items():
             names = ", ".join(entry.name for entry in entries[:3]) + (f" and {len(entries) - 3} more" if len(entries) > 3 else "")
             lines.append(f"kept {names} ({kind}, {sum(entry.bytes for entry in entries) / 1e6:.1f} MB): {reason}")
+        for embeddings, head in self.shared.items():
+            table = next(entry for entry in self.swapped if entry.name == head)
+            sizes = f"{table.bytes_before / 1e6:.1f} MB -> {table.bytes_after / 1e6:.1f} MB"
+            lines.append(f"{embeddings} and {head} share one table, {table.rule.format}: {sizes}")
         return "\n".join([*lines, *fusing.words(self.fused)])
 
 
@@ -287,7 +293,7 @@ def _can_untie(model: nn.Module, module: nn.Module, facts: _Facts) -> bool:
     return module is facts.head and type(module) is nn.Linear and not module.weight.is_meta and hasattr(model, "config")
 
 
-def _untie(model: nn.Module, name: str) -> None:
+def untie(model: nn.Module, name: str) -> None:
     """Tells transformers that module ``name`` no longer shares the embeddings' weight, now and after a reload."""
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.tie_word_embeddings = False
@@ -305,7 +311,8 @@ def nothing_to_swap(kept: Sequence[Kept]) -> str:
 def swap(
     model: nn.Module, weights: str = "int4", *, group_size: int | None = None, zeros: bool = False, activations: str = "auto",
     skip: Sequence[str] | None = None, rules: Mapping[str, Mapping | None] | None = None,
-    fuse: bool | str = "auto", strict: bool = False, progress: Callable[[int, int, str], None] | None = None,
+    lm_head: str | None = None, fuse: bool | str = "auto", strict: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> SwapReport:  # fmt: skip
     """Replaces the ``nn.Linear`` layers of ``model`` by ``QuantLinear``, in place, one at a time.
 
@@ -316,12 +323,13 @@ def swap(
     8-bit floats): see ``taut.QuantLinear``. A model on a CUDA device stays there: its layers are quantized on the CPU, one at
     a time, and packed where they were; its weights can be int4, int8 or fp8_e4m3.
     ``skip``: patterns of names to leave alone. ``rules``: pattern -> settings, see ``RuleBook``.
+    ``lm_head``: a format for the output head ("int8", say); embeddings that are tied to it share its packed table.
     ``fuse``: decoder layers whose linear layers are all low-bit then run as a few fused ops on the CPU (see README); "auto"
     fuses what can be, True asks for at least one, False leaves them alone. ``strict``: every decoder layer must be fused.
-    ``progress(done, total, name)`` is called before each layer. The output head is swapped only if a rule names it; one
-    that is tied then gets low bits of its own beside the float embeddings. Other tied weights and modules taut does not
-    know are kept, and named with their reason in the returned report. Raises ``ValueError`` for bad settings, a pattern
-    that matches nothing, or a model with nothing to swap; the model is unchanged then.
+    ``progress(done, total, name)`` is called before each layer. The output head is swapped only by ``lm_head``, or if a rule
+    names it; one that is tied then gets low bits of its own beside the float embeddings. Other tied weights and modules taut
+    does not know are kept, and named with their reason in the returned report. Raises ``ValueError`` for bad settings, a
+    pattern that matches nothing, or a model with nothing to swap; the model is unchanged then.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -330,6 +338,7 @@ def swap(
     record = _recorder(model)
     chosen, kept = plan(model, book)
     fusing.check_wanted(model, {id(module): rule for _, module, rule in chosen}, fuse, strict)
+    head = head_to_swap(model, lm_head, [name for name, _, _ in chosen])
     tied = shared_weights(model)
     for name, module, rule in chosen:
         check_values(name, module.weight, rule)
@@ -343,18 +352,38 @@ def swap(
         new.train(module.training)
         model.set_submodule(name, new)
         if name in tied:
-            _untie(model, name)
+            untie(model, name)
         size = module.weight.numel() * module.weight.element_size()
         report.swapped.append(swapped_entry(name, new, size))
         del module
     if progress:
         progress(total, total, "")
+    if head is not None:
+        add_head(model, head, heads.make_head_rule(lm_head), report)
+        del head
     if fuse is not False:
         report.fused = fusing.fuse_model(model)
     if record is not None:
         settings = {"weights": weights, "group_size": group_size, "zeros": zeros, "activations": activations}
-        record(model, {**settings, "skip": skip, "rules": rules, "fuse": fuse, "strict": strict}, report)
+        record(model, {**settings, "skip": skip, "rules": rules, "lm_head": lm_head, "fuse": fuse, "strict": strict}, report)
     return report
+
+
+def head_to_swap(model: nn.Module, lm_head: str | None, chosen: Sequence[str]) -> heads.Head | None:
+    """The head that ``lm_head`` asks for. Raises ``ValueError`` where there is none, or the rules have ``chosen`` it already."""
+    rule = heads.make_head_rule(lm_head)
+    head = None if rule is None else heads.check_head(model, rule)
+    if head is not None and head.name in chosen:
+        raise ValueError(f"{head.name} is named by a rule and by lm_head={lm_head!r}: give one of them")
+    return head
+
+
+def add_head(model: nn.Module, head: heads.Head, rule: Rule, report: SwapReport) -> None:
+    """Swaps the output head, and notes it in the report."""
+    size = head.module.weight.numel() * head.module.weight.element_size()
+    report.swapped.append(swapped_entry(head.name, heads.swap_head(model, head, rule), size))
+    report.kept = [entry for entry in report.kept if entry.name not in (head.name, head.embeddings)]
+    report.shared = {} if head.embeddings is None else {head.embeddings: head.name}
 
 
 def swapped_entry(name: str, module: QuantLinear, bytes_before: int) -> Swapped:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-_ROUND = 64  # rows; a buffer holds a multiple of this
+# Rows of room in a new buffer. The most of them is bounded: copying the past once in so many tokens costs less than reading
+# it once does, which every token needs.
+_LEAST_ROOM, _MOST_ROOM = 64, 1024
 
 
 class _Rows:
@@ -85,7 +87,7 @@ class _Rows:
             if tensor is not None and (tensor.dtype != like.dtype or (*tensor.shape[:2], tensor.shape[3]) != shape):
                 return False
         wanted = held + new
-        capacity = -(-(wanted + (wanted // 2 if held else 0)) // _ROUND) * _ROUND
+        capacity = wanted + min(max(wanted // 2, _LEAST_ROOM), _MOST_ROOM)
         batch, heads, width = shape
         self.key_buffer, self.value_buffer = (like.new_empty((batch, heads, capacity, width)) for _ in range(2))
         if held:
@@ -164,9 +166,10 @@ class GrowingLayer(_Rows, DynamicLayer):
             if self.plain_keys is None and self.key_buffer is None:
                 DynamicLayer.lazy_initialization(self, key_states, value_states)
             return DynamicLayer.update(self, key_states, value_states, *args, **kwargs)
+        first_ones = self.rows() == 0
         self.append(key_states, value_states)
         self.appended(key_states.shape[2])
-        return self.visible(self.begin)
+        return (key_states, value_states) if first_ones else self.visible(self.begin)
 
     def get_seq_length(self) -> int:
         return self.rows()
@@ -186,11 +189,11 @@ class GrowingSlidingLayer(_Rows, DynamicSlidingWindowLayer):
             if self.plain_keys is None and self.key_buffer is None:
                 DynamicLayer.lazy_initialization(self, key_states, value_states)
             return DynamicSlidingWindowLayer.update(self, key_states, value_states, *args, **kwargs)
-        new = key_states.shape[2]
+        new, first_ones = key_states.shape[2], self.rows() == 0
         self.append(key_states, value_states)
         first = max(self.begin, self.end - self.sliding_window + 1) if self.record_past else self.begin
         self.appended(new)
-        return self.visible(first)
+        return (key_states, value_states) if first_ones else self.visible(first)
 
     def appended(self, new: int) -> None:
         self.end += new

@@ -30,9 +30,22 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import _native
 from .. import fuse as fusing
+from .. import head as heads
 from ..nn import QuantLinear
 from ..nn.packed_weight import PARTS
-from ..swap import Kept, Rule, RuleBook, SwapReport, check_values, held_bytes, make_rule, plan, swapped_entry
+from ..swap import (
+    Kept,
+    Rule,
+    RuleBook,
+    SwapReport,
+    add_head,
+    check_values,
+    head_to_swap,
+    held_bytes,
+    make_rule,
+    plan,
+    swapped_entry,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,8 +55,9 @@ logger = logging.getLogger("taut")
 METHOD = "taut"
 VERSION = 1
 _RULE_KEYS = ("weights", "group_size", "zeros", "activations")
-_ARGUMENTS = (*_RULE_KEYS, "skip", "rules", "fuse", "strict")
-_DEFAULTS = {"fuse": "auto", "strict": False}  # not written into config.json
+_ARGUMENTS = (*_RULE_KEYS, "skip", "rules", "lm_head", "fuse", "strict")
+_DEFAULTS = {"lm_head": None, "fuse": "auto", "strict": False}  # not written into config.json
+_WRITTEN = ("modules", "tied")  # by taut, not by users
 _TENSORS = (*PARTS, "bias")
 
 
@@ -53,24 +67,31 @@ class Config(QuantizationConfigMixin):
 
     ``weights``, ``group_size``, ``zeros``, ``activations``: as ``taut.swap`` takes them. ``skip``: names or patterns of
     modules to leave alone. ``rules``: pattern -> a dict of the first four, or None to leave alone (see ``taut.swap``).
+    ``lm_head``: a format for the output head, None to leave it in float.
     ``fuse``, ``strict``: whether decoder layers run as fused ops, and must (see ``taut.swap``).
-    ``modules`` is written by taut into the config.json of a quantized checkpoint: which layers are in which format. It is
-    not for users to give, and not looked at where a float checkpoint is loaded. Raises ``ValueError`` for anything else.
+    ``modules`` and ``tied`` are written by taut into the config.json of a quantized checkpoint: which layers are in which format,
+    and which embeddings share the table of which head. They are not for users to give, and not looked at where a float
+    checkpoint is loaded. Raises ``ValueError`` for anything else.
     """
 
     def __init__(
         self, weights: str = "int4", group_size: int | None = None, zeros: bool = False, activations: str = "auto",
         skip: Sequence[str] | None = None, rules: Mapping[str, Mapping | None] | None = None,
-        modules: Sequence[Mapping[str, Any]] | None = None, fuse: bool | str = "auto", strict: bool = False,
+        modules: Sequence[Mapping[str, Any]] | None = None, tied: Mapping[str, str] | None = None,
+        lm_head: str | None = None, fuse: bool | str = "auto", strict: bool = False,
     ) -> None:  # fmt: skip
         self.quant_method = METHOD
         self.weights, self.group_size, self.zeros, self.activations = weights, group_size, zeros, activations
         self.book = RuleBook(weights, group_size, zeros, activations, skip, rules)
         fusing.check_mode(fuse, strict)
-        self.fuse, self.strict = fuse, strict
+        heads.make_head_rule(lm_head)
+        self.lm_head, self.fuse, self.strict = lm_head, fuse, strict
         self.skip = None if skip is None else list(skip)
         self.rules = None if rules is None else {name: None if rule is None else dict(rule) for name, rule in rules.items()}
         self.modules = None if modules is None else [dict(entry) for entry in modules]
+        if tied is not None and not (isinstance(tied, Mapping) and all(isinstance(part, str) for pair in tied.items() for part in pair)):
+            raise ValueError(f"tied must map names of embeddings to names of output heads, got {tied!r}")
+        self.tied = None if not tied else dict(tied)
         self._check_modules()
 
     def _check_modules(self) -> None:
@@ -94,7 +115,8 @@ class Config(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         given = {key: getattr(self, key) for key in _ARGUMENTS}
         fields = {"quant_method": METHOD, "version": VERSION} | {k: v for k, v in given.items() if k not in _DEFAULTS or v != _DEFAULTS[k]}
-        return copy.deepcopy(fields if self.modules is None else {**fields, "modules": self.modules})
+        written = {key: value for key in _WRITTEN if (value := getattr(self, key)) is not None}
+        return copy.deepcopy(fields | written)
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):
@@ -105,7 +127,7 @@ class Config(QuantizationConfigMixin):
             raise ValueError(f"quant_method is {method!r}; taut.Config reads {METHOD!r}")
         if version != VERSION:
             raise ValueError(f"this checkpoint is of taut's format version {version!r}; this taut reads version {VERSION}")
-        unknown = set(settings) - {*_ARGUMENTS, "modules"}
+        unknown = set(settings) - {*_ARGUMENTS, *_WRITTEN}
         if unknown:
             raise ValueError(f"quantization_config: unknown key {sorted(unknown)[0]!r}; accepted: {', '.join(_ARGUMENTS)}")
         config = cls(**settings)
@@ -115,7 +137,7 @@ class Config(QuantizationConfigMixin):
     def update(self, **kwargs: Any) -> dict[str, Any]:
         """Changes settings, checked as at construction; returns what it does not know."""
         known = {key: value for key, value in kwargs.items() if key in _ARGUMENTS}
-        changed = type(self)(**{**{key: getattr(self, key) for key in _ARGUMENTS}, **known}, modules=self.modules)
+        changed = type(self)(**{**{key: getattr(self, key) for key in _ARGUMENTS}, **known}, modules=self.modules, tied=self.tied)
         self.__dict__.update(changed.__dict__)
         return {key: value for key, value in kwargs.items() if key not in known}
 
@@ -217,6 +239,7 @@ class TautQuantizer(HfQuantizer):
             chosen, self.report.kept = plan(model, self.quantization_config.book, dtype)
             self.chosen = {name: rule for name, _, rule in chosen}
             self._check_fuse(model, {id(module): rule for _, module, rule in chosen})
+            head_to_swap(model, self.quantization_config.lm_head, list(self.chosen))
             return
         if self.quantization_config.modules is None:
             raise ValueError("the quantization_config of this checkpoint has no 'modules': it was not written by taut, or was edited")
@@ -233,8 +256,23 @@ class TautQuantizer(HfQuantizer):
                 format=rule.format, activations=rule.activations, dtype=dtype, device="meta",
             )  # fmt: skip
             model.set_submodule(name, new)
+        self._tie(model)
         self._check_fuse(model, {})
         _check_files(model, self.chosen, checkpoint_files or ())
+
+    def _tie(self, model: PreTrainedModel) -> None:
+        """Has embeddings share the table of a head, as the checkpoint says they do."""
+        prefix = model.base_model_prefix
+        for embeddings, head in (self.quantization_config.tied or {}).items():
+            names = {alias: name for name in (embeddings, head) for alias in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))}
+            here = {names[name]: name for name, _ in model.named_modules() if name in names}
+            if embeddings in here and head not in here:
+                raise ValueError(f"the embeddings of this checkpoint are in {head}, which {type(model).__name__} does not have")
+            if embeddings not in here or type(model.get_submodule(here[head])) is not QuantLinear:
+                raise ValueError(
+                    f"the checkpoint says that {embeddings} shares the table of {head}; {type(model).__name__} has no such layers"
+                )
+            heads.tie(model, here[embeddings], model.get_submodule(here[head]))
 
     def _check_fuse(self, model: nn.Module, linears: dict[int, Rule]) -> None:
         fusing.check_wanted(model, linears, self.quantization_config.fuse, self.quantization_config.strict)
@@ -275,6 +313,9 @@ class TautQuantizer(HfQuantizer):
                 linear = model.get_submodule(name)
                 held = sum(p.numel() * p.element_size() for p in linear.parameters(recurse=False))
                 self.report.kept.append(Kept(name, "Linear", "the checkpoint has no weight for it: newly initialized, in float", held))
+            if (lm_head := self.quantization_config.lm_head) is not None:
+                add_head(model, head_to_swap(model, lm_head, ()), heads.make_head_rule(lm_head), self.report)
+        self.report.shared = heads.tied_tables(model)
         self.chosen = {}
         if self.quantization_config.fuse is not False:
             self.report.fused = fusing.fuse_model(model)
@@ -310,6 +351,8 @@ class TautQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         fusing.unfuse(model)
+        shared = heads.tied_tables(model)
+        heads.to_float(model, dtype)
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear):
                 linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
@@ -317,6 +360,8 @@ class TautQuantizer(HfQuantizer):
                 linear.bias = module.bias
                 linear.train(module.training)
                 model.set_submodule(name, linear)
+        for embeddings, head in shared.items():
+            model.get_submodule(head).weight = model.get_submodule(embeddings).weight
         return model
 
 
@@ -416,7 +461,7 @@ def record_modules(model: PreTrainedModel) -> None:
         if isinstance(module, QuantLinear):
             key = (module.format.name, module.format.group_size, module.format.zeros, module.activations)
             groups.setdefault(key, {}).setdefault(_star(name), []).append(name)
-    config.modules = []
+    config.modules, config.tied = [], heads.tied_tables(model) or None
     for key, patterns in groups.items():
         names = []
         for pattern, members in patterns.items():

@@ -136,8 +136,7 @@ def join_biases(modules: list[QuantLinear]) -> Tensor | None:
         return None
     if len(biases) == 1:
         return biases[0]
-    with torch.no_grad():
-        return _join([bias.detach() for bias in biases], lambda index, view: setattr(biases[index], "data", view))
+    return _join([bias.detach() for bias in biases], lambda index, view: setattr(biases[index], "data", view))
 
 
 @dataclass
@@ -145,8 +144,16 @@ class Linear:
     """One matmul of a block: the arguments of ``fused_linear`` from ``packed`` to ``activations``."""
 
     packed: Tensor
-    bias: Tensor | None
+    joined_bias: Tensor | None
+    biases: list[Tensor]
     sizes: tuple[int, int, int, int, bool, int]  # out, in, format, group size, zeros, activations
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of all its rows. WHY not the joined one in a traced graph: whether it still is that is not seen there."""
+        if len(self.biases) > 1 and torch.compiler.is_compiling():
+            return torch.cat(self.biases)
+        return self.joined_bias
 
     @classmethod
     def of(cls, parent: nn.Module, names: tuple[str, ...]) -> Linear:
@@ -155,7 +162,9 @@ class Linear:
         mode = activation_code(first.activations, first.format)
         format = first.format
         rows = sum(module.out_features for module in modules)
-        return cls(join(modules), join_biases(modules), (rows, first.in_features, format.code, format.group_size, format.zeros, mode))
+        sizes = (rows, first.in_features, format.code, format.group_size, format.zeros, mode)
+        biases = [module.bias for module in modules if module.bias is not None]
+        return cls(join(modules), join_biases(modules), biases, sizes)
 
 
 class Plan:
@@ -204,6 +213,9 @@ class Plan:
         slots += [(norm._parameters, "weight", norm.weight) for norm in norms]
         slots += [(module.__dict__, "training", False) for module in (layer, attention, mlp)]
         self.holders, self.keys, self.held = (list(column) for column in zip(*slots, strict=True))
+        self.linears = [
+            (parent._modules, key, child) for parent in (attention, mlp) for key, child in parent._modules.items() if child in linears
+        ]
         self.biases = [(linear.bias, linear.bias.data_ptr()) for linear in linears if linear.bias is not None]
         self.hooks = [hooks for child in children for hooks in (child._forward_hooks, child._forward_pre_hooks)]
         self.own = [child.__dict__ for child in children]
@@ -215,7 +227,7 @@ class Plan:
             same = all(map(operator.is_, map(operator.getitem, self.holders, self.keys), self.held))
         except KeyError:
             return False
-        return same and all(bias.data_ptr() == pointer for bias, pointer in self.biases)
+        return same and (torch.compiler.is_compiling() or all(bias.data_ptr() == pointer for bias, pointer in self.biases))
 
     def takes(self, dtype: torch.dtype) -> bool:
         """Whether norms and biases are of a dtype that the ops take with x of ``dtype``."""
@@ -247,8 +259,10 @@ def plan_of(layer: nn.Module) -> Plan | None:
     plan = layer.__dict__.get(FusedClass.PLAN)
     if plan is not None and plan.holds():
         return plan
+    if torch.compiler.is_compiling():  # no place to prepare weights
+        return None
     layer.__dict__.pop(FusedClass.PLAN, None)
-    if torch.compiler.is_compiling() or layer.training or layer.self_attn.training or layer.mlp.training:
+    if layer.training or layer.self_attn.training or layer.mlp.training:
         return None
     family = family_of_layer(layer)
     if why_not(layer) is not None or any(
@@ -257,7 +271,8 @@ def plan_of(layer: nn.Module) -> Plan | None:
         for linear in (getattr(parent, name) for name in names)
     ):
         return None
-    plan = layer.__dict__[FusedClass.PLAN] = Plan(layer, family)
+    with torch.inference_mode(False), torch.no_grad():  # WHY: autograd may not save what was made in inference mode
+        plan = layer.__dict__[FusedClass.PLAN] = Plan(layer, family)
     return plan
 
 

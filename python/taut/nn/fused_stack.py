@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import operator
 import sys
+import weakref
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from ..fuse import Family, FusedClass, family_of_stack, fused_class
 from ..ops.decoder_layers import MOST_TOKENS
@@ -37,9 +40,8 @@ class Rope:
         kind = module.rope_type if layer_type is None else module.rope_type[layer_type]
         self.steady = kind in _STEADY_ROPES
         self.buffer = "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"
-        self.made_from: tuple[Any, ...] = ()
-        self.base = 0
-        self.cos = self.sin = torch.empty(0)
+        # The first position, cos and sin of those from there on, and what they were made from; one tuple, for threads' sake.
+        self.table: tuple[int, Tensor, Tensor, Tensor, int] | None = None
 
     def _compute(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         return self.module(x, positions) if self.layer_type is None else self.module(x, positions, self.layer_type)
@@ -48,21 +50,19 @@ class Rope:
         """cos and sin of the new tokens: of ``positions``, which lie between ``first`` and ``last``, or (None) of all those."""
         if not self.steady or last - first >= _ROPE_ROWS:
             return self._compute(x, torch.arange(first, last + 1)[None] if positions is None else positions)
-        frequencies = self.module._buffers[self.buffer]
-        made_from = frequencies, frequencies._version, x.dtype
-        known = self.made_from
+        frequencies, table = self.module._buffers[self.buffer], self.table
         if (
-            not known or known[0] is not frequencies or known[1:] != made_from[1:]
-            or first < self.base or last >= self.base + self.cos.shape[1]
+            table is None or table[3] is not frequencies or table[4] != frequencies._version or table[1].dtype != x.dtype
+            or first < table[0] or last >= table[0] + 2 * _ROPE_ROWS
         ):  # fmt: skip
-            self.base = first
             with torch.inference_mode(False), torch.no_grad():
-                self.cos, self.sin = self._compute(x.new_empty(0), torch.arange(first, first + 2 * _ROPE_ROWS)[None])
-            self.made_from = made_from
+                cos, sin = self._compute(torch.empty(0, dtype=x.dtype), torch.arange(first, first + 2 * _ROPE_ROWS)[None])
+            table = self.table = first, cos, sin, frequencies, frequencies._version
+        base, cos, sin = table[:3]
         if positions is None or positions.numel() == 1:
-            return self.cos.narrow(1, first - self.base, last - first + 1), self.sin.narrow(1, first - self.base, last - first + 1)
-        rows = positions - self.base
-        return F.embedding(rows, self.cos[0]), F.embedding(rows, self.sin[0])
+            return cos.narrow(1, first - base, last - first + 1), sin.narrow(1, first - base, last - first + 1)
+        rows = positions - base
+        return F.embedding(rows, cos[0]), F.embedding(rows, sin[0])
 
 
 class StackPlan:
@@ -100,12 +100,23 @@ class StackPlan:
         self.keys = [*chain.from_iterable(plan.keys for plan in plans), "norm", "rotary_emb", "weight"]
         self.held = [*chain.from_iterable(plan.held for plan in plans), stack.norm, stack.rotary_emb, stack.norm.weight]
         self.layers = layers
+        # How many hooks there had been in this process at the last look at all modules, and the cache then; whose turn it
+        # was since; and the dtype that was found to fit.
+        self.seen: int | None = None
+        self.cache: Callable[[], Any] = lambda: None
+        self.turn = 0
+        self.dtype: torch.dtype | None = None
         self.biases = [pair for plan in plans for pair in plan.biases]
         self.norms = [w for plan in plans for w in (*plan.norms, plan.q_norm, plan.k_norm) if w is not None] + [self.final_norm]
         watched = [*layers, stack.layers, stack.norm, stack.rotary_emb]
         self.hooks = [hooks for module in watched for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self.hooks += chain.from_iterable(plan.hooks for plan in plans)
         self.own = [module.__dict__ for module in watched] + [names for plan in plans for names in plan.own]
+
+        self.linears = [slot for plan in plans for slot in plan.linears]
+
+    def has_linears(self) -> bool:
+        return all(parent.get(name) is linear for parent, name, linear in self.linears)
 
     def holds(self, stack: nn.Module) -> bool:
         """Whether everything this was made from is still in its place."""
@@ -124,7 +135,9 @@ class StackPlan:
     def takes(self, dtype: torch.dtype) -> bool:
         dtypes = set(map(operator.attrgetter("dtype"), self.norms))
         dtypes.discard(torch.float32)
-        return dtypes <= {dtype} and all(bias.dtype == dtype for bias, _ in self.biases)
+        fits = dtypes <= {dtype} and all(bias.dtype == dtype for bias, _ in self.biases)
+        self.dtype = dtype if fits else None
+        return fits
 
 
 def _plan_of(stack: nn.Module) -> StackPlan | None:
@@ -182,8 +195,6 @@ def write(
     inputs_embeds: Tensor | None, use_cache: bool | None, kwargs: dict[str, Any],
 ) -> Any:  # fmt: skip
     """The new tokens through all layers in one call; None where this call is one for the original forward."""
-    from ..integrations.growing_cache import make_growing
-
     given = input_ids if inputs_embeds is None else inputs_embeds
     if given is None or (input_ids is not None and inputs_embeds is not None) or given.device.type != "cpu":
         return None
@@ -193,15 +204,19 @@ def write(
     config, tokens = stack.config, given.shape[1]
     if use_cache is False or (use_cache is None and not config.use_cache):
         return None
-    plan = _plan_of(stack)
-    if plan is None or not plan.free() or not make_growing(cache, plan.count) or not 0 < tokens <= MOST_TOKENS:
+    plan = _ready_plan(stack, cache)
+    if plan is None or not 0 < tokens <= MOST_TOKENS:
         return None
-    if config._attn_implementation not in ("sdpa", "eager") or config.output_attentions or config.output_hidden_states:
+    if config.num_hidden_layers != plan.count or config._attn_implementation not in ("sdpa", "eager"):
+        return None
+    if config.output_attentions or config.output_hidden_states or not config.return_dict:
         return None
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2):
         return None
     x = stack.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-    if not plan.takes(x.dtype) or torch.is_autocast_enabled("cpu"):
+    if x.dtype != plan.dtype and not plan.takes(x.dtype):
+        return None
+    if torch.is_autocast_enabled("cpu"):
         return None
     layers, batch = cache.layers, x.shape[0]
     past, mask = layers[0].get_seq_length(), None
@@ -210,8 +225,6 @@ def write(
             return None
         if not attention_mask.all():
             mask = attention_mask.bool()
-    if not _reserve(layers, past, tokens, x, plan):
-        return None
     if position_ids is None:
         first, last = past, past + tokens - 1
     elif position_ids.dim() != 2 or position_ids.shape[1] != tokens:
@@ -220,8 +233,10 @@ def write(
         first = last = int(position_ids)
     else:
         first, last = map(int, torch.aminmax(position_ids))
+    if not _reserve(layers, past, tokens, x, plan):
+        return None
     ropes = [rope.rows(x, position_ids, first, last) for rope in plan.ropes]
-    ints = plan.ints
+    ints = plan.ints.copy()  # WHY: other threads may write with this model
     ints[_BEGIN::_INTS] = [layer.begin for layer in layers]
     ints[_LENGTH::_INTS] = [layer.end for layer in layers]
     with torch._C._AutoDispatchBelowAutograd():
@@ -235,9 +250,36 @@ def write(
     return plan.output(last_hidden_state=x, past_key_values=cache)
 
 
+def _ready_plan(stack: nn.Module, cache: Any) -> StackPlan | None:
+    """The plan of a stack that may write into ``cache``, whose layers grow from now on; None where the modules must be called.
+
+    While tokens are written to one cache, and no hook is registered anywhere, only the linear layers of all layers and the
+    rest of one, in turn, are looked at. WHY: everything takes thousands of cache lines, which the weights push out for each token.
+    """
+    plan, hooks = stack.__dict__.get(FusedClass.PLAN), RemovableHandle.next_id
+    if plan is not None and plan.seen == hooks and plan.cache() is cache and plan.has_linears():
+        plan.turn = (plan.turn + 1) % plan.count
+        turn = plan.plans[plan.turn]
+        if turn.holds() and turn.free():
+            return plan
+    plan = _plan_of(stack)
+    if plan is None or not plan.free():
+        return None
+    from ..integrations.growing_cache import make_growing
+
+    if not make_growing(cache, plan.count):
+        return None
+    plan.dtype = None
+    if not any(plan.hooks):  # those of output capturing may come to life without a word
+        plan.seen, plan.cache = hooks, weakref.ref(cache)
+    return plan
+
+
 def _reserve(layers: list, past: int, tokens: int, x: Tensor, plan: StackPlan) -> bool:
     """Room for the new tokens in every layer of a cache; False where the layers differ, or hold something else than x would."""
     form = (x.shape[0], plan.kv_heads, plan.head_dim), x.dtype
+    if len(layers) != plan.count:
+        return False
     if layers[0].frozen():
         for layer in layers:
             layer.to_plain()
