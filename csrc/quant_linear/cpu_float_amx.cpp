@@ -1,5 +1,5 @@
 // COMPUTES  out[M,N] = x[M,K] @ dequant(w)[N,K]^T + bias;  x, bias, out bf16;  products of bf16 codes, which are exact but for
-//           nf4 (its codebook is rounded to bf16 once), sums in fp32, scaled group by group. Subnormal products count as zeros.
+//           nf4 (its codebook is rounded to bf16 once), sums in fp32, scaled group by group. Subnormal x and products count as zeros; x above 2^110 may overflow before it is scaled.
 // LAYOUT    w: Rows8 (common/formats.h).   A: per 32 rows: bf16 tiles [k tile][2][16 rows][kTileK], each 4 k in the order 0, 2, 1, 3.
 //           B: panel of 32 outputs: bf16 tiles [k tile][2][pairs of k][16 outputs][2], the same order; fp32 scales [groups][32]
 // WORK      amx_loops.h, a unit being a group. A 32-bit lane holds codes of 4 k of one output; vpermw, with 32 bf16 as its table, looks
