@@ -215,7 +215,7 @@ def test_int8_activations(impl, format, batch, tokens, forced):
 
 
 @pytest.mark.parametrize("activations", ("float", "int8"))
-@pytest.mark.parametrize("tokens", (1, 5))
+@pytest.mark.parametrize("tokens", (1, 5, 16))  # the small loops, and the tiles, which share what one phase prepares for the next
 def test_threads_change_nothing(impl, tokens, activations, forced, threads):
     stack = Stack(
         past=1100, tokens=tokens, batch=2, hidden=256, intermediate=512, activations=activations, dtype=torch.bfloat16, post_norms=True

@@ -10,7 +10,7 @@
 //           small (cpu_loops.h): R <= 4 rows, weights unpacked in registers.  tile: 6 rows x 16 outputs.
 // BOUND     M=1: DRAM read of the weights, 14 GB/s a core where this was measured. The loop's instructions for 32 k of 4 strips,
 //           the bytes they take, and the GB/s of weights that lie in L2: int2 166, 320 B, 22;  int3 229, 448 B, 23;
-//           int4 157, 576 B, 38;  mxfp4 193, 544 B, 30;  nvfp4 255, 576 B, 25;  nf4 312, 576 B, 22;  int8 319, 1040 B, 38.
+//           int4 157, 576 B, 38;  mxfp4 193, 544 B, 30;  nvfp4 255, 576 B, 25;  nf4 304, 576 B, 22;  int8 311, 1040 B, 38.
 //           Large M: issue width; 3.4 instructions per vpmaddubsw (64 operations).
 // LIMITS    AVX2, FMA, F16C; int8 activations
 // TRIED     (int4) a zero correction per group after the sum: +6%.  12 rows x 1 vector: broadcasts bind, 0.8x.  int8 by the sign

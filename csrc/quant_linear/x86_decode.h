@@ -17,6 +17,8 @@ namespace taut::quant_linear {
 namespace {
 
 constexpr int kNf4Zero = 128, kE2M1Zero = 12;
+// nf4's scales go in as scale / 127, which are the numbers of the definition; times 2^24, so that no subnormal one loses bits.
+constexpr float kNf4Scale = 0x1p24f / 127.0f;
 // u of each code: nf4's codebook rounded to 8 bits; twice the E2M1 number, which is an integer.
 constexpr Table make_table(Format format) {
   Table table{};
@@ -76,14 +78,14 @@ struct Decode {
     constexpr ScaleType kType = scale_type(kFormat);
     if constexpr (kType == ScaleType::kE4M3) Simd::from_e4m3(scales, far, out);
     else if constexpr (kType == ScaleType::kE8M0) out[0] = Simd::from_e8m0(scales, far);
-    else if constexpr (kType == ScaleType::kFp32) out[0] = Simd::from_fp32(scales, far);
+    else if constexpr (kType == ScaleType::kFp32) out[0] = Simd::from_fp32(scales, far) * Simd::splat_float(kNf4Scale);
     else out[0] = Simd::from_fp16(scales, far);
   }
   static constexpr int kScaleBytes = 8 * kScales * static_cast<int>(scale_bytes(scale_type(kFormat)));  // of a group
 
   static float factor(const Rows8& layout, const uint8_t* packed) {
     if constexpr (kFormat == Format::kNvfp4) return load_as<float>(packed + layout.global_scale_offset()) * (0.5f * kE4M3Factor);
-    return kFormat == Format::kMxfp4 ? 0.5f : kFormat == Format::kNf4 ? 1.0f / 127.0f : 1.0f;
+    return kFormat == Format::kMxfp4 ? 0.5f : kFormat == Format::kNf4 ? 0x1p-24f : 1.0f;
   }
 
  private:

@@ -172,13 +172,11 @@ struct Int8Kernel {
             const Multiple<Isa> m(a + ((8 + W::kScales) * kRows + r) * 4);
             TAUT_FOR (int i = 0; i < kVectors; i++) {
               if (kRows == 1) W::load_scales(scales + i * apart, stride, scale[i]);
-              // Part by part as in micro(), so that a row has the same bits whichever kernel its batch gets.
-              TAUT_FOR (int part = 0; part < kParts; part++) {
-                Floats times = scale[i][W::kScales == 2 ? part : 0];
-                if (kPasses == 2 && part == 0) times = times * Isa::splat_float(16.0f);
-                const Floats value = m.of_sum(sum[part][i][r]);
-                if constexpr (kInRegisters) total[i][r] = Isa::fma(value, m.of_scale(times), total[i][r]);
-                else Isa::accumulate(sums + (i * kRows + r) * 8, value, m.of_scale(times));
+              TAUT_FOR (int h = 0; h < W::kScales; h++) {
+                Floats value = m.of_sum(sum[h][i][r]);
+                if constexpr (kPasses == 2) value = Isa::fma(value, Isa::splat_float(16.0f), m.of_sum(sum[1][i][r]));
+                if constexpr (kInRegisters) total[i][r] = Isa::fma(value, m.of_scale(scale[i][h]), total[i][r]);
+                else Isa::accumulate(sums + (i * kRows + r) * 8, value, m.of_scale(scale[i][h]));
               }
             }
           }
@@ -224,7 +222,7 @@ struct Int8Kernel {
     constexpr int kRowBlockBytes = 36 + 4 * kScales;
     a += 128, codes += 128;
     char* tile = reinterpret_cast<char*>(c) + 128;
-    Floats total[kRows][kVectors];
+    Floats total[kRows][kVectors], high[kRows][kVectors];
     if (kInRegisters)
       TAUT_FOR (int r = 0; r < kRows; r++)
         TAUT_FOR (int i = 0; i < kVectors; i++) total[r][i] = Isa::load_floats(c + (r * kVectors + i) * kWidth);
@@ -250,16 +248,21 @@ struct Int8Kernel {
           }
         }
         codes += kChunks * kRow;
+        // The high nibbles wait in memory, to be added to the low ones before the total: one rounding less, and the same work.
+        const bool high_nibbles = kPasses == 2 && part == 0;
         Floats scale[kVectors];
-        TAUT_FOR (int i = 0; i < kVectors; i++) {
-          scale[i] = Isa::load_floats(scales + i * kWidth);
-          if (kPasses == 2 && !low_nibbles) scale[i] = scale[i] * Isa::splat_float(16.0f);
-        }
-        if (kPasses == 1 || low_nibbles) scales += kPanelStrips * 8;
+        TAUT_FOR (int i = 0; i < kVectors; i++) scale[i] = Isa::load_floats(scales + i * kWidth);
+        if (!high_nibbles) scales += kPanelStrips * 8;
         TAUT_FOR (int r = 0; r < kRows; r++) {
           const Multiple<Isa> m(a + ((8 + kScales) * kRows + r) * 4 - 128);
           TAUT_FOR (int i = 0; i < kVectors; i++) {
-            const Floats value = m.of_sum(sum[r][i]), times = m.of_scale(scale[i]);
+            Floats value = m.of_sum(sum[r][i]);
+            if (high_nibbles) {
+              asm volatile("vmovaps %1,%0" : "=m"(high[r][i]) : "v"(value));
+              continue;
+            }
+            if (low_nibbles) value = Isa::fma(high[r][i], Isa::splat_float(16.0f), value);
+            const Floats times = m.of_scale(scale[i]);
             if constexpr (kInRegisters) total[r][i] = Isa::fma(value, times, total[r][i]);
             else Isa::accumulate(reinterpret_cast<float*>(tile + (r * kVectors + i) * kWidth * 4 - 128), value, times);
           }

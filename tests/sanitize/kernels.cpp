@@ -74,11 +74,9 @@ void expect(bool condition, const std::string& what) {
 }
 
 std::string describe(const WeightSpec& w) {
-  return "N=" + std::to_string(w.N) + " K=" + std::to_string(w.K) +
-         (w.format == Format::kInt4   ? " int4"
-          : w.format == Format::kInt8 ? " int8"
-                                      : " fp8_e4m3") +
-         " group " + std::to_string(w.group_size) + (w.zeros ? " with zeros" : "");
+  constexpr const char* kNames[] = {"", "ternary", "int2", "int3", "int4", "nf4", "mxfp4", "nvfp4", "int8", "fp8_e4m3", "fp8_block"};
+  return "N=" + std::to_string(w.N) + " K=" + std::to_string(w.K) + " " + kNames[static_cast<int>(w.format)] + " group " + std::to_string(w.group_size) +
+         (w.zeros ? " with zeros" : "");
 }
 
 // E4M3 as the OCP specification defines it.
@@ -93,36 +91,83 @@ double e4m3(uint8_t byte) {
 struct Weight {
   WeightSpec spec;
   Layout layout;
-  Buffer codes, scales, zeros, packed;
+  int64_t num_scales;
+  Buffer codes, scales, zeros, packed, global;
 
   explicit Weight(const WeightSpec& w, Layout order = Layout::kRows8)
-      : spec(w), layout(order), codes(w.N * w.code_row_bytes()), scales(w.N * w.num_groups() * 2, 2), zeros(w.zeros ? w.N * w.num_groups() : 0),
-        packed(order == Layout::kRows8 ? Rows8{w}.total_bytes() : MmaTiles{w}.total_bytes(), 16) {  // a mapped checkpoint promises 16-byte alignment, no more
+      : spec(w), layout(order), num_scales(w.scale_rows() * w.num_groups()), codes(w.N * w.code_row_bytes()),
+        scales(num_scales * scale_bytes(scale_type(w.format)), scale_bytes(scale_type(w.format))), zeros(w.zeros ? w.N * w.num_groups() : 0),
+        packed(order == Layout::kRows8 ? Rows8{w}.total_bytes() : MmaTiles{w}.total_bytes(), 16),  // a mapped checkpoint promises 16-byte alignment, no more
+        global(w.format == Format::kNvfp4 ? 4 : 0, 4) {
+    const bool fp8 = w.format == Format::kFp8E4M3 || w.format == Format::kFp8Block;
     for (size_t i = 0; i < codes.bytes(); i++) {
-      const uint8_t code = static_cast<uint8_t>(random_bits());
-      codes.data()[i] = w.format == Format::kFp8E4M3 && (code & 0x7f) == 0x7f ? 0x7e : code;  // a NaN is no weight
+      const uint8_t code = static_cast<uint8_t>(w.format == Format::kTernary ? random_bits() % 243 : random_bits());
+      codes.data()[i] = fp8 && (code & 0x7f) == 0x7f ? 0x7e : code;  // a NaN is no weight
     }
-    if (w.format == Format::kInt4 && w.K % 2)
-      for (int64_t n = 0; n < w.N; n++) codes.data()[(n + 1) * w.code_row_bytes() - 1] &= 15;
-    for (int64_t i = 0; i < w.N * w.num_groups(); i++) {
-      set_scale(i, float_to_fp16((random_bits() % 4 ? 1.0f : -1.0f) * (0.01f + 0.02f * std::fabs(random_float()))));
-      if (w.zeros) zeros.data()[i] = random_bits() % 16;
+    for (int64_t n = 0; n < w.N; n++) {  // what the last byte of a row has left over: zeros, and 1s where it is ternary
+      uint8_t& last = codes.data()[(n + 1) * w.code_row_bytes() - 1];
+      if (w.format == Format::kTernary) {
+        for (int64_t k = w.K; k % 5; k++) last = static_cast<uint8_t>(last + (1 - last / power_of_3(k % 5) % 3) * power_of_3(k % 5));
+      } else if (const int64_t bits = w.K * code_bits(w.format) % 8) {
+        last &= static_cast<uint8_t>((1 << bits) - 1);
+      }
+    }
+    for (int64_t i = 0; i < num_scales; i++) set_scale(i, (random_bits() % 4 ? 1.0f : -1.0f) * (0.01f + 0.02f * std::fabs(random_float())));
+    for (size_t i = 0; i < zeros.bytes(); i++) zeros.data()[i] = random_bits() % (1u << code_bits(w.format));
+    if (global.bytes()) *reinterpret_cast<float*>(global.data()) = 0.75f;
+  }
+  static int power_of_3(int64_t n) { return n == 0 ? 1 : 3 * power_of_3(n - 1); }
+  void set_scale(int64_t i, float value) {
+    switch (scale_type(spec.format)) {
+      case ScaleType::kFp32: std::memcpy(scales.data() + 4 * i, &value, 4); break;
+      case ScaleType::kE8M0: scales.data()[i] = static_cast<uint8_t>(127 + std::ilogb(value)); break;
+      case ScaleType::kE4M3: scales.data()[i] = float_to_e4m3(value); break;
+      default: {
+        const uint16_t bits = float_to_fp16(value);
+        std::memcpy(scales.data() + 2 * i, &bits, 2);
+      }
     }
   }
-  void set_scale(int64_t i, uint16_t bits) { std::memcpy(scales.data() + 2 * i, &bits, 2); }
 
   pack_weight::Params params(int threads) const {
-    return {spec, layout, codes.data(), reinterpret_cast<uint16_t*>(scales.data()), spec.zeros ? zeros.data() : nullptr, packed.data(), threads};
+    return {spec,
+            layout,
+            codes.data(),
+            scales.data(),
+            spec.zeros ? zeros.data() : nullptr,
+            packed.data(),
+            threads,
+            global.bytes() ? reinterpret_cast<float*>(global.data()) : nullptr};
   }
-  double value(int64_t n, int64_t k) const {
-    const int64_t group = n * spec.num_groups() + (spec.group_size ? k / spec.group_size : 0);
-    uint16_t bits;
-    std::memcpy(&bits, scales.data() + 2 * group, 2);
-    const double scale = fp16_to_float(bits);
-    if (spec.format == Format::kInt8) return static_cast<int8_t>(codes.data()[n * spec.K + k]) * scale;
-    if (spec.format == Format::kFp8E4M3) return e4m3(codes.data()[n * spec.K + k]) * scale;
-    const int code = codes.data()[n * spec.code_row_bytes() + k / 2] >> (k % 2 * 4) & 15;
-    return (code - (spec.zeros ? zeros.data()[group] : 8)) * scale;
+  double scale(int64_t n, int64_t k) const {
+    const int64_t row = spec.format == Format::kFp8Block ? n / 128 : n, i = row * spec.num_groups() + (spec.group_size ? k / spec.group_size : 0);
+    switch (scale_type(spec.format)) {
+      case ScaleType::kFp32: return reinterpret_cast<const float*>(scales.data())[i];
+      case ScaleType::kE8M0: return std::ldexp(1.0, scales.data()[i] - 127);
+      case ScaleType::kE4M3: return e4m3(scales.data()[i]) * *reinterpret_cast<const float*>(global.data());
+      default: return fp16_to_float(reinterpret_cast<const uint16_t*>(scales.data())[i]);
+    }
+  }
+  int code(int64_t n, int64_t k) const {  // out of a string of bits, or of the digits of a byte
+    const uint8_t* row = codes.data() + n * spec.code_row_bytes();
+    if (spec.format == Format::kTernary) return row[k / 5] / power_of_3(k % 5) % 3;
+    int found = 0;
+    const int64_t bits = code_bits(spec.format);
+    for (int64_t i = 0; i < bits; i++) found |= (row[(k * bits + i) / 8] >> (k * bits + i) % 8 & 1) << i;
+    return found;
+  }
+  double value(int64_t n, int64_t k, bool int8_activations = false) const {
+    const int q = code(n, k);
+    switch (spec.format) {
+      case Format::kInt8: return static_cast<int8_t>(q) * scale(n, k);
+      case Format::kFp8E4M3:
+      case Format::kFp8Block: return e4m3(static_cast<uint8_t>(q)) * scale(n, k);
+      case Format::kMxfp4:
+      case Format::kNvfp4: return kTwiceE2M1[q] / 2.0 * scale(n, k);
+      case Format::kNf4: return (int8_activations ? std::nearbyint(kNf4[q] * 127) / 127 : kNf4[q]) * scale(n, k);
+      default:
+        return (q - (spec.zeros ? zeros.data()[n * spec.num_groups() + (spec.group_size ? k / spec.group_size : 0)] : zero_code(spec.format))) * scale(n, k);
+    }
   }
 };
 
@@ -135,7 +180,8 @@ void test_pack(const WeightSpec& spec, Layout layout) {
   std::memset(back.scales.data(), 0xff, back.scales.bytes());
   std::memset(back.zeros.data(), 0xff, back.zeros.bytes());
   pack_weight::cpu_scalar::unpack(back.params(3));
-  expect(back.codes.same_as(weight.codes) && back.scales.same_as(weight.scales) && back.zeros.same_as(weight.zeros), "pack, unpack: " + describe(spec));
+  expect(back.codes.same_as(weight.codes) && back.scales.same_as(weight.scales) && back.zeros.same_as(weight.zeros) && back.global.same_as(weight.global),
+         "pack, unpack: " + describe(spec));
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     const int64_t first = spec.N / 3, last = spec.N - spec.N / 4;
     Buffer out((last - first) * spec.K * dtype_bytes(dtype), dtype_bytes(dtype));
@@ -209,7 +255,12 @@ const QuantizeImpl kQuantizeImpls[] = {
 #include "impls.inc"
 };
 
-bool takes(const LinearImpl& impl, Activations activations) {
+bool named(const LinearImpl& impl, const char* part) { return std::strstr(impl.name, part) != nullptr; }
+
+// As the table of op.cpp has it.
+bool takes(const LinearImpl& impl, Activations activations, const WeightSpec& w, DType dtype) {
+  if (named(impl, "amx.float") && dtype != DType::kBFloat16) return false;
+  if (named(impl, "neon.float") && w.format != Format::kInt4 && w.format != Format::kInt8 && w.format != Format::kFp8E4M3) return false;
   const bool int8 = activations == Activations::kInt8 || activations == Activations::kInt8Row;
   return impl.takes == LinearImpl::kTakes_any || (impl.takes == LinearImpl::kTakes_int8 ? int8 : activations == Activations::kFloat);
 }
@@ -230,13 +281,12 @@ void test_linear(int64_t M, const WeightSpec& spec, DType dtype, bool with_bias)
   Buffer x_before(x.bytes());
   std::memcpy(x_before.data(), x.data(), x.bytes());
 
-  std::vector<double> w(N * K);
-  for (int64_t n = 0; n < N; n++)
-    for (int64_t k = 0; k < K; k++) w[n * K + k] = weight.value(n, k);
   const double rounding = dtype == DType::kFloat32 ? 0x1p-24 : dtype == DType::kBFloat16 ? 0x1p-8 : 0x1p-11;
   for (const Activations activations : {Activations::kFloat, Activations::kInt8, Activations::kInt8Row, Activations::kFp8Row}) {
     if (quant_linear::refused_activations(spec.format, static_cast<int64_t>(activations))) continue;
-    std::vector<double> expected(M * N), allowed(M * N);
+    std::vector<double> w(N * K), expected(M * N), allowed(M * N), sizes(M * N);
+    for (int64_t n = 0; n < N; n++)
+      for (int64_t k = 0; k < K; k++) w[n * K + k] = weight.value(n, k, activations != Activations::kFloat);
     for (int64_t m = 0; m < M; m++) {
       const std::vector<double> values = quantized(rows[m], activations);
       double x_size = 0;
@@ -244,13 +294,13 @@ void test_linear(int64_t M, const WeightSpec& spec, DType dtype, bool with_bias)
       for (int64_t n = 0; n < N; n++) {
         double sum = with_bias ? load_float(bias.data(), n, dtype) : 0.0, size = std::fabs(sum);
         for (int64_t k = 0; k < K; k++) sum += values[k] * w[n * K + k], size += std::fabs(values[k] * w[n * K + k]);
-        expected[m * N + n] = sum;
+        expected[m * N + n] = sum, sizes[m * N + n] = size;
         // fp32 sums of K terms, each of which a kernel may take apart in two of up to 16 steps of w; then one rounding
         allowed[m * N + n] = 8 * 0x1p-24 * std::sqrt(static_cast<double>(K) + 16) * (size + x_size) + rounding * std::fabs(sum) + 0x1p-24;
       }
     }
     for (const LinearImpl& impl : kLinearImpls) {
-      if (!impl.can_run || !takes(impl, activations)) continue;
+      if (!impl.can_run || !takes(impl, activations, spec, dtype)) continue;
       const std::string what = std::string(impl.name) + ": M=" + std::to_string(M) + " " + describe(spec) + " dtype " +
                                std::to_string(static_cast<int>(dtype)) + (with_bias ? " bias" : "");
       Buffer serial(M * N * element, element), threaded(M * N * element, element);
@@ -263,7 +313,8 @@ void test_linear(int64_t M, const WeightSpec& spec, DType dtype, bool with_bias)
       expect(x.same_as(x_before), what + ": x was written to");
       for (int64_t i = 0; i < M * N; i++) {
         const double found = load_float(serial.data(), i, dtype);
-        expect(std::fabs(found - expected[i]) <= allowed[i],  // false for a NaN
+        const double rounded_codebook = named(impl, "amx.float") && spec.format == Format::kNf4 ? 0x1p-9 * sizes[i] : 0.0;
+        expect(std::fabs(found - expected[i]) <= allowed[i] + rounded_codebook,  // false for a NaN
                what + ": [" + std::to_string(i / N) + ", " + std::to_string(i % N) + "] is " + std::to_string(found) + ", expected " +
                    std::to_string(expected[i]) + " within " + std::to_string(allowed[i]));
       }
@@ -290,8 +341,8 @@ void test_quantize(const WeightSpec& spec, DType dtype) {
       std::memset(found.scales.data(), 0xff, found.scales.bytes());
       std::memset(found.zeros.data(), 0xff, found.zeros.bytes());
       Buffer finite(spec.N);
-      impl.run({w.data(), stride, dtype, spec, found.codes.data(), reinterpret_cast<uint16_t*>(found.scales.data()), spec.zeros ? found.zeros.data() : nullptr,
-                finite.data(), threads});
+      impl.run({w.data(), stride, dtype, spec, found.codes.data(), found.scales.data(), spec.zeros ? found.zeros.data() : nullptr, finite.data(), threads,
+                reinterpret_cast<float*>(found.global.data())});
       num_workers = 1;
       for (int64_t n = 0; n < spec.N; n++) expect(finite.data()[n] == 1, what + ": a finite row was refused");
       if (first_name == nullptr) {
@@ -299,20 +350,21 @@ void test_quantize(const WeightSpec& spec, DType dtype) {
         std::memcpy(first.codes.data(), found.codes.data(), first.codes.bytes());
         std::memcpy(first.scales.data(), found.scales.data(), first.scales.bytes());
         std::memcpy(first.zeros.data(), found.zeros.data(), first.zeros.bytes());
+        std::memcpy(first.global.data(), found.global.data(), first.global.bytes());
       }
-      expect(found.codes.same_as(first.codes) && found.scales.same_as(first.scales) && found.zeros.same_as(first.zeros),
+      expect(found.codes.same_as(first.codes) && found.scales.same_as(first.scales) && found.zeros.same_as(first.zeros) && found.global.same_as(first.global),
              what + ": not the bits of " + first_name);
       for (int64_t n = 0; n < spec.N; n++)
-        for (int64_t k = 0; k < spec.K; k++) {  // normal values: a step of int4 is at most 8 / 7.5, and clipping costs at most 30%
-          const double allowed = spec.format == Format::kInt8 ? 0.03 : spec.format == Format::kFp8E4M3 ? 0.3 : 2.0;
+        for (int64_t k = 0; k < spec.K; k++) {  // normal values: a step of int4 is at most 8 / 7.5; with fewer bits the largest may be clipped to a third
+          const double allowed = spec.format == Format::kInt8 ? 0.03 : spec.format == Format::kFp8E4M3 || spec.format == Format::kFp8Block ? 0.3 : 5.0;
           expect(std::fabs(found.value(n, k) - load_float(w.data(), n * stride + k, dtype)) < allowed, what + ": far off");
         }
       if (spec.N > 0) {  // a NaN, in the last element
         Buffer bad(w.bytes(), element);
         std::memcpy(bad.data(), w.data(), w.bytes());
         store_float(bad.data(), (spec.N - 1) * stride + spec.K - 1, dtype, std::nanf(""));
-        impl.run({bad.data(), stride, dtype, spec, found.codes.data(), reinterpret_cast<uint16_t*>(found.scales.data()),
-                  spec.zeros ? found.zeros.data() : nullptr, finite.data(), threads});
+        impl.run({bad.data(), stride, dtype, spec, found.codes.data(), found.scales.data(), spec.zeros ? found.zeros.data() : nullptr, finite.data(), threads,
+                  reinterpret_cast<float*>(found.global.data())});
         expect(finite.data()[spec.N - 1] == 0, what + ": a NaN was accepted");
       }
     }
@@ -323,23 +375,33 @@ int run_all() {
   constexpr int64_t kRows[] = {1, 2, 3, 4, 5, 6, 7, 13, 21};
   constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
   int64_t turn = 0;
-  for (const Format format : {Format::kInt4, Format::kInt8, Format::kFp8E4M3})
+  for (int code = 1; code <= 10; code++)
     for (const bool zeros : {false, true}) {
-      if (zeros && format != Format::kInt4) continue;
-      for (const int64_t group : {32, 64, 128, 0})
+      const Format format = static_cast<Format>(code);
+      if (zeros && !takes_zeros(format)) continue;
+      for (int64_t group : {32, 64, 128, 0}) {
+        if (format == Format::kMxfp4 || format == Format::kNvfp4 || format == Format::kFp8Block) {
+          if (group) continue;  // one group size there is
+          group = format == Format::kMxfp4 ? 32 : format == Format::kNvfp4 ? 16 : 128;
+        }
         for (const int64_t K : kDepths)
           for (const int64_t N : kWidths) {
             const WeightSpec spec{format, N, K, group, zeros};
+            const bool mma_tiles = format == Format::kInt4 || format == Format::kInt8 || format == Format::kFp8E4M3;
             turn++;
-            if (turn % 3 == 0) test_pack(spec, turn % 2 ? Layout::kMmaTiles : Layout::kRows8);
+            if (turn % 3 == 0) test_pack(spec, turn % 2 && mma_tiles ? Layout::kMmaTiles : Layout::kRows8);
             if (turn % 3 == 1) test_quantize(spec, kDTypes[turn / 3 % 3]);
             // every shape of weight meets two row counts; every row count meets every format many times over
             for (const int64_t M : {kRows[turn % 9], kRows[(turn * 4 + 2) % 9]}) test_linear(M, spec, kDTypes[(turn + M) % 3], turn % 2);
           }
+      }
     }
   test_linear(530, {Format::kInt4, 9, 40, 32, true}, DType::kFloat32, true);  // more rows than a chunk of the tiles
   test_linear(530, {Format::kInt8, 9, 40, 0, false}, DType::kBFloat16, true);
   test_linear(530, {Format::kFp8E4M3, 9, 40, 128, false}, DType::kFloat16, true);
+  test_linear(530, {Format::kNvfp4, 9, 40, 16, false}, DType::kFloat32, true);
+  test_linear(37, {Format::kFp8Block, 140, 300, 128, false}, DType::kFloat32, true);
+  test_quantize({Format::kFp8Block, 140, 300, 128, false}, DType::kFloat32);
   test_pack({Format::kInt4, 150, 200, 128, true}, Layout::kMmaTiles);  // more tiles than one in each direction
   test_pack({Format::kFp8E4M3, 129, 130, 32, false}, Layout::kMmaTiles);
   std::string ran, missed;

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..formats import WeightFormat
-from ..nn import QuantLinear
+from ..nn import PackedWeight, QuantLinear
+from ..nn.packed_weight import PARTS
 from ..ops.quant_linear import cost
 from ..swap import RuleBook, plan
 
@@ -34,10 +35,14 @@ def weight_bytes(model: nn.Module) -> int:
 
 def parameter_count(model: nn.Module) -> int:
     """Numbers the model has learned: a low-bit weight counts the numbers it stands for, not its bytes."""
-    low_bit = sum(module.in_features * module.out_features for module in model.modules() if isinstance(module, QuantLinear))
-    stored = {id(module.qweight) for module in model.modules() if isinstance(module, QuantLinear)}
-    stored |= {id(t) for m in model.modules() if isinstance(m, QuantLinear) for t in (m.scales, m.zeros) if t is not None}
-    return low_bit + sum(p.numel() for p in model.parameters() if id(p) not in stored)
+    low_bit = [module for module in model.modules() if isinstance(module, PackedWeight)]
+    numbers = sum(module.in_features * module.out_features for module in low_bit)
+    return numbers + sum(p.numel() for p in model.parameters() if id(p) not in _stored(low_bit))
+
+
+def _stored(modules: list[PackedWeight]) -> set[int]:
+    """The parameters that hold canonical weights not packed yet."""
+    return {id(part) for module in modules for name in PARTS if (part := getattr(module, name)) is not None}
 
 
 def swapped_bytes(model: nn.Module, book: RuleBook) -> int:
@@ -51,10 +56,9 @@ def swapped_bytes(model: nn.Module, book: RuleBook) -> int:
 
 def ship_bytes(model: nn.Module) -> int:
     """Bytes of the weights of a checkpoint of this model: low-bit layers in their canonical form, ties once."""
-    low_bit = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    low_bit = [m for m in model.modules() if isinstance(m, PackedWeight)]
     canonical = sum(m.format.canonical_bytes(m.out_features, m.in_features) for m in low_bit)
-    inside = {id(t) for m in low_bit for t in (m.qweight, m.scales, m.zeros) if t is not None}
-    return canonical + sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in inside)
+    return canonical + sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in _stored(low_bit))
 
 
 def checkpoint_file_bytes(path: str | Path) -> int | None:
