@@ -85,7 +85,11 @@ def _run(args: argparse.Namespace) -> None:
     }  # fmt: skip
     for name in args.model or _MODELS:
         directory = directory_of(name, args.cache)
-        windows = models.text_windows(models.load_tokenizer(Source("directory", str(directory))), text, _WINDOW, args.windows)
+        tokenizer = models.load_tokenizer(Source("directory", str(directory)))
+        windows = models.text_windows(tokenizer, text, _WINDOW, args.windows)
+        first = tokenizer("a").input_ids[0]
+        if first == tokenizer.bos_token_id:  # a model that was never shown a text without it, such as Gemma, is lost
+            windows[:, 0] = first
         for weights in _WEIGHTS:
             found = cost(directory, weights, windows)
             print(

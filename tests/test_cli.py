@@ -201,7 +201,7 @@ BAD = {
     "missing argument": (["generate"], "Missing"),
     "unknown format": (["quantize", "MODEL", "OUT", "--weights", "int5"], "'int5'; accepted: ternary, int2, int3, int4"),
     "group that does not fit": (["quantize", "MODEL", "OUT", "--group-size", "48"], "48 does not fit; accepted: 32, 64, 128"),
-    "zeros for int8": (["quantize", "MODEL", "OUT", "--weights", "int8", "--zeros"], "zeros=True is for int4 only"),
+    "zeros for int8": (["quantize", "MODEL", "OUT", "--weights", "int8", "--zeros"], "zeros=True is for int2, int3 and int4 only"),
     "unknown activations": (["quantize", "MODEL", "OUT", "--activations", "fp4"], "'fp4'; accepted: auto, float, int8, int8_row, fp8_row"),
     "pattern without a module": (["quantize", "MODEL", "OUT", "--skip", "nonsense"], "'nonsense' matches no module"),
     "everything skipped": (["quantize", "MODEL", "OUT", "--skip", "*"], "nothing to swap"),

@@ -461,6 +461,17 @@ def test_a_cache_made_in_inference_mode():
     assert_close(found, expected)
 
 
+def test_a_model_made_in_inference_mode(calls):
+    with torch.inference_mode():
+        plain, fused = pair("qwen2")
+        ids = prompt(1, 20)
+        expected, found = (
+            model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0) for model in (plain, fused)
+        )
+    assert torch.equal(found, expected)
+    assert calls.take() == (2, 5)
+
+
 def test_what_cannot_be_fused_is_named():
     model = tiny("llama")
     report = taut.swap(model, rules={"*.layers.0.*.k_proj": {"weights": "int8"}, "layers.1.mlp.down_proj": None})

@@ -269,13 +269,15 @@ dim3 grid_for(const WeightSpec& w, int64_t rows) {
 void pack(const Params& p, void* stream) {
   if (p.weight.N == 0) return;
   const auto kernel = p.weight.format == Format::kInt4 ? pack_kernel<true> : pack_kernel<false>;
-  launch("pack_weight", kernel, grid_for(p.weight, p.weight.N), dim3(kThreads), 0, stream, Shape(p.weight), p.codes, static_cast<const uint16_t*>(p.scales), p.zeros, p.packed);
+  launch("pack_weight", kernel, grid_for(p.weight, p.weight.N), dim3(kThreads), 0, stream, Shape(p.weight), p.codes, static_cast<const uint16_t*>(p.scales),
+         p.zeros, p.packed);
 }
 
 void unpack(const Params& p, void* stream) {
   if (p.weight.N == 0) return;
   const auto kernel = p.weight.format == Format::kInt4 ? unpack_kernel<true> : unpack_kernel<false>;
-  launch("unpack_weight", kernel, grid_for(p.weight, p.weight.N), dim3(kThreads), 0, stream, Shape(p.weight), p.packed, p.codes, static_cast<uint16_t*>(p.scales), p.zeros);
+  launch("unpack_weight", kernel, grid_for(p.weight, p.weight.N), dim3(kThreads), 0, stream, Shape(p.weight), p.packed, p.codes,
+         static_cast<uint16_t*>(p.scales), p.zeros);
 }
 
 void dequantize(const WeightSpec& w, const uint8_t* packed, int64_t row_begin, int64_t row_end, void* out, DType dtype, void* stream) {

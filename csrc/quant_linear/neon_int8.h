@@ -42,8 +42,7 @@ inline float quantize_row(const float* x /* [padded_k] */, int64_t padded_k, Act
 // What int8 kernels share: how x is prepared, and the panel of centred codes that the tiles read.
 //   A, per block of R rows, per 32 k: int8 codes [R][32], or by pairs of rows [R/2][4][2][8] (an odd last row [4][8]);
 //   fp32 m [R]; int32 -sum(a) (times the format's zero code where the group has no zero point) [R].
-using Int8Formats =
-    Formats<Format::kTernary, Format::kInt2, Format::kInt3, Format::kInt4, Format::kNf4, Format::kMxfp4, Format::kNvfp4, Format::kInt8>;
+using Int8Formats = Formats<Format::kTernary, Format::kInt2, Format::kInt3, Format::kInt4, Format::kNf4, Format::kMxfp4, Format::kNvfp4, Format::kInt8>;
 template <bool kPairs>
 struct NeonInt8 {
   static constexpr int kRowBlockBytes = 40;

@@ -43,12 +43,9 @@ const char* needs_int8_i8mm(const Params& p) { return cpu_features().i8mm ? need
 
 const char* needs_int8_neondot(const Params& p) { return cpu_features().neondot ? needs_int8(p) : "this processor has no dot products (sdot)"; }
 
-const char* needs_float_neon(const Params& p) {
-  if (!cpu_features().neon) return "this processor has no NEON";
-  if (p.weight.format != Format::kInt4 && p.weight.format != Format::kInt8 && p.weight.format != Format::kFp8E4M3)
-    return "it computes with int4, int8 and fp8_e4m3 weights";
-  return needs_float(p);
-}
+const char* needs_int8_neon(const Params& p) { return cpu_features().neon ? needs_int8(p) : "this processor has no NEON"; }
+
+const char* needs_float_neon(const Params& p) { return cpu_features().neon ? needs_float(p) : "this processor has no NEON"; }
 #endif
 
 // The small loops stream the packed weights and unpack them in registers, for up to 4 rows at a time; the tiles unpack
@@ -82,7 +79,7 @@ constexpr auto int8_small_avxvnni = int8_small_m<SmallRows{12, 8, 12, 6, 8, 24}>
 constexpr auto int8_small_avx512bw = int8_small_m<SmallRows{20, 16, 12, 8, 24, 24}>;
 constexpr auto int8_small_avx2 = int8_small_m<SmallRows{12, 8, 8, 4, 12, 12}>;
 #elif defined(__aarch64__)
-constexpr auto int8_small_neondot = int8_small_m<SmallRows{16, 16, 16, 16, 16, 16}>;
+constexpr auto int8_small_arm = int8_small_m<SmallRows{16, 16, 16, 16, 16, 16}>;  // not measured
 #endif
 const char* float_small_m(const Params& p) { return p.M <= 4 ? nullptr : "above M=4 the tile is faster"; }
 
@@ -104,9 +101,11 @@ constexpr Impl<Params> kImpls[] = {
     {"cpu_avx2.float_small", needs_float_avx2, float_small_m, cpu_float_avx2::run_small},
     {"cpu_avx2.float_tile", needs_float_avx2, always, cpu_float_avx2::run_tile},
 #elif defined(__aarch64__)
-    {"cpu_neondot.int8_small", needs_int8_neondot, int8_small_neondot, cpu_int8_neondot::run_small},
+    {"cpu_neondot.int8_small", needs_int8_neondot, int8_small_arm, cpu_int8_neondot::run_small},
     {"cpu_i8mm.int8_tile", needs_int8_i8mm, always, cpu_int8_i8mm::run_tile},
     {"cpu_neondot.int8_tile", needs_int8_neondot, always, cpu_int8_neondot::run_tile},
+    {"cpu_neon.int8_small", needs_int8_neon, int8_small_arm, cpu_int8_neon::run_small},
+    {"cpu_neon.int8_tile", needs_int8_neon, always, cpu_int8_neon::run_tile},
     {"cpu_neon.float_small", needs_float_neon, float_small_m, cpu_float_neon::run_small},
     {"cpu_neon.float_tile", needs_float_neon, always, cpu_float_neon::run_tile},
 #endif

@@ -107,6 +107,10 @@ namespace cpu_int8_neondot {
 void run_small(const Params&);
 void run_tile(const Params&);
 }  // namespace cpu_int8_neondot
+namespace cpu_int8_neon {
+void run_small(const Params&);
+void run_tile(const Params&);
+}  // namespace cpu_int8_neon
 namespace cpu_float_neon {
 void run_small(const Params&);
 void run_tile(const Params&);

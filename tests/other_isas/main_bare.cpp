@@ -74,9 +74,7 @@ void* memcpy(void* __restrict to, const void* __restrict from, size_t bytes) {
 }
 void* memmove(void* to, const void* from, size_t bytes) {
   if (to <= from || static_cast<const char*>(from) + bytes <= to) return memcpy(to, from, bytes);
-  for (size_t i = bytes; i-- > 0;) {
-    static_cast<volatile char*>(to)[i] = static_cast<const char*>(from)[i];
-  }
+  for (size_t i = bytes; i-- > 0;) { static_cast<volatile char*>(to)[i] = static_cast<const char*>(from)[i]; }
   return to;
 }
 int memcmp(const void* a, const void* b, size_t bytes) {

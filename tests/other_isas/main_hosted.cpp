@@ -17,4 +17,8 @@ void print(const char* text) {
 
 }  // namespace taut::other_isas
 
-int main(int argc, char** argv) { return taut::other_isas::run_all(true, argc > 1 ? argv[1] : "") ? 1 : 0; }
+// program [all|few] [impls that must run, with commas]
+int main(int argc, char** argv) {
+  const bool all = argc < 2 || std::strcmp(argv[1], "all") == 0;
+  return taut::other_isas::run_all(all, argc > 2 ? argv[2] : "") ? 1 : 0;
+}

@@ -51,13 +51,14 @@ class Rope:
         if not self.steady or last - first >= _ROPE_ROWS:
             return self._compute(x, torch.arange(first, last + 1)[None] if positions is None else positions)
         frequencies, table = self.module._buffers[self.buffer], self.table
+        version = 0 if frequencies.is_inference() else frequencies._version  # those of inference mode have none
         if (
-            table is None or table[3] is not frequencies or table[4] != frequencies._version or table[1].dtype != x.dtype
+            table is None or table[3] is not frequencies or table[4] != version or table[1].dtype != x.dtype
             or first < table[0] or last >= table[0] + 2 * _ROPE_ROWS
         ):  # fmt: skip
             with torch.inference_mode(False), torch.no_grad():
                 cos, sin = self._compute(torch.empty(0, dtype=x.dtype), torch.arange(first, first + 2 * _ROPE_ROWS)[None])
-            table = self.table = first, cos, sin, frequencies, frequencies._version
+            table = self.table = first, cos, sin, frequencies, version
         base, cos, sin = table[:3]
         if positions is None or positions.numel() == 1:
             return cos.narrow(1, first - base, last - first + 1), sin.narrow(1, first - base, last - first + 1)
