@@ -77,7 +77,7 @@ struct Int8Amx {
     BlockCursor at(s, strip, block0);
     for (int64_t block = 0; block < blocks; block++, at.next()) {
       __m512 scale[Weight::kScales];
-      Weight::load_scales(at.scales(), far, scale);
+      Weight::load_int8_scales(at.scales(), far, scale);
       if (block * 32 % S::kUnitK == 0)
         TAUT_FOR (int h = 0; h < Weight::kScales; h++) _mm512_store_ps(scales + (block * 32 / S::kUnitK + h) * kPairColumns + half * kTile, scale[h]);
       const __m512i zero = kZeros ? _mm512_shuffle_epi8(Simd512::widen(at.zeros(), far), four_times) : Simd512::splat(Weight::kZero);

@@ -3,7 +3,7 @@
 // Decode<Simd, kFormat> gives the weights as unsigned bytes u = code + kZero (or codes whose zero points are stored). All
 // formats of fewer than 8 bits have one shape: in steps c = 0..3, load() makes a vector whose low nibbles belong to chunk c and
 // whose high nibbles to chunk c + 4. So int3 costs 5 operations more than int4 in each step, and the two 4-bit floats and nf4
-// one table look-up more a chunk. The weight is (u - kZero) * scale * factor.
+// one table look-up more a chunk. The weight is (u - kZero) * int8_scale * factor.
 //
 // TRIED, by counting: third bits of int3 joined chunk by chunk, 40 operations a block where this takes 32 (AVX2). 2-bit codes left
 // where they are in the byte (masks 0x03, 0x0c, 0x30; sums of 1, 4 and 16 times the codes, shifted at the end): 30 instead
@@ -78,8 +78,13 @@ struct Decode {
     constexpr ScaleType kType = scale_type(kFormat);
     if constexpr (kType == ScaleType::kE4M3) Simd::from_e4m3(scales, far, out);
     else if constexpr (kType == ScaleType::kE8M0) out[0] = Simd::from_e8m0(scales, far);
-    else if constexpr (kType == ScaleType::kFp32) out[0] = Simd::from_fp32(scales, far) * Simd::splat_float(kNf4Scale);
+    else if constexpr (kType == ScaleType::kFp32) out[0] = Simd::from_fp32(scales, far);
     else out[0] = Simd::from_fp16(scales, far);
+  }
+  // What u - kZero is multiplied with, but for factor().
+  static TAUT_INLINE void load_int8_scales(const uint8_t* scales, int64_t far, Floats (&out)[kScales]) {
+    load_scales(scales, far, out);
+    if constexpr (kFormat == Format::kNf4) out[0] = out[0] * Simd::splat_float(kNf4Scale);
   }
   static constexpr int kScaleBytes = 8 * kScales * static_cast<int>(scale_bytes(scale_type(kFormat)));  // of a group
 

@@ -167,11 +167,11 @@ struct Int8Kernel {
           }
           Floats scale[kVectors][W::kScales];
           if (kRows > 1)
-            TAUT_FOR (int i = 0; i < kVectors; i++) W::load_scales(scales + i * apart, stride, scale[i]);
+            TAUT_FOR (int i = 0; i < kVectors; i++) W::load_int8_scales(scales + i * apart, stride, scale[i]);
           TAUT_FOR (int r = 0; r < kRows; r++) {
             const Multiple<Isa> m(a + ((8 + W::kScales) * kRows + r) * 4);
             TAUT_FOR (int i = 0; i < kVectors; i++) {
-              if (kRows == 1) W::load_scales(scales + i * apart, stride, scale[i]);
+              if (kRows == 1) W::load_int8_scales(scales + i * apart, stride, scale[i]);
               TAUT_FOR (int h = 0; h < W::kScales; h++) {
                 Floats value = m.of_sum(sum[h][i][r]);
                 if constexpr (kPasses == 2) value = Isa::fma(value, Isa::splat_float(16.0f), m.of_sum(sum[1][i][r]));
@@ -199,7 +199,7 @@ struct Int8Kernel {
     BlockCursor at(s, strip, block0);
     for (int64_t b = 0; b < k_blocks; b++, at.next()) {
       Floats scale[W::kScales];
-      W::load_scales(at.scales(), far, scale);
+      W::load_int8_scales(at.scales(), far, scale);
       TAUT_FOR (int h = 0; h < W::kScales; h++) Isa::store_floats(panel.scales + ((b * W::kScales + h) * kPanelStrips + half_of_panel) * 8, scale[h]);
       if (kZeros) *reinterpret_cast<Bytes*>(panel.zeros + (b * kPanelStrips + half_of_panel) * 8) = zeros(at.zeros(), far);
       uint8_t* out = panel.codes + b * kPasses * 8 * kRow + half_of_panel * 32;
