@@ -27,15 +27,14 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// WHY at each task: oneDNN, in the same threads, leaves another configuration or none.
-struct TileSession {
-  TileSession(int a_row_bytes, int b_rows) {
-    TileConfig config;
-    for (int t = 0; t < 8; t++) config.rows[t] = t < 6 ? 16 : b_rows, config.row_bytes[t] = t == 4 || t == 5 ? a_row_bytes : 64;
-    asm volatile("ldtilecfg %0" ::"m"(config));
-  }
-  ~TileSession() { asm volatile("tilerelease" ::: "memory"); }
-};
+// WHY at each task: oneDNN, in the same threads, leaves another configuration or none. WHY no destructor to release: it would need
+// the language's unwinding, a weak symbol; nothing between the two throws.
+inline void configure_tiles(int a_row_bytes, int b_rows) {
+  TileConfig config;
+  for (int t = 0; t < 8; t++) config.rows[t] = t < 6 ? 16 : b_rows, config.row_bytes[t] = t == 4 || t == 5 ? a_row_bytes : 64;
+  asm volatile("ldtilecfg %0" ::"m"(config));
+}
+inline void release_tiles() { asm volatile("tilerelease" ::: "memory"); }
 
 // WHY asm: gcc's intrinsics are macros that take no template argument for a tile, and let stores move across a load.
 template <int kTile>
@@ -246,7 +245,7 @@ void amx_loop(const Params& p) {
       float* scales = reinterpret_cast<float*>(b + kGroupPanels * b_bytes);
       float* totals = scales + kGroupPanels * panel_units * kPairColumns;
       const int64_t totals_floats = (block1 - block0) * kTotalsBytes / 4;
-      const TileSession session(S::kARowBytes, S::kBRows);
+      configure_tiles(S::kARowBytes, S::kBRows);
       for (int64_t group = panel0; group < panel1; group += kGroupPanels) {
         const int64_t panels = std::min(kGroupPanels, panel1 - group);
         for (int64_t unit0 = 0; unit0 < num_units; unit0 += panel_units) {
@@ -274,6 +273,7 @@ void amx_loop(const Params& p) {
               store_strip(p, m0 + first_row + m, strip, eight, unit[first_row + m]);
             }
       }
+      release_tiles();
     });
   }
 }

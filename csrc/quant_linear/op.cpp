@@ -69,7 +69,11 @@ const char* int8_small_m(const Params& p) {
   return p.M <= most() ? nullptr : "for this many rows the tile is faster";
 }
 #if defined(__x86_64__)
-const char* amx_m(const Params& p) { return p.M > 16 ? nullptr : "up to M=16 a C tile is mostly empty"; }
+const char* amx_int8_m(const Params& p) {
+  const bool whole_rows = p.activations == Activations::kInt8Row && p.weight.group_size == 0;  // no scales within a row
+  return p.M > (whole_rows ? 16 : 48) ? nullptr : "for this few rows AVX-512 VNNI is faster";
+}
+const char* amx_float_m(const Params& p) { return p.M > 8 ? nullptr : "up to M=8 a C tile is mostly empty"; }
 constexpr auto int8_small_avx512vnni = int8_small_m<SmallRows{12, 12, 12, 8, 12, 16}>;
 constexpr auto int8_small_avxvnni = int8_small_m<SmallRows{12, 8, 12, 6, 8, 24}>;
 constexpr auto int8_small_avx512bw = int8_small_m<SmallRows{20, 16, 12, 8, 24, 24}>;
@@ -82,7 +86,7 @@ const char* float_small_m(const Params& p) { return p.M <= 4 ? nullptr : "above 
 // In priority order. Every crossover is in this table, and nowhere else.
 constexpr Impl<Params> kImpls[] = {
 #if defined(__x86_64__)
-    {"cpu_amx.int8_tile", needs_int8_amx, amx_m, cpu_int8_amx::run},
+    {"cpu_amx.int8_tile", needs_int8_amx, amx_int8_m, cpu_int8_amx::run},
     {"cpu_avx512vnni.int8_small", needs_int8_avx512vnni, int8_small_avx512vnni, cpu_int8_avx512vnni::run_small},
     {"cpu_avx512vnni.int8_tile", needs_int8_avx512vnni, always, cpu_int8_avx512vnni::run_tile},
     {"cpu_avxvnni.int8_small", needs_int8_avxvnni, int8_small_avxvnni, cpu_int8_avxvnni::run_small},
@@ -91,7 +95,7 @@ constexpr Impl<Params> kImpls[] = {
     {"cpu_avx512bw.int8_tile", needs_int8_avx512bw, always, cpu_int8_avx512bw::run_tile},
     {"cpu_avx2.int8_small", needs_int8_avx2, int8_small_avx2, cpu_int8_avx2::run_small},
     {"cpu_avx2.int8_tile", needs_int8_avx2, always, cpu_int8_avx2::run_tile},
-    {"cpu_amx.float_tile", needs_float_amx, amx_m, cpu_float_amx::run},
+    {"cpu_amx.float_tile", needs_float_amx, amx_float_m, cpu_float_amx::run},
     {"cpu_avx512bw.float_small", needs_float_avx512bw, float_small_m, cpu_float_avx512bw::run_small},
     {"cpu_avx512bw.float_tile", needs_float_avx512bw, always, cpu_float_avx512bw::run_tile},
     {"cpu_avx2.float_small", needs_float_avx2, float_small_m, cpu_float_avx2::run_small},

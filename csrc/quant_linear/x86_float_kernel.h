@@ -57,11 +57,13 @@ struct FloatDecode {
     Scales result;
     Packed::load_scales(scales, far, result.scale);
     if (kFp8) result.scale[0] = result.scale[0] * 0.5f;  // code() gives twice the number
+    if (kFormat == Format::kNvfp4)                       // WHY not at the end: a product with 2^-8 of the scale could be subnormal
+      TAUT_FOR (auto& scale : result.scale) scale = scale * kE4M3Factor;
     if (kZeros) result.offset = (Simd::splat_float(zero_code(kFormat)) - Simd::from_int32(Simd::widen(zeros, far))) * result.scale[0];
     return result;
   }
   static float factor(const Rows8& layout, const uint8_t* packed) {
-    return kFormat == Format::kNvfp4 ? load_as<float>(packed + layout.global_scale_offset()) * kE4M3Factor : 1.0f;
+    return kFormat == Format::kNvfp4 ? load_as<float>(packed + layout.global_scale_offset()) : 1.0f;
   }
 
   static TAUT_INLINE Bytes load(const uint8_t* block, int64_t far, int step) {

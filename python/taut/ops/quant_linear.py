@@ -27,7 +27,7 @@ def quant_linear(
     row, for int8 weights. ``"fp8_row"``: float8 E4M3, one scale per row, for fp8_e4m3 weights. ``"auto"``: see
     ``taut.formats.resolve_activations``. On CUDA weights are int4, int8 or fp8_e4m3.
     A row's result does not depend on the rows around it: on the CPU in a given impl, on CUDA within ``taut.batch_invariant()``.
-    On CUDA bfloat16 x above 2^110 in size may overflow to infinity before a small scale brings the sum back into range.
+    On CUDA and with AMX bfloat16 x above 2^110 in size may overflow to infinity before a small scale brings the sum back into range.
     Differentiable in ``x`` (through the dequantized weight) and ``bias``. Raises ``ValueError`` for wrong shapes, dtypes or devices.
     """
     check_call(x, packed, bias, out_features, format)
