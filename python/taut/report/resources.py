@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..formats import WeightFormat
+from ..fuse import FusedClass, fuse_model, unfuse
 from ..nn import PackedWeight, QuantLinear
 from ..nn.packed_weight import PARTS
 from ..ops.quant_linear import cost
@@ -93,6 +94,16 @@ def decode_flops(model: nn.Module, ids: Tensor) -> int:
 
     Low-bit products count as the products they stand for, so base and swapped model have the same number.
     """
+    fused = any(isinstance(module, FusedClass) for module in model.modules())
+    unfuse(model)  # WHY: the counter sees matrix products, not what one op does with a stack of layers
+    try:
+        return _count(model, ids)
+    finally:
+        if fused:
+            fuse_model(model)
+
+
+def _count(model: nn.Module, ids: Tensor) -> int:
     cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
     counting = {
         torch.ops.taut.quant_linear: _linear_flops,
