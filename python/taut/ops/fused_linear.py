@@ -26,7 +26,8 @@ def fused_linear(
     ``prologue``: ``"none"``; ``"rms_norm"`` (arXiv 1910.07467): ``x * rsqrt(mean(x^2) + norm_eps) * (norm_offset + norm_weight)``,
     x ``[..., K]``, ``norm_weight [K]`` in the dtype of x or float32 (``norm_offset`` is 1 in Gemma); ``"silu_glu"``,
     ``"gelu_tanh_glu"`` and ``"gelu_glu"`` (arXiv 2002.05202): ``unit(x[..., :K]) * x[..., K:]``, x ``[..., 2K]``. The prologue is
-    computed in float32 and not rounded to the dtype of x, but where AMX multiplies in bfloat16. ``residual``: of the dtype and shape of the output.
+    computed in float32 and not rounded to the dtype of x, but where AMX multiplies in bfloat16. ``residual``: of the dtype and
+    shape of the output.
     ``packed``, ``bias``, ``format``, ``activations``: as in ``quant_linear``, whose impls run (``taut.force_impl("quant_linear", ...)``).
     On the CPU only, and without a backward: train through the unfused modules. A row's result does not depend on the rows
     around it. Raises ``ValueError`` for wrong shapes, dtypes or devices.
