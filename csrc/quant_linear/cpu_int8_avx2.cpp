@@ -8,9 +8,10 @@
 //           of the same kind: u = 16*high + low.
 //           |int32| <= 2*30480*32767 < 2^31.
 //           small (cpu_loops.h): R <= 4 rows, weights unpacked in registers.  tile: 6 rows x 16 outputs.
-// BOUND     M=1: DRAM read of the weights, 14 GB/s a core where this was measured. The loop's instructions for 32 k of 4 strips,
-//           the bytes they take, and the GB/s of weights that lie in L2: int2 166, 320 B, 22;  int3 229, 448 B, 23;
-//           int4 157, 576 B, 38;  mxfp4 193, 544 B, 30;  nvfp4 255, 576 B, 25;  nf4 304, 576 B, 22;  int8 311, 1040 B, 38.
+// BOUND     M=1: DRAM read of the weights, 26-30 GB/s for a core alone where this was measured; for 2 bits instructions. The
+//           loop's instructions for 32 k of 4 strips, the bytes they take, GB/s of weights that lie in L2 and in DRAM:
+//           int2 173, 320 B, 22, 18;  int3 242, 448 B, 23, 21;  int4 168, 576 B, 38, 26;  mxfp4 204, 544 B, 30, 27;
+//           nvfp4 269, 576 B, 25, 24;  nf4 325, 576 B, 22, 21;  int8 327, 1040 B, 38, 29.
 //           Large M: issue width; 3.4 instructions per vpmaddubsw (64 operations).
 // LIMITS    AVX2, FMA, F16C; int8 activations
 // TRIED     (int4) a zero correction per group after the sum: +6%.  12 rows x 1 vector: broadcasts bind, 0.8x.  int8 by the sign

@@ -7,7 +7,7 @@
 //           12 integer and 12 fp32 sums in registers.
 // BOUND     M=1: DRAM read of the weights.  Large M: vpdpbusd, one zmm a cycle on Zen 4 (128 operations), and per 32 k and
 //           row a multiply and an fma on the same pipes: 8 / (8 + 2) = 80% of that peak.
-//           The instructions for 32 k of 4 strips at M=1: int2 69, int3 95, int4 73, nf4 and mxfp4 89, nvfp4 97, int8 67.
+//           The instructions for 32 k of 4 strips at M=1: int2 74, int3 106, int4 83, nf4 and mxfp4 99, nvfp4 108, int8 84.
 // LIMITS    AVX-512 F, BW, DQ, VL, VNNI; int8 activations
 #include "quant_linear/x86_int8_kernel.h"
 
