@@ -67,9 +67,7 @@ class DequantizedWeight(Tensor):
         return f"DequantizedWeight({list(self.shape)}, dtype={self.dtype}, of {self._module.format})"
 
 
-_READ_ONLY = (
-    "the weight of a QuantLinear or QuantEmbedding is read-only: it is stored in low bits. Merge or edit the float model, then swap it"
-)
+_READ_ONLY = "the weight of a QuantLinear is read-only: it is stored in low bits. Merge or edit the float model, then swap it"
 
 
 class PackedWeight(nn.Module):
