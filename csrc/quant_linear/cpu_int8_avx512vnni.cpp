@@ -1,14 +1,16 @@
 // COMPUTES  out[M,N] = q(x)[M,K] @ dequant(w)[N,K]^T + bias;  x quantized inside to int8 (op.h), sums exact in int32
 //           over 32 k (nvfp4: 16), then fp32
 // LAYOUT    w: Rows8 (common/formats.h); two strips make one zmm.   A, B: x86_int8_kernel.h
-// WORK      One step: vpdpbusd of 16 outputs x 4 k of unsigned codes with 4 k of one row, broadcast from memory by the
-//           instruction. After 32 k: convert, fma by (scale * m).
-//           small (cpu_loops.h): R <= 4 rows, 4 strips in two zmm, weights unpacked in registers.  tile: 12 rows x 16 outputs,
-//           12 integer and 12 fp32 sums in registers.
-// BOUND     M=1: DRAM read of the weights.  Large M: vpdpbusd, one zmm a cycle on Zen 4 (128 operations), and per 32 k and
-//           row a multiply and an fma on the same pipes: 8 / (8 + 2) = 80% of that peak.
+// WORK      One step: vpdpbusd of 16 outputs x 4 k of unsigned codes with 4 k of one row, broadcast. After 32 k: convert, fma by
+//           (scale * m).
+//           small (cpu_loops.h): R <= 4 rows, 4 strips in two zmm, weights unpacked in registers.  tile: 5 rows x 32 outputs,
+//           10 integer and 10 fp32 sums in registers.
+// BOUND     M=1: DRAM read of the weights.  Large M: vpdpbusd, one zmm a cycle on Zen 4 (128 operations), two on Zen 5; per 32 k,
+//           a multiply and an fma on the same pipes: 8 / (8 + 2) = 80% of that peak; 78% measured for the loop alone in L1, two
+//           thirds in a layer of 14336 x 4096 (unpacking, storing, x from L2 and L3 take the rest).
 //           The instructions for 32 k of 4 strips at M=1: int2 74, int3 106, int4 83, nf4 and mxfp4 99, nvfp4 108, int8 84.
 // LIMITS    AVX-512 F, BW, DQ, VL, VNNI; int8 activations
+// TRIED     12 rows x 16 outputs, broadcasts from memory in the instruction: the two loads a cycle bind, 0.9x.  6 rows: 2% less.
 #include "quant_linear/x86_int8_kernel.h"
 
 namespace taut::quant_linear::cpu_int8_avx512vnni {
@@ -16,15 +18,17 @@ namespace {
 
 struct Avx512Vnni : Simd512 {
   static constexpr bool kInt32 = true;
-  static constexpr int kTileRows = 12;
-  static constexpr int64_t kPanelBytes = 8192;  // beside 8 KB of A
+  static constexpr int kTileRows = 5, kTileVectors = 2;
+  static constexpr int64_t kPanelBytes = 16384;  // beside 3 KB of A
 
-  using X = const uint8_t*;
-  static TAUT_INLINE X at(const uint8_t* p) { return p; }
-  // WHY asm: gcc 12 loads the broadcast separately.
-  static TAUT_INLINE void dot(Bytes& sum, Bytes codes, X x) {
-    asm("vpdpbusd %2%{1to16%},%1,%0" : "+v"(sum) : "v"(codes), "m"(*reinterpret_cast<const int32_t*>(x)));
+  using X = Bytes;
+  // WHY asm: gcc 12 would give each product a broadcast of its own, and the loads would bind.
+  static TAUT_INLINE X at(const uint8_t* p) {
+    Bytes v;
+    asm volatile("vpbroadcastd %1,%0" : "=v"(v) : "m"(*reinterpret_cast<const int32_t*>(p)));
+    return v;
   }
+  static TAUT_INLINE void dot(Bytes& sum, Bytes codes, X x) { asm volatile("vpdpbusd %2,%1,%0" : "+v"(sum) : "v"(codes), "v"(x)); }
   static TAUT_INLINE void dot_from(Bytes& sum, Bytes start, Bytes codes, X x) {
     sum = start;
     dot(sum, codes, x);

@@ -5,7 +5,7 @@
 //
 //   small  weights are unpacked in registers, for kRows rows of x at a time. A thread walks kMaxStreams strips that start far
 //          apart, so that as many hardware prefetch streams run, and takes all rows of x before it goes on to the next few.
-//   tile   per chunk of rows: x is prepared as A; a panel of 16 output columns x kPanelK is unpacked to L1 once and
+//   tile   per chunk of rows: x is prepared as A; a panel of kPanelStrips strips x kPanelK is unpacked to L1 once and
 //          reused by every row block; fp32 sums live in a small tile C.
 #pragma once
 
@@ -17,7 +17,12 @@
 namespace taut::quant_linear {
 namespace {
 
-constexpr int kPanelStrips = 2;  // 16 output columns
+constexpr int kPanelStrips = 2;  // 16 output columns; a Kernel may have its own
+template <class Kernel>
+constexpr int panel_strips() {
+  if constexpr (requires { Kernel::kPanelStrips; }) return Kernel::kPanelStrips;
+  else return kPanelStrips;
+}
 
 struct Strips {  // where the strips of a packed weight lie
   Rows8 layout;
@@ -59,6 +64,30 @@ float factor_of(const Params& p) {
 inline void scale_sums(float* sums /* [8] */, float factor) {
   if (factor == 1.0f) return;
   for (int i = 0; i < 8; i++) sums[i] *= factor;
+}
+
+inline void store_strip(const Params& p, int64_t m, int64_t strip, const float* sums, float unit) {
+  for_dtype(p.dtype, [&]<DType kDType>() { store_strip<kDType>(p, m, strip, sums, unit); });
+}
+
+// Rows m, m + 1 .. of `strips` strips into out.
+template <int kPanelStrips, DType kDType>
+void store_rows(const Params p, int64_t m, int64_t rows, int64_t strip, int strips, float* sums /* [rows][kPanelStrips][8] */, const float* unit,
+                float factor) {
+  // WHY p by value: a store to out could change what a reference stands for, so that its fields would be loaded again each time.
+  for (int64_t r = 0; r < rows; r++, sums += kPanelStrips * 8)
+    for (int s = 0; s < strips; s++) {
+      scale_sums(sums + s * 8, factor);
+      store_strip<kDType>(p, m + r, strip + s, sums + s * 8, unit[r]);
+    }
+}
+
+// Asks for the cache lines of out[m, n0 .. n0 + count) to be written. WHY: rows of out lie far apart, and a store that misses
+// holds up those behind it: 100 cycles for each row of a panel, where the multiplication of 512 k takes 160.
+inline void prefetch_out(const Params& p, int64_t m, int64_t n0, int64_t count) {
+  const int64_t element_bytes = p.dtype == DType::kFloat32 ? 4 : 2;
+  const char* first = static_cast<const char*>(p.out) + (m * p.weight.N + n0) * element_bytes;
+  for (int64_t offset = 0; offset < count * element_bytes; offset += 64) prefetch_write(first + offset);
 }
 
 constexpr int kMaxStreams = 4;
@@ -128,6 +157,7 @@ void small_loop(const Params& p) {
 template <class Kernel, Format kFormat>
 struct Panel {
   static constexpr int64_t kPanelK = Kernel::template panel_k<kFormat>;
+  static constexpr int kPanelStrips = panel_strips<Kernel>();
   alignas(64) uint8_t codes[kPanelK * Kernel::template code_bytes<kFormat> * kPanelStrips * 8];
   alignas(64) float scales[kPanelK / 32 * kPanelStrips * 8 * (kFormat == Format::kNvfp4 ? 2 : 1)];
   alignas(64) int32_t zeros[kPanelK / 32 * kPanelStrips * 8];
@@ -136,29 +166,32 @@ struct Panel {
 template <class Kernel, bool kZeros, Format kFormat>
 void tile_loop(const Params& p) {
   using PanelT = Panel<Kernel, kFormat>;
-  constexpr int kRows = Kernel::kTileRows;
-  constexpr int64_t kPanelK = PanelT::kPanelK;
+  constexpr int kRows = Kernel::kTileRows, kPanelStrips = PanelT::kPanelStrips;
   const Strips s(p);
   const int64_t padded_k = s.num_blocks * 32, num_strips = s.layout.num_strips();
   const int64_t panels = (num_strips + kPanelStrips - 1) / kPanelStrips;
   const int64_t chunk_rows = std::min<int64_t>(p.M, Kernel::kChunkRows);
-  const int64_t row_panel_bytes = kPanelK / 32 * Kernel::template row_block_bytes<kFormat>;  // one row of A within one panel's k
   const float factor = factor_of<Kernel, kFormat>(p);
-  const int64_t k_panels = (padded_k + kPanelK - 1) / kPanelK, panel_stride = row_panel_bytes * chunk_rows;
+  // Panels of equal length: a short last one would cost as much to start and to end as a long one.
+  const int64_t k_panels = (padded_k + PanelT::kPanelK - 1) / PanelT::kPanelK, panel_k = (s.num_blocks + k_panels - 1) / k_panels * 32;
+  const int64_t row_panel_bytes = panel_k / 32 * Kernel::template row_block_bytes<kFormat>;  // one row of A within one panel's k
+  const int64_t panel_stride = row_panel_bytes * chunk_rows;
   uint8_t* a = scratch(0, k_panels * panel_stride + chunk_rows * sizeof(float));
   float* unit = reinterpret_cast<float*>(a + k_panels * panel_stride);
 
   for (int64_t m0 = 0; m0 < p.M; m0 += chunk_rows) {
     const int64_t rows = std::min(chunk_rows, p.M - m0), row_blocks = (rows + kRows - 1) / kRows;
+    // Blocks differ by a row at most: a last block of one or two rows would have too few sums to hide their latency.
+    const auto first_row = [&](int64_t block) { return rows * block / row_blocks; };
     const int64_t prepare_tasks = std::min(p.num_threads, row_blocks);
     parallel_tasks(prepare_tasks, [&](int64_t task) {
       float* row = reinterpret_cast<float*>(scratch(1, padded_k * sizeof(float)));
       for (int64_t b = row_blocks * task / prepare_tasks; b < row_blocks * (task + 1) / prepare_tasks; b++) {
-        const int64_t first = b * kRows;
-        const int in_block = static_cast<int>(std::min<int64_t>(kRows, rows - first));
+        const int64_t first = first_row(b);
+        const int in_block = static_cast<int>(first_row(b + 1) - first);
         for (int r = 0; r < in_block; r++)
           unit[first + r] = Kernel::template prepare_row<kZeros, kFormat>(p, load_row(p, m0 + first + r, padded_k, row), padded_k, r, in_block,
-                                                                          a + first * row_panel_bytes, kPanelK, panel_stride);
+                                                                          a + first * row_panel_bytes, panel_k, panel_stride);
       }
     });
 
@@ -167,36 +200,37 @@ void tile_loop(const Params& p) {
     parallel_tasks(across * down, [&](int64_t task) {
       const int64_t panel0 = panels * (task % across) / across, panel1 = panels * (task % across + 1) / across;
       const int64_t block0 = row_blocks * (task / across) / down, block1 = row_blocks * (task / across + 1) / down;
-      const int64_t blocks = block1 - block0;
-      uint8_t* memory = scratch(1, sizeof(PanelT) + blocks * kRows * kPanelStrips * 32);
+      const int64_t blocks = block1 - block0, row0 = first_row(block0), row1 = first_row(block1);
+      uint8_t* memory = scratch(1, sizeof(PanelT) + (row1 - row0) * kPanelStrips * 32);
       PanelT& panel = *reinterpret_cast<PanelT*>(memory);
       float* c = reinterpret_cast<float*>(memory + sizeof(PanelT));
       for (int64_t n = panel0; n < panel1; n++) {
         const int strips = static_cast<int>(std::min<int64_t>(kPanelStrips, num_strips - n * kPanelStrips));
-        std::memset(c, 0, blocks * kRows * kPanelStrips * 32);
-        for (int64_t k0 = 0; k0 < padded_k; k0 += kPanelK) {
-          const int64_t k_blocks = std::min(kPanelK, padded_k - k0) / 32;
+        std::memset(c, 0, (row1 - row0) * kPanelStrips * 32);
+        for (int64_t k0 = 0; k0 < padded_k; k0 += panel_k) {
+          const int64_t k_blocks = std::min(panel_k, padded_k - k0) / 32;
           for (int strip = 0; strip < strips; strip++) Kernel::template unpack<kZeros, kFormat>(s, n * kPanelStrips + strip, k0 / 32, k_blocks, strip, panel);
           // The packed bytes of the next panel are fetched to L2 in slices, one a row block.
-          const bool last = k0 + kPanelK >= padded_k;
-          const int64_t next_n = last ? n + 1 : n, next_k = last ? 0 : k0 + kPanelK;
+          const bool last = k0 + panel_k >= padded_k;
+          const int64_t next_n = last ? n + 1 : n, next_k = last ? 0 : k0 + panel_k;
           const uint8_t* next = s.data + next_n * kPanelStrips * s.strip_bytes + s.layout.header_offset(0, next_k);
-          const int64_t next_bytes = s.layout.header_offset(0, std::min(kPanelK, padded_k - next_k));
+          const int64_t next_bytes = s.layout.header_offset(0, std::min(panel_k, padded_k - next_k));
           const int64_t slice = next_n < panel1 && (next_n + 1) * kPanelStrips <= num_strips ? (next_bytes / blocks + 63) / 64 * 64 : 0;
           for (int64_t b = block0; b < block1; b++) {
             for (int64_t offset = (b - block0) * slice; offset < std::min(next_bytes, (b - block0 + 1) * slice); offset += 64)
               for (int strip = 0; strip < kPanelStrips; strip++) __builtin_prefetch(next + strip * s.strip_bytes + offset, 0, 2);
-            const int in_block = static_cast<int>(std::min<int64_t>(kRows, rows - b * kRows));
-            Kernel::template micro_rows<kZeros, kFormat>(in_block, a + k0 / kPanelK * panel_stride + b * kRows * row_panel_bytes, panel, k_blocks,
-                                                         c + (b - block0) * kRows * kPanelStrips * 8);
+            const int64_t first = first_row(b), end = first_row(b + 1);
+            float* block = c + (first - row0) * kPanelStrips * 8;
+            if (last)
+              for (int64_t m = first; m < end; m++) prefetch_out(p, m0 + m, n * kPanelStrips * 8, strips * 8);
+            Kernel::template micro_rows<kZeros, kFormat>(static_cast<int>(end - first), a + k0 / panel_k * panel_stride + first * row_panel_bytes, panel,
+                                                         k_blocks, block);
+            if (!last) continue;
+            for_dtype(p.dtype, [&]<DType kDType>() {
+              store_rows<kPanelStrips, kDType>(p, m0 + first, end - first, n * kPanelStrips, strips, block, unit + first, factor);
+            });
           }
         }
-        for (int64_t m = block0 * kRows; m < std::min(rows, block1 * kRows); m++)
-          for (int strip = 0; strip < strips; strip++) {
-            float* sums = c + ((m - block0 * kRows) * kPanelStrips + strip) * 8;
-            scale_sums(sums, factor);
-            store_strip(p, m0 + m, n * kPanelStrips + strip, sums, unit[m]);
-          }
       }
     });
   }

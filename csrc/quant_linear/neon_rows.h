@@ -26,6 +26,8 @@ TAUT_INLINE void for_each(F f) {
   for_each_index(std::make_integer_sequence<int, count>(), f);
 }
 
+inline void prefetch_write(const char* p) { __builtin_prefetch(p, 1); }
+
 inline float32x4_t load4_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 inline float32x4_t load4_fp16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 
@@ -42,24 +44,25 @@ inline float32x4_t load4_any(const void* base, int64_t index, DType dtype) {
 }
 
 // Eight results of row m, columns [8*strip, 8*strip+8): sums * unit plus bias plus residual, into out; columns past N are dropped.
+template <DType kDType>
 inline void store_strip(const Params& p, int64_t m, int64_t strip, const float* tile /* [8] */, float unit) {
   const int64_t N = p.weight.N;
   for (int64_t n = strip * 8, end = std::min(N, n + 8); n < end; n += 4, tile += 4) {
     const int64_t at = m * N + n;
     float32x4_t sums = vmulq_n_f32(vld1q_f32(tile), unit);
     if (n + 4 <= end) {
-      if (p.bias) sums = vaddq_f32(sums, load4_any(p.bias, n, p.dtype));
-      if (p.residual) sums = vaddq_f32(sums, load4_any(p.residual, at, p.dtype));
-      if (p.dtype == DType::kFloat32) vst1q_f32(static_cast<float*>(p.out) + at, sums);
-      else vst1_u16(static_cast<uint16_t*>(p.out) + at, p.dtype == DType::kBFloat16 ? to_bf16(sums) : vreinterpret_u16_f16(vcvt_f16_f32(sums)));
+      if (p.bias) sums = vaddq_f32(sums, load4_any(p.bias, n, kDType));
+      if (p.residual) sums = vaddq_f32(sums, load4_any(p.residual, at, kDType));
+      if (kDType == DType::kFloat32) vst1q_f32(static_cast<float*>(p.out) + at, sums);
+      else vst1_u16(static_cast<uint16_t*>(p.out) + at, kDType == DType::kBFloat16 ? to_bf16(sums) : vreinterpret_u16_f16(vcvt_f16_f32(sums)));
       continue;
     }
     float values[4];
     vst1q_f32(values, sums);
     for (int64_t i = 0; n + i < end; i++) {
-      if (p.bias) values[i] += load_float(p.bias, n + i, p.dtype);
-      if (p.residual) values[i] += load_float(p.residual, at + i, p.dtype);
-      store_float(p.out, at + i, p.dtype, values[i]);
+      if (p.bias) values[i] += load_float(p.bias, n + i, kDType);
+      if (p.residual) values[i] += load_float(p.residual, at + i, kDType);
+      store_float(p.out, at + i, kDType, values[i]);
     }
   }
 }

@@ -1,14 +1,14 @@
 // The int8 kernels of x86, written once: Int8Kernel<Isa> is the policy that the loops in cpu_loops.h run. An ISA is a Simd
 // (x86_simd.h) and
 //   kInt32       a sum is 32 bits (vpdpbusd), else 16 (vpmaddubsw, vpaddw)
-//   kTileRows    rows of x in a register tile of 16 outputs;  kPanelBytes: of codes
+//   kTileRows, kTileVectors   rows of x and vectors of codes in a register tile;  kPanelBytes: of codes
 //   X, at        what multiplies a vector of codes: 4 k of one row, broadcast
 //   dot          sum += codes . x;   dot_from: sum = start + codes . x;   dot_first (16 bits): sum = codes . x
 //
-// A: per block of R rows, per 32 k: int8 [8 chunks][R][4], the starts of the sums [1 or 2][R], the multiples m [R].
+// A: per block of R rows, per 32 k: int8 [R][8 chunks][4], the starts of the sums [1 or 2][R], the multiples m [R].
 //    16-bit sums: a start is int16x2, -zero * sum(a) over k % 4 in {0, 1} and {2, 3};  m is int16x2.
 //    32-bit sums: a start is int32, -zero * sum(a);  m is fp32.        (zero = 1 where the weight has its own zero points.)
-// B: panel u8 [k/32][pass][8 chunks][2 strips][32]; scales fp32 [k/32][scale][2 strips][8]; zeros int32 [k/32][2 strips][8].
+// B: panel u8 [k/32][pass][8 chunks][strips][32]; scales fp32 [k/32][scale][strips][8]; zeros int32 [k/32][strips][8].
 #pragma once
 
 #include <utility>
@@ -53,14 +53,14 @@ struct Int8Kernel {
   template <Format kFormat>
   static constexpr int parts = passes<kFormat> * Weight<kFormat>::kScales;  // sums a block has: one a pass, or one a scale
 
-  static constexpr int kTileRows = Isa::kTileRows;
+  static constexpr int kTileRows = Isa::kTileRows, kPanelStrips = Isa::kTileVectors * Isa::kStrips;
   static constexpr int64_t kChunkRows = 516;  // 2.6 MB of A at K=4096
   template <Format kFormat>
   static constexpr int row_block_bytes = 36 + 4 * Weight<kFormat>::kScales;
   template <Format kFormat>
   static constexpr int code_bytes = passes<kFormat>;  // of B
   template <Format kFormat>
-  static constexpr int64_t panel_k = Isa::kPanelBytes / 16 / passes<kFormat>;
+  static constexpr int64_t panel_k = Isa::kPanelBytes / (kPanelStrips * 8) / passes<kFormat>;
   template <Format kFormat, int kRows>
   static constexpr int streams = Isa::kStrips > 1 || kRows == 1      ? 4
                                  : parts<kFormat> == 1 || kRows == 2 ? 2
@@ -77,9 +77,13 @@ struct Int8Kernel {
     constexpr int kScales = Weight<kFormat>::kScales;
     // Two nibble passes: 128 is 16 * 8 + 0, so the start of the high pass is -8 * sum(a), and of the low pass 0.
     constexpr int kZero = kZeros ? 1 : passes<kFormat> == 2 ? 8 : Weight<kFormat>::kZero;
+    const int64_t block_stride = row_block_bytes<kFormat> * rows, to_next_panel = panel_stride - panel_k / 32 * block_stride;
+    uint8_t* block = a - block_stride;
+    int64_t left = panel_k;  // of the panel
     return quantize_row(x, padded_k, p.activations, [&](int64_t k, __m256i q, float multiple) {
-      uint8_t* block = a + k / panel_k * panel_stride + k % panel_k / 32 * row_block_bytes<kFormat> * rows;
-      store_chunks(block, r, rows, q);
+      if (left == 0) block += to_next_panel, left = panel_k;
+      block += block_stride, left -= 32;
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(block + r * 32), q);
       const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), q);  // int16x2 a chunk: sums over k % 4 in {0, 1} and {2, 3}
       __m128i halves[2] = {_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)};
       if (kScales == 1) halves[0] = _mm_add_epi16(halves[0], halves[1]);
@@ -121,6 +125,8 @@ struct Int8Kernel {
     if (!kInRegisters) std::memset(sums, 0, kStreams * kRows * 32);
     const int64_t superblock_bytes = s.header_bytes + 4 * s.blocks_per_group * kBlockBytes;
     for (int64_t left = s.num_blocks; left > 0; w += superblock_bytes) {
+      // Where the distance is a whole number of superblocks, no block's prefetch meets a header.
+      TAUT_FOR (int i = 0; i < kStreams; i++) _mm_prefetch(reinterpret_cast<const char*>(w + i * stride + kPrefetch), _MM_HINT_T0);
       const uint8_t* codes = w + s.header_bytes;
       for (int g = 0; g < 4 && left > 0; g++)
         for (int64_t b = 0; b < s.blocks_per_group && left > 0; b++, left--, a += row_block_bytes<kFormat> * kRows, codes += kBlockBytes) {
@@ -159,7 +165,7 @@ struct Int8Kernel {
                 TAUT_FOR (int i = 0; i < kVectors; i++)
                   TAUT_FOR (int pass = 0; pass < kPasses; pass++) code[pass][i] = kPasses == 2 ? W::code_pass(packed[i], half, pass) : W::code(packed[i], half);
                 TAUT_FOR (int r = 0; r < kRows; r++) {
-                  const typename Isa::X x = Isa::at(a + (chunk * kRows + r) * 4);
+                  const typename Isa::X x = Isa::at(a + (r * 8 + chunk) * 4);
                   TAUT_FOR (int i = 0; i < kVectors; i++)
                     TAUT_FOR (int pass = 0; pass < kPasses; pass++) multiply(chunk, part_of(chunk, pass), i, r, code[pass][i], x);
                 }
@@ -188,12 +194,12 @@ struct Int8Kernel {
         TAUT_FOR (int r = 0; r < kRows; r++) Isa::store_strips(sums + (i * Isa::kStrips * kRows + r) * 8, kStreams > 1 ? kRows * 8 : 0, total[i][r]);
   }
 
-  // k-blocks [block0, block0 + k_blocks) of one strip, to its half of the panel; where a vector holds two strips, of both, when
+  // k-blocks [block0, block0 + k_blocks) of one strip, to its place in the panel; where a vector holds two strips, of both, when
   // asked for the first (the last strip of an odd number is paired with itself).
   template <bool kZeros, Format kFormat, class PanelT>
-  static void unpack(const Strips& s, int64_t strip, int64_t block0, int64_t k_blocks, int half_of_panel, PanelT& panel) {
+  static void unpack(const Strips& s, int64_t strip, int64_t block0, int64_t k_blocks, int place, PanelT& panel) {
     using W = Weight<kFormat>;
-    if (Isa::kStrips == 2 && half_of_panel == 1) return;
+    if (place % Isa::kStrips != 0) return;
     constexpr int kPasses = passes<kFormat>;
     constexpr int64_t kRow = kPanelStrips * 32;
     const int64_t far = strip + 1 < s.layout.num_strips() ? s.strip_bytes : 0;
@@ -201,9 +207,9 @@ struct Int8Kernel {
     for (int64_t b = 0; b < k_blocks; b++, at.next()) {
       Floats scale[W::kScales];
       W::load_int8_scales(at.scales(), far, scale);
-      TAUT_FOR (int h = 0; h < W::kScales; h++) Isa::store_floats(panel.scales + ((b * W::kScales + h) * kPanelStrips + half_of_panel) * 8, scale[h]);
-      if (kZeros) *reinterpret_cast<Bytes*>(panel.zeros + (b * kPanelStrips + half_of_panel) * 8) = zeros(at.zeros(), far);
-      uint8_t* out = panel.codes + b * kPasses * 8 * kRow + half_of_panel * 32;
+      TAUT_FOR (int h = 0; h < W::kScales; h++) Isa::store_floats(panel.scales + ((b * W::kScales + h) * kPanelStrips + place) * 8, scale[h]);
+      if (kZeros) *reinterpret_cast<Bytes*>(panel.zeros + (b * kPanelStrips + place) * 8) = zeros(at.zeros(), far);
+      uint8_t* out = panel.codes + b * kPasses * 8 * kRow + place * 32;
       TAUT_FOR (int c = 0; c < W::kSteps; c++) {
         const Bytes packed = W::load(at.codes, far, c);
         TAUT_FOR (int half = 0; half < W::kHalves; half++)
@@ -213,7 +219,7 @@ struct Int8Kernel {
     }
   }
 
-  // c[kRows][2][8] += A[kRows, 32 * k_blocks] @ panel.  Pointers are biased by 128, so that nearly every displacement is one
+  // c[kRows][kPanelStrips][8] += A[kRows, 32 * k_blocks] @ panel.  Pointers are biased by 128, so that nearly every displacement is one
   // byte: shorter code, better op-cache packing.
   template <bool kZeros, int kPasses, int kScales, int kRows>
   static __attribute__((noinline)) void micro(const uint8_t* a, const uint8_t* codes, const float* scales, const int32_t* zeros, int64_t k_blocks, float* c) {
@@ -240,7 +246,7 @@ struct Int8Kernel {
             const Bytes start = chunk == 0 && !low_nibbles ? Isa::broadcast4(a + ((8 + part) * kRows + r) * 4 - 128) : Bytes();
             if (chunk == 0 && kZeros)
               TAUT_FOR (int i = 0; i < kVectors; i++) sum[r][i] = times_zeros(start, *reinterpret_cast<const Bytes*>(zeros + i * kWidth));
-            const typename Isa::X x = Isa::at(a + ((kScales == 2 ? part * 4 + chunk : chunk) * kRows + r) * 4 - 128);
+            const typename Isa::X x = Isa::at(a + (r * 8 + (kScales == 2 ? part * 4 + chunk : chunk)) * 4 - 128);
             TAUT_FOR (int i = 0; i < kVectors; i++) {
               if (chunk != 0 || kZeros) Isa::dot(sum[r][i], code[i], x);
               else if (!low_nibbles) Isa::dot_from(sum[r][i], start, code[i], x);
@@ -274,7 +280,7 @@ struct Int8Kernel {
         TAUT_FOR (int i = 0; i < kVectors; i++) Isa::store_floats(c + (r * kVectors + i) * kWidth, total[r][i]);
   }
 
-  // c[rows][2][8] += A[rows, 32 * k_blocks] @ panel.
+  // c[rows][kPanelStrips][8] += A[rows, 32 * k_blocks] @ panel.
   template <bool kZeros, Format kFormat, class PanelT>
   static void micro_rows(int rows, const uint8_t* a, const PanelT& panel, int64_t k_blocks, float* c) {
     using Micro = void (*)(const uint8_t*, const uint8_t*, const float*, const int32_t*, int64_t, float*);

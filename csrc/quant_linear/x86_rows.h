@@ -5,9 +5,13 @@
 
 #include "quant_linear/op.h"
 #include "quant_linear/rows_prologue.h"
+#include "quant_linear/x86_simd.h"
 
 namespace taut::quant_linear {
 namespace {
+
+// WHY asm: without a flag of its own gcc makes it a prefetch for reading. Processors that lack it take it as a nop.
+inline void prefetch_write(const char* p) { asm volatile("prefetchw %0" ::"m"(*p)); }
 
 inline __m256 load8_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
@@ -30,31 +34,32 @@ inline __m128i to_bf16(__m256 v) {  // round to nearest even; NaN stays NaN
   return _mm256_castsi256_si128(packed);
 }
 
-inline __m256 load8_any(const void* base, int64_t index, DType dtype) {
+TAUT_INLINE __m256 load8_any(const void* base, int64_t index, DType dtype) {
   if (dtype == DType::kFloat32) return _mm256_loadu_ps(static_cast<const float*>(base) + index);
   const uint16_t* p = static_cast<const uint16_t*>(base) + index;
   return dtype == DType::kBFloat16 ? load8_bf16(p) : load8_fp16(p);
 }
 
 // Eight results of row m, columns [8*strip, 8*strip+8): sums * unit plus bias plus residual, into out; columns past N are dropped.
-inline void store_strip(const Params& p, int64_t m, int64_t strip, const float* tile /* [8], 32-byte aligned */, float unit) {
+template <DType kDType>
+TAUT_INLINE void store_strip(const Params& p, int64_t m, int64_t strip, const float* tile /* [8], 32-byte aligned */, float unit) {
   __m256 sums = _mm256_mul_ps(_mm256_load_ps(tile), _mm256_set1_ps(unit));
   const int64_t N = p.weight.N, n = strip * 8, at = m * N + n;
-  if (n + 8 <= N) {
-    if (p.bias) sums = _mm256_add_ps(sums, load8_any(p.bias, n, p.dtype));
-    if (p.residual) sums = _mm256_add_ps(sums, load8_any(p.residual, at, p.dtype));
-    if (p.dtype == DType::kFloat32) _mm256_storeu_ps(static_cast<float*>(p.out) + at, sums);
+  if (n + 8 <= N) [[likely]] {
+    if (p.bias) sums = _mm256_add_ps(sums, load8_any(p.bias, n, kDType));
+    if (p.residual) sums = _mm256_add_ps(sums, load8_any(p.residual, at, kDType));
+    if (kDType == DType::kFloat32) _mm256_storeu_ps(static_cast<float*>(p.out) + at, sums);
     else
       _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(p.out) + at),
-                       p.dtype == DType::kBFloat16 ? to_bf16(sums) : _mm256_cvtps_ph(sums, _MM_FROUND_TO_NEAREST_INT));
+                       kDType == DType::kBFloat16 ? to_bf16(sums) : _mm256_cvtps_ph(sums, _MM_FROUND_TO_NEAREST_INT));
     return;
   }
   alignas(32) float values[8];
   _mm256_store_ps(values, sums);
   for (int64_t i = 0; n + i < N; i++) {
-    if (p.bias) values[i] += load_float(p.bias, n + i, p.dtype);
-    if (p.residual) values[i] += load_float(p.residual, at + i, p.dtype);
-    store_float(p.out, at + i, p.dtype, values[i]);
+    if (p.bias) values[i] += load_float(p.bias, n + i, kDType);
+    if (p.residual) values[i] += load_float(p.residual, at + i, kDType);
+    store_float(p.out, at + i, kDType, values[i]);
   }
 }
 
