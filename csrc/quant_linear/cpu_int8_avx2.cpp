@@ -23,7 +23,7 @@ namespace {
 
 struct Avx2 : Simd256 {
   static constexpr bool kInt32 = false;
-  static constexpr int kTileRows = 6, kTileVectors = 2;  // 6 x 2 sums + 2 codes + 1 broadcast + 1 product = 16 registers
+  static constexpr int kSmallRows = 4, kTileRows = 6, kTileVectors = 2;  // 6 x 2 sums + 2 codes + 1 broadcast + 1 product = 16 registers
   static constexpr int64_t kPanelBytes = 16384;
 
   using X = Bytes;

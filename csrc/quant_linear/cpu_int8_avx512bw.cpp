@@ -14,7 +14,7 @@ namespace {
 
 struct Avx512Bw : Simd512 {
   static constexpr bool kInt32 = false;
-  static constexpr int kTileRows = 12, kTileVectors = 1;  // 12 integer sums, 12 totals, codes, broadcast, product
+  static constexpr int kSmallRows = 4, kTileRows = 12, kTileVectors = 1;  // 12 integer sums, 12 totals, codes, broadcast, product
   static constexpr int64_t kPanelBytes = 8192;
 
   using X = Bytes;

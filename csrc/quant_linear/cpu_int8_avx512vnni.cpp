@@ -3,7 +3,7 @@
 // LAYOUT    w: Rows8 (common/formats.h); two strips make one zmm.   A, B: x86_int8_kernel.h
 // WORK      One step: vpdpbusd of 16 outputs x 4 k of unsigned codes with 4 k of one row, broadcast. After 32 k: convert, fma by
 //           (scale * m).
-//           small (cpu_loops.h): R <= 4 rows, 4 strips in two zmm, weights unpacked in registers.  tile: 5 rows x 32 outputs,
+//           small (cpu_loops.h): R <= 6 rows, 4 strips in two zmm, weights unpacked in registers.  tile: 5 rows x 32 outputs,
 //           10 integer and 10 fp32 sums in registers.
 // BOUND     M=1: DRAM read of the weights.  Large M: vpdpbusd, one zmm a cycle on Zen 4 (128 operations), two on Zen 5; per 32 k,
 //           a multiply and an fma on the same pipes: 8 / (8 + 2) = 80% of that peak; 78% measured for the loop alone in L1, two
@@ -18,7 +18,7 @@ namespace {
 
 struct Avx512Vnni : Simd512 {
   static constexpr bool kInt32 = true;
-  static constexpr int kTileRows = 5, kTileVectors = 2;
+  static constexpr int kSmallRows = 6, kTileRows = 5, kTileVectors = 2;
   static constexpr int64_t kPanelBytes = 16384;  // beside 3 KB of A
 
   using X = Bytes;

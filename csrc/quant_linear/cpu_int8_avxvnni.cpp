@@ -14,7 +14,7 @@ namespace {
 
 struct AvxVnni : Simd256 {
   static constexpr bool kInt32 = true;
-  static constexpr int kTileRows = 6, kTileVectors = 2;  // 6 x 2 sums + 2 codes + 1 broadcast
+  static constexpr int kSmallRows = 4, kTileRows = 6, kTileVectors = 2;  // 6 x 2 sums + 2 codes + 1 broadcast
   static constexpr int64_t kPanelBytes = 16384;
 
   using X = Bytes;

@@ -3,7 +3,7 @@
 // its ISA first (x86_rows.h: load_row, store_strip). All of it in an anonymous namespace: each ISA file compiles its own
 // copy with its own flags.
 //
-//   small  weights are unpacked in registers, for kRows rows of x at a time. A thread walks kMaxStreams strips that start far
+//   small  weights are unpacked in registers, for a few rows of x at a time. A thread walks kMaxStreams strips that start far
 //          apart, so that as many hardware prefetch streams run, and takes all rows of x before it goes on to the next few.
 //   tile   per chunk of rows: x is prepared as A; a panel of kPanelStrips strips x kPanelK is unpacked to L1 once and
 //          reused by every row block; fp32 sums live in a small tile C.
@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "quant_linear/op.h"
 
@@ -91,6 +92,11 @@ inline void prefetch_out(const Params& p, int64_t m, int64_t n0, int64_t count) 
 }
 
 constexpr int kMaxStreams = 4;
+template <class Kernel>
+constexpr int small_rows_at_once() {
+  if constexpr (requires { Kernel::kSmallRows; }) return Kernel::kSmallRows;
+  else return 4;
+}
 
 // Rows [m, m + kRows) of x times `strips` strips, `apart` strips from one to the next.
 template <class Kernel, bool kZeros, Format kFormat, int kRows>
@@ -124,12 +130,15 @@ void small_loop(const Params& p) {
   const int64_t num_tasks = std::min(p.num_threads, num_strips);
   parallel_tasks(num_tasks, [&](int64_t task) {
     // WHY every thread prepares x for itself: for few rows that is cheaper than a barrier.
-    const int64_t row_blocks = (p.M + 3) / 4;
-    uint8_t* a = scratch(1, row_blocks * 4 * (row_bytes + sizeof(float)) + padded_k * sizeof(float) + 64);
-    float* unit = reinterpret_cast<float*>(a + row_blocks * 4 * row_bytes);
-    float* row = unit + row_blocks * 4;
-    for (int64_t m = 0; m < p.M; m += 4) {
-      const int rows = static_cast<int>(std::min<int64_t>(4, p.M - m));
+    constexpr int kRows = small_rows_at_once<Kernel>();
+    const int64_t row_blocks = (p.M + kRows - 1) / kRows;
+    const auto first_row = [&](int64_t block) { return p.M * block / row_blocks; };  // blocks differ by a row at most
+    uint8_t* a = scratch(1, p.M * (row_bytes + sizeof(float)) + padded_k * sizeof(float) + 64);
+    float* unit = reinterpret_cast<float*>(a + p.M * row_bytes);
+    float* row = unit + p.M;
+    for (int64_t b = 0; b < row_blocks; b++) {
+      const int64_t m = first_row(b);
+      const int rows = static_cast<int>(first_row(b + 1) - m);
       for (int r = 0; r < rows; r++)
         unit[m + r] = Kernel::template prepare_row<kZeros, kFormat>(p, load_row(p, m + r, padded_k, row), padded_k, r, rows, a + m * row_bytes, padded_k, 0);
     }
@@ -137,14 +146,11 @@ void small_loop(const Params& p) {
     const float factor = factor_of<Kernel, kFormat>(p);
     // A few strips times all rows of x: blocks of rows after the first find the weights in a cache.
     const auto all_rows = [&](int64_t strip, int64_t apart, int64_t strips) {
-      for (int64_t m = 0; m < p.M; m += 4) {
-        const uint8_t* block = a + m * row_bytes;
-        switch (std::min<int64_t>(4, p.M - m)) {
-          case 1: small_rows<Kernel, kZeros, kFormat, 1>(p, s, strip, apart, strips, block, unit + m, m, factor); break;
-          case 2: small_rows<Kernel, kZeros, kFormat, 2>(p, s, strip, apart, strips, block, unit + m, m, factor); break;
-          case 3: small_rows<Kernel, kZeros, kFormat, 3>(p, s, strip, apart, strips, block, unit + m, m, factor); break;
-          default: small_rows<Kernel, kZeros, kFormat, 4>(p, s, strip, apart, strips, block, unit + m, m, factor); break;
-        }
+      for (int64_t b = 0; b < row_blocks; b++) {
+        const int64_t m = first_row(b), rows = first_row(b + 1) - m;
+        [&]<int... i>(std::integer_sequence<int, i...>) {
+          ((rows == i + 1 ? small_rows<Kernel, kZeros, kFormat, i + 1>(p, s, strip, apart, strips, a + m * row_bytes, unit + m, m, factor) : void()), ...);
+        }(std::make_integer_sequence<int, kRows>());
       }
     };
     const int64_t per_stream = (strip1 - strip0) / kMaxStreams, last = strip0 + per_stream * kMaxStreams;

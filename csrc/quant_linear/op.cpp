@@ -48,8 +48,8 @@ const char* needs_int8_neon(const Params& p) { return cpu_features().neon ? need
 const char* needs_float_neon(const Params& p) { return cpu_features().neon ? needs_float(p) : "this processor has no NEON"; }
 #endif
 
-// The small loops stream the packed weights and unpack them in registers, for up to 4 rows at a time; the tiles unpack
-// 16 rows of w once to L1 and reuse them for every row of x.
+// The small loops stream the packed weights and unpack them in registers, for a few rows at a time; the tiles unpack
+// 16 or 32 rows of w once to L1 and reuse them for every row of x.
 // How many rows of x it takes to change that depends on the work of unpacking a code.
 struct SmallRows {
   int64_t plain, int3, mxfp4, nvfp4, nf4, int8;  // plain: ternary, int2, int4
@@ -74,10 +74,10 @@ const char* amx_int8_m(const Params& p) {
   return p.M > (whole_rows ? 16 : 48) ? nullptr : "for this few rows AVX-512 VNNI is faster";
 }
 const char* amx_float_m(const Params& p) { return p.M > 8 ? nullptr : "up to M=8 a C tile is mostly empty"; }
-constexpr auto int8_small_avx512vnni = int8_small_m<SmallRows{12, 12, 12, 8, 12, 16}>;
-constexpr auto int8_small_avxvnni = int8_small_m<SmallRows{12, 8, 12, 6, 8, 24}>;
-constexpr auto int8_small_avx512bw = int8_small_m<SmallRows{20, 16, 12, 8, 24, 24}>;
-constexpr auto int8_small_avx2 = int8_small_m<SmallRows{12, 8, 8, 4, 12, 12}>;
+constexpr auto int8_small_avx512vnni = int8_small_m<SmallRows{32, 24, 16, 12, 24, 32}>;
+constexpr auto int8_small_avxvnni = int8_small_m<SmallRows{24, 16, 16, 4, 20, 24}>;
+constexpr auto int8_small_avx512bw = int8_small_m<SmallRows{20, 8, 8, 8, 20, 24}>;
+constexpr auto int8_small_avx2 = int8_small_m<SmallRows{12, 4, 8, 4, 4, 16}>;
 #elif defined(__aarch64__)
 constexpr auto int8_small_arm = int8_small_m<SmallRows{16, 16, 16, 16, 16, 16}>;  // not measured
 #endif

@@ -1,6 +1,7 @@
 // The int8 kernels of x86, written once: Int8Kernel<Isa> is the policy that the loops in cpu_loops.h run. An ISA is a Simd
 // (x86_simd.h) and
 //   kInt32       a sum is 32 bits (vpdpbusd), else 16 (vpmaddubsw, vpaddw)
+//   kSmallRows   rows of x that share weights unpacked in registers
 //   kTileRows, kTileVectors   rows of x and vectors of codes in a register tile;  kPanelBytes: of codes
 //   X, at        what multiplies a vector of codes: 4 k of one row, broadcast
 //   dot          sum += codes . x;   dot_from: sum = start + codes . x;   dot_first (16 bits): sum = codes . x
@@ -53,7 +54,7 @@ struct Int8Kernel {
   template <Format kFormat>
   static constexpr int parts = passes<kFormat> * Weight<kFormat>::kScales;  // sums a block has: one a pass, or one a scale
 
-  static constexpr int kTileRows = Isa::kTileRows, kPanelStrips = Isa::kTileVectors * Isa::kStrips;
+  static constexpr int kSmallRows = Isa::kSmallRows, kTileRows = Isa::kTileRows, kPanelStrips = Isa::kTileVectors * Isa::kStrips;
   static constexpr int64_t kChunkRows = 516;  // 2.6 MB of A at K=4096
   template <Format kFormat>
   static constexpr int row_block_bytes = 36 + 4 * Weight<kFormat>::kScales;
