@@ -15,6 +15,8 @@ pytest.importorskip("peft")
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils import check_peft_version
 
 import taut
 from taut import QuantLinear
@@ -151,6 +153,10 @@ def test_two_adapters_take_turns(checkpoint):
 
 
 def test_adapter_of_transformers_itself(checkpoint, tmp_path):
+    try:
+        check_peft_version(min_version=MIN_PEFT_VERSION)
+    except ValueError as reason:
+        pytest.skip(f"transformers {transformers.__version__}: {reason}")
     model = load(checkpoint)
     model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     assert isinstance(model.model.layers[0].self_attn.q_proj, QuantLoraLinear)

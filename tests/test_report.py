@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers")
 from rich.console import Console
 
 from taut.formats import WeightFormat
+from taut.fuse import cache_name
 from taut.models import Settings
 from taut.report import figures
 from taut.report.energy import EnergyCounter
@@ -153,7 +154,7 @@ def test_counts_agree_with_the_shapes(tied, format):
     flops = decode_flops(model, prompt)
     attention = LAYERS * 2 * 2 * 11 * HIDDEN  # 11 keys: the prompt and the token itself
     assert flops == 2 * (LINEAR_WEIGHTS + VOCABULARY * HIDDEN) + attention
-    cache = model(prompt, use_cache=True).past_key_values
+    cache = model(prompt, use_cache=True)[cache_name(type(model))]
     assert cache_bytes_per_token(cache) == LAYERS * 2 * KV_HEADS * (HIDDEN // HEADS) * 4
 
     report = swap(model, format.name, group_size=format.group_size, zeros=format.zeros)

@@ -11,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import taut
 from taut import models
+from taut.fuse import cache_name
 from taut.models import Source
 from taut.swap import held_bytes
 
@@ -66,9 +67,9 @@ class Generator:
 
     @torch.inference_mode()
     def logits(self, ids: list[int], forced: list[int]) -> np.ndarray:
-        cache, rows = None, []
+        cache, rows, name = None, [], cache_name(type(self.model))
         for part in (ids, *([token] for token in forced)):
-            out = self.model(input_ids=torch.tensor([part]), past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
+            out = self.model(input_ids=torch.tensor([part]), use_cache=True, logits_to_keep=1, **{name: cache})
+            cache = out[name]
             rows.append(out.logits[0, -1].float().numpy())
         return np.stack(rows)

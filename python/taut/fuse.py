@@ -6,6 +6,7 @@ class to a subclass that takes the fused path where it may and calls the origina
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -205,9 +206,15 @@ def fused_class(mixin: type, original: type) -> type:
     found = _CLASSES.get((mixin, original))
     if found is None:
         names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-        found = type(original.__name__, (mixin, original), {**names, "original_class": original, "mixin": mixin})
+        names |= {"original_class": original, "mixin": mixin, "cache_name": cache_name(original)}
+        found = type(original.__name__, (mixin, original), names)
         _CLASSES[mixin, original] = found
     return found
+
+
+def cache_name(kind: type) -> str:
+    """What the forward of a transformers model calls its cache: ``cache``, before transformers 5.24 ``past_key_values``."""
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
 
 
 def _rebuild(mixin: type, original: type) -> nn.Module:

@@ -291,7 +291,7 @@ class FusedLayer(FusedClass):
 
 
 def run_layer(
-    plan: Plan, x: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None,
+    plan: Plan, x: Tensor, attention_mask: Tensor | None = None, cache: Any = None, past_key_values: Any = None,
     position_embeddings: tuple[Tensor, Tensor] = (), **kwargs: Any,
 ) -> Tensor:  # fmt: skip
     """The layer, with the model's own attention function and cache."""
@@ -302,8 +302,9 @@ def run_layer(
     heads = ops.fused_linear(x, qkv.packed, qkv.bias, *qkv.sizes, _RMS_NORM, norm, eps, offset, None)
     cos, sin = position_embeddings
     q, k, v = ops.split_rope(heads, cos, sin, plan.q_heads, plan.kv_heads, plan.head_dim, plan.q_norm, plan.k_norm, plan.qk_eps, offset)
-    if past_key_values is not None:
-        k, v = past_key_values.update(k, v, attention.layer_idx)
+    cache = past_key_values if cache is None else cache
+    if cache is not None:
+        k, v = cache.update(k, v, attention.layer_idx)
     function = plan.interfaces.get_interface(attention.config._attn_implementation, plan.default_attention)
     found, _ = function(attention, q, k, v, attention_mask, dropout=0.0, scaling=attention.scaling, **plan.extra, **kwargs)
     found = found.reshape(*x.shape[:-1], -1).contiguous()

@@ -179,15 +179,17 @@ class FusedStack(FusedClass):
     """The forward of a transformers model whose decoder layers are fused."""
 
     def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None, **kwargs
+        self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, use_cache=None,
+        past_key_values=None, **kwargs,
     ):  # fmt: skip
-        if past_key_values is not None and not torch.compiler.is_compiling() and not torch.is_grad_enabled() and not self.training:
-            found = write(self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs)
+        cache = past_key_values if cache is None else cache
+        if cache is not None and not torch.compiler.is_compiling() and not torch.is_grad_enabled() and not self.training:
+            found = write(self, input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, kwargs)
             if found is not None:
                 return found
         return super().forward(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
+            use_cache=use_cache, **{self.cache_name: cache}, **kwargs,
         )  # fmt: skip
 
 
@@ -248,7 +250,7 @@ def write(
         x = torch.ops.taut.rms_norm(x, plan.final_norm, plan.final_eps, plan.numbers[1], None)
     for layer in layers:
         layer.appended(tokens)
-    return plan.output(last_hidden_state=x, past_key_values=cache)
+    return plan.output(last_hidden_state=x, **{stack.cache_name: cache})
 
 
 def _ready_plan(stack: nn.Module, cache: Any) -> StackPlan | None:

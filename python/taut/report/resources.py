@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..formats import WeightFormat
-from ..fuse import FusedClass, fuse_model, unfuse
+from ..fuse import FusedClass, cache_name, fuse_model, unfuse
 from ..nn import PackedWeight, QuantLinear
 from ..nn.packed_weight import PARTS
 from ..ops.quant_linear import cost
@@ -104,13 +104,14 @@ def decode_flops(model: nn.Module, ids: Tensor) -> int:
 
 
 def _count(model: nn.Module, ids: Tensor) -> int:
-    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    name = cache_name(type(model))
+    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1)[name]
     counting = {
         torch.ops.taut.quant_linear: _linear_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     }
     with FlopCounterMode(display=False, custom_mapping=counting) as counter:
-        model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, -1:], use_cache=True, **{name: cache})
     return counter.get_total_flops()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..fuse import cache_name
 from ..models import Settings, Source, end_tokens, find_source, load_model
 from .energy import EnergyCounter
 from .fidelity import TokenStats, compare_logits
@@ -87,7 +88,7 @@ class Runner:
 
     def _prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
         out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1], out.past_key_values
+        return out.logits[:, -1], out[cache_name(type(self.model))]
 
     @torch.inference_mode()
     def prompt(self, ids: list[int]) -> dict[str, Any]:
@@ -101,10 +102,10 @@ class Runner:
     def decode(self, ids: list[int], steps: int) -> dict[str, Any]:
         """Writes ``steps`` tokens after a prompt, the likeliest each time, past any end token. The prompt is not timed."""
         logits, cache = self._prefill(torch.tensor([ids]))
-        written = [int(logits.argmax())]
+        written, past = [int(logits.argmax())], {cache_name(type(self.model)): cache}
         spent = _Meter(self.energy)
         for _ in range(steps):
-            out = self.model(input_ids=torch.tensor([written[-1:]]), past_key_values=cache, use_cache=True)
+            out = self.model(input_ids=torch.tensor([written[-1:]]), use_cache=True, **past)
             written.append(int(out.logits[0, -1].argmax()))
         return {"tokens": steps, "ids": written[:steps], **spent.stop()}
 
