@@ -7,7 +7,7 @@ import torch
 
 import taut
 from cases import DTYPES, EACH_MODE, FP8, INT4, INT4_ZEROS, INT8, LinearCase, covering_set, pack
-from checks import ROUNDING, assert_same_bits
+from checks import ROUNDING, assert_same_bits, rounds_weights
 from taut.formats import activation_code
 from taut.ops import fused_linear as op
 from taut.ops.fused_linear import PROLOGUES, fused_linear
@@ -67,8 +67,8 @@ def test_matches_reference(impl, prologue, case, residual, forced):
     if case.activations in ("int8", "int8_row", "fp8_row"):
         largest = values.abs().amax(1, keepdim=True) if case.M else values[:, :1]
         flips = step * largest * w.abs().amax(1)[None, :] if case.activations != "fp8_row" else step * values.abs() @ w.abs().T
-    elif impl.startswith("cpu_amx.float"):  # it multiplies bfloat16, to which the prologue's result and nf4's codebook are rounded
-        flips = ROUNDING[torch.bfloat16][0] * (2 if case.format.name == "nf4" else 1) * magnitude
+    elif impl.startswith(("cpu_amx.float", "cpu_avx512bf16.float")):  # they round the prologue's result to bfloat16, and weights
+        flips = ROUNDING[torch.bfloat16][0] * (2 if rounds_weights(impl, case) else 1) * magnitude
     else:
         flips = 0.0
     bound = 2.0**-20 * magnitude + flips + 2.0**-22 * expected.abs() + 1e-30

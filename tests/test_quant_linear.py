@@ -36,6 +36,11 @@ each_mode = pytest.mark.parametrize(("activations", "format"), EACH_MODE, ids=st
 each_kind = pytest.mark.parametrize(("activations", "format"), EACH_KIND, ids=str)
 
 
+def dtype_of(impl: str) -> torch.dtype:
+    """float32, or the one dtype of x that an impl of the CPU takes."""
+    return torch.bfloat16 if impl.startswith("cpu_avx512bf16.float") else torch.float32
+
+
 def run(case: LinearCase, inputs: LinearInputs, x: torch.Tensor | None = None) -> torch.Tensor:
     return quant_linear(inputs.x if x is None else x, inputs.packed, inputs.bias, case.N, case.format, case.activations)
 
@@ -103,7 +108,7 @@ def test_strided_x(impl, activations, format, dtype, forced):
 
 @each_mode
 def test_leading_dimensions(impl, activations, format, forced):
-    case = LinearCase(12, 9, 40, format, activations, bias=True)
+    case = LinearCase(12, 9, 40, format, activations, dtype_of(impl), bias=True)
     forced(impl, **case.sizes())
     inputs = case.make()
     expected = run(case, inputs)
@@ -118,8 +123,8 @@ def test_leading_dimensions(impl, activations, format, forced):
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_no_outputs(impl, format, forced):
-    case = LinearCase(3, 0, 33, format, "float", bias=True)
-    forced(impl, **LinearCase(3, 8, 33, format, "float").sizes())
+    case = LinearCase(3, 0, 33, format, "float", dtype_of(impl), bias=True)
+    forced(impl, **LinearCase(3, 8, 33, format, "float", dtype_of(impl)).sizes())
     inputs = case.make()
     assert run(case, inputs).shape == (3, 0)
 
@@ -129,7 +134,7 @@ def test_a_row_does_not_depend_on_its_batch(impl, format, activations, forced):
     """CPU kernels promise it always, CUDA kernels in ``taut.batch_invariant()``."""
     cuda = impl.startswith("cuda")
     whole_rows, counts = (150, (1, 9, 20, 40, 64, 65, 100)) if cuda else (29, (1, 2, 3, 4, 5, 6, 7, 12, 21))
-    case = LinearCase(whole_rows, 23, 350, format, activations, torch.float16 if cuda else torch.float32, bias=True)
+    case = LinearCase(whole_rows, 23, 350, format, activations, torch.float16 if cuda else dtype_of(impl), bias=True)
     with taut.batch_invariant():
         forced(impl, **case.sizes())
         inputs = case.make()
@@ -146,7 +151,7 @@ def test_a_row_does_not_depend_on_its_batch(impl, format, activations, forced):
 def test_threads_change_nothing(impl, rows, activations, format, forced, threads):
     if impl.startswith("cuda"):
         pytest.skip("no thread of the CPU computes here, unless in torch's own matmul")
-    case = LinearCase(rows, 100, 4500 if rows == 1 else 1536, format, activations, bias=True)
+    case = LinearCase(rows, 100, 4500 if rows == 1 else 1536, format, activations, dtype_of(impl), bias=True)
     forced(impl, **case.sizes())
     inputs = case.make()
     results = []
@@ -160,7 +165,7 @@ def test_threads_change_nothing(impl, rows, activations, format, forced, threads
 @each_mode
 def test_more_rows_than_a_chunk(impl, activations, format, forced):
     """Kernels take rows of x in chunks of a few hundred; the seams must not show."""
-    case = LinearCase(1100, 9, 40, format, activations)
+    case = LinearCase(1100, 9, 40, format, activations, dtype_of(impl))
     forced(impl, **case.sizes())
     inputs = case.make()
     out = run(case, inputs)
@@ -266,7 +271,7 @@ def extreme_codes(format: WeightFormat, n: int, k: int) -> list[tuple[str, torch
 @pytest.mark.parametrize("rows", (1, 3, 4, 22))
 def test_no_integer_overflows(impl, format, rows, activations, forced):
     """Every product as large as it can be, with signs that add up, cancel, or do both in turn."""
-    case = LinearCase(rows, 17, 330, format, activations)
+    case = LinearCase(rows, 17, 330, format, activations, dtype_of(impl))
     forced(impl, **case.sizes())
     k = torch.arange(case.K)
     signs = {
@@ -282,7 +287,7 @@ def test_no_integer_overflows(impl, format, rows, activations, forced):
     global_scale = torch.ones(1) if format.has_global_scale else None
     for what, codes, zeros in extreme_codes(format, case.N, case.K):
         for pattern, sign in signs.items():
-            x = (sign * 127).repeat(rows, 1)
+            x = (sign * 127).repeat(rows, 1).to(case.dtype)
             inputs = weight_of(Canonical(codes, scales, zeros, global_scale), case.K, format, x)
             assert_linear(run(case, inputs), x, inputs, case, impl=f"{impl} ({what}; x {pattern})", independent=False)
 
@@ -328,10 +333,10 @@ SPECIALS = (
 @pytest.mark.parametrize("kind", SPECIALS)
 @each_kind
 def test_special_values(impl, kind, format, activations, forced):
-    case = LinearCase(SPECIAL_ROWS, 20, 107, format, activations)
+    case = LinearCase(SPECIAL_ROWS, 20, 107, format, activations, dtype_of(impl))
     forced(impl, **case.sizes())
     inputs = case.make()
-    x = special_x(kind, case.K, torch.Generator().manual_seed(case.seed))
+    x = special_x(kind, case.K, torch.Generator().manual_seed(case.seed)).to(case.dtype)
     out = run(case, inputs, x)
     if activations != "float" and kind in ("NaN", "infinity"):
         assert bool(out[[2, 5, 6]].isnan().all()), f"{impl}: a row of x that holds a {kind} must give a row of NaN"
@@ -372,7 +377,7 @@ def test_results_too_large_for_the_dtype(impl, dtype, activations, forced):
 @each_kind
 def test_extreme_scales(impl, activations, format, forced):
     """Scales that are zero, subnormal (they count), or the largest there is."""
-    case = LinearCase(5, 12, 100, format, activations)
+    case = LinearCase(5, 12, 100, format, activations, dtype_of(impl))
     forced(impl, **case.sizes())
     inputs = case.make()
     for scale in extreme_scales(format):
@@ -397,7 +402,7 @@ def extreme_scales(format: WeightFormat) -> tuple[float, ...]:
 def test_a_scale_that_is_no_number_stays_in_its_column(impl, activations, format, forced):
     """pack_weight's contract refuses them; what kernels make of one that slipped through is no number either, there alone."""
     rows = format.kind.block_rows
-    case = LinearCase(5, 140 if rows > 1 else 20, 100, format, activations)
+    case = LinearCase(5, 140 if rows > 1 else 20, 100, format, activations, dtype_of(impl))
     forced(impl, **case.sizes())
     inputs = case.make()
     expected = run(case, inputs)
@@ -429,7 +434,8 @@ def fuzz_cases(activations: str, formats: list[WeightFormat]):
 @pytest.mark.parametrize("activations", ACTIVATIONS)
 def test_fuzz(impl, activations, forced):
     formats = [format for format in PAIRS[activations] if format in CUDA_FORMATS or not impl.startswith("cuda")]
-    runs = forced(impl, **LinearCase(1, 8, 32, formats[-1], activations, torch.float16).sizes())  # the pair that most impls take
+    dtype = torch.float16 if dtype_of(impl) == torch.float32 else dtype_of(impl)
+    runs = forced(impl, **LinearCase(1, 8, 32, formats[-1], activations, dtype).sizes())  # the pair that most impls take
 
     # WHY no health check: what an impl refuses (float32, a K that is no multiple of 8) is most of some impls' cases.
     @settings(

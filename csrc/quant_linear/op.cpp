@@ -37,6 +37,12 @@ const char* needs_int8_amx(const Params& p) { return cpu_features().amx ? needs_
 
 const char* needs_float_avx2(const Params& p) { return cpu_features().avx2 ? needs_float(p) : "this processor has no AVX2, FMA and F16C"; }
 
+const char* needs_float_avx512bf16(const Params& p) {
+  if (!cpu_features().avx512bf16) return "this processor has no AVX-512 BF16";
+  if (p.dtype != DType::kBFloat16) return "it computes with x in bfloat16";
+  return needs_float(p);
+}
+
 const char* needs_float_avx512bw(const Params& p) { return cpu_features().avx512bw ? needs_float(p) : "this processor has no AVX-512 F, BW, DQ and VL"; }
 #elif defined(__aarch64__)
 const char* needs_int8_i8mm(const Params& p) { return cpu_features().i8mm ? needs_int8(p) : "this processor has no I8MM (smmla)"; }
@@ -73,6 +79,7 @@ const char* amx_int8_m(const Params& p) {
   const bool whole_rows = p.activations == Activations::kInt8Row && p.weight.group_size == 0;  // no scales within a row
   return p.M > (whole_rows ? 16 : 48) ? nullptr : "for this few rows AVX-512 VNNI is faster";
 }
+const char* avx512bf16_float_m(const Params& p) { return p.M > 4 ? nullptr : "up to M=4 streaming the weights is faster"; }
 const char* amx_float_m(const Params& p) { return p.M > 8 ? nullptr : "up to M=8 a C tile is mostly empty"; }
 constexpr auto int8_small_avx512vnni = int8_small_m<SmallRows{32, 24, 16, 12, 24, 32}>;
 constexpr auto int8_small_avxvnni = int8_small_m<SmallRows{24, 16, 16, 4, 20, 24}>;
@@ -96,6 +103,7 @@ constexpr Impl<Params> kImpls[] = {
     {"cpu_avx2.int8_small", needs_int8_avx2, int8_small_avx2, cpu_int8_avx2::run_small},
     {"cpu_avx2.int8_tile", needs_int8_avx2, always, cpu_int8_avx2::run_tile},
     {"cpu_amx.float_tile", needs_float_amx, amx_float_m, cpu_float_amx::run},
+    {"cpu_avx512bf16.float_tile", needs_float_avx512bf16, avx512bf16_float_m, cpu_float_avx512bf16::run_tile},
     {"cpu_avx512bw.float_small", needs_float_avx512bw, float_small_m, cpu_float_avx512bw::run_small},
     {"cpu_avx512bw.float_tile", needs_float_avx512bw, always, cpu_float_avx512bw::run_tile},
     {"cpu_avx2.float_small", needs_float_avx2, float_small_m, cpu_float_avx2::run_small},

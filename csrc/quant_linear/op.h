@@ -100,6 +100,9 @@ namespace cpu_float_avx512bw {
 void run_small(const Params&);
 void run_tile(const Params&);
 }  // namespace cpu_float_avx512bw
+namespace cpu_float_avx512bf16 {
+void run_tile(const Params&);
+}
 namespace cpu_int8_i8mm {
 void run_tile(const Params&);
 }

@@ -259,7 +259,7 @@ bool named(const LinearImpl& impl, const char* part) { return std::strstr(impl.n
 
 // As the table of op.cpp has it.
 bool takes(const LinearImpl& impl, Activations activations, const WeightSpec& w, DType dtype) {
-  if (named(impl, "amx.float") && dtype != DType::kBFloat16) return false;
+  if ((named(impl, "amx.float") || named(impl, "avx512bf16.float")) && dtype != DType::kBFloat16) return false;
   const bool int8 = activations == Activations::kInt8 || activations == Activations::kInt8Row;
   return impl.takes == LinearImpl::kTakes_any || (impl.takes == LinearImpl::kTakes_int8 ? int8 : activations == Activations::kFloat);
 }
@@ -312,8 +312,10 @@ void test_linear(int64_t M, const WeightSpec& spec, DType dtype, bool with_bias)
       expect(x.same_as(x_before), what + ": x was written to");
       for (int64_t i = 0; i < M * N; i++) {
         const double found = load_float(serial.data(), i, dtype);
-        const double rounded_codebook = named(impl, "amx.float") && spec.format == Format::kNf4 ? 0x1p-8 * sizes[i] : 0.0;  // bf16
-        expect(std::fabs(found - expected[i]) <= allowed[i] + rounded_codebook,                                             // false for a NaN
+        // to bf16: the codebook of nf4, or every weight
+        const bool rounded = named(impl, "avx512bf16.float") || (named(impl, "amx.float") && spec.format == Format::kNf4);
+        const double rounded_weights = rounded ? 0x1p-8 * sizes[i] : 0.0;
+        expect(std::fabs(found - expected[i]) <= allowed[i] + rounded_weights,  // false for a NaN
                what + ": [" + std::to_string(i / N) + ", " + std::to_string(i % N) + "] is " + std::to_string(found) + ", expected " +
                    std::to_string(expected[i]) + " within " + std::to_string(allowed[i]));
       }
