@@ -120,11 +120,9 @@ def test_what_is_hidden_does_not_matter(impl, how, dtype, value, forced):
         poisoned[:, :, hidden] = value
         found = attention_prefill(**arguments | {name: poisoned})
         for one, other in zip(found, expected, strict=True):
-            assert torch.allclose(one[:, :, queries], other[:, :, queries], rtol=1e-2, atol=1e-3), f"{impl}: {name}"
-            if not impl.startswith("cpu_avx512bf16"):
-                assert torch.allclose(
-                    one[:, :, queries].float(), other[:, :, queries].float(), rtol=1e-2 if dtype == torch.bfloat16 else 2e-3
-                )
+            # Two last places of the dtype: another order of sums. The absolute term is two steps of fp16's subnormal numbers.
+            rtol = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[one.dtype if one.dim() == 4 else torch.float32]
+            assert torch.allclose(one[:, :, queries].float(), other[:, :, queries].float(), rtol=rtol, atol=2**-23), f"{impl}: {name}"
         if how == "causal" and name == "v":
             assert bool(found[0][:, :, -1].isnan().all() if value != value else found[0][:, :, -1].isinf().all())
 
@@ -139,7 +137,7 @@ def test_rows_that_see_nothing(impl, forced):
     arguments["s_aux"] = torch.randn(4)
     out, lse = attention_prefill(**arguments)
     assert bool((out[:, :, :15] == 0).all())
-    assert torch.equal(lse[:, :, :15], arguments["s_aux"][:, None].expand(-1, 15)[None])
+    assert torch.allclose(lse[:, :, :15], arguments["s_aux"][:, None].expand(-1, 15)[None], rtol=1e-6)
     out, lse = attention_prefill(torch.randn(1, 2, 3, 8), torch.zeros(1, 1, 0, 8), torch.zeros(1, 1, 0, 5))
     assert out.shape == (1, 2, 3, 5) and bool((out == 0).all() and (lse == -torch.inf).all())
 

@@ -43,5 +43,11 @@ inline float* lse_of(const Params& p, int64_t b, int64_t h, int64_t row) { retur
 namespace cpu_scalar {
 void run(const Params&);
 }
+namespace cpu_avx2 {
+void run(const Params&);
+}
+namespace cpu_avx512bw {
+void run(const Params&);
+}
 
 }  // namespace taut::attention_prefill

@@ -28,7 +28,7 @@ def attention_prefill(
     if it were not there: NaN and infinities in its k and v do not matter. A query that sees no key gets zeros, and the sink or -inf as lse.
 
     ``tokens_first``: out lies in memory as ``[B, Lq, Hq, Dv]``, so that ``out.transpose(1, 2)`` is contiguous. Float32 inside: bf16 and
-    fp16 are multiplied exactly and rounded once at the end, but where AVX-512 BF16 multiplies the softmax's weights in bf16.
+    fp16 are multiplied exactly and rounded once at the end.
     The number of threads changes no bits, and the other sequences and heads none of a row's. On the CPU only, and without a backward yet.
     Raises ``ValueError`` for wrong shapes, dtypes, strides or devices.
     """
