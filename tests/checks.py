@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cases import LinearCase, LinearInputs
 from taut.formats import Canonical
+from taut.ops import attention_rules as attention_op
 from taut.ops import quant_linear as linear_op
 from taut.ops import quantize_weight as weight_op
 
@@ -128,6 +129,74 @@ def other_roundings(values: Tensor, w: Tensor, case: LinearCase, impl: str) -> T
         flushed = smallest * (w.abs().sum(1)[None, :] + values.abs().sum(1)[:, None] + case.K + 2)
         error = flushed if error is None else error + flushed
     return error
+
+
+def assert_attention(
+    out: Tensor, lse: Tensor, arguments: dict, *, impl: str, context: str, plain: tuple[Tensor, Tensor] | None = None
+) -> None:
+    """``out [B, Hq, Lq, Dv]`` and ``lse`` of an attention op against the float64 reference. Call it after the kernel has run.
+
+    Two errors meet. That of the sum over the keys is as in ``assert_matches``. An error d_j of a score moves its weight by p_j d_j, and
+    with it the sum by at most sum p_j |v_j - out| d_j: d_j is a sum of D products, so c * u * sum |q k| * softmax_scale, besides
+    what softcap, ALiBi, the mask, the running maximum and lse add: a few roundings of numbers as large as the score. Plain torch in
+    fp32 (``plain``) has all of them, and its c is measured over the whole output.
+    """
+    rules = {name: value for name, value in arguments.items() if name not in ("q", "k", "v")}
+    q, k, v = (arguments[name] for name in "qkv")
+    reference, reference_lse = attention_op.reference(q, k, v, **rules)
+    plain = plain_attention(q, k, v, **rules) if plain is None else plain
+    group = q.shape[1] // k.shape[1]
+    keys, values = (t.double().abs().repeat_interleave(group, 1) for t in (k, v))
+    sizes = q.double().abs() @ keys.mT * abs(rules["softmax_scale"])  # of the products of a score
+    extra = sizes if not rules["softcap"] else sizes.clamp(max=8 * rules["softcap"])
+    if rules["alibi_slopes"] is not None:
+        at = torch.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2] - torch.arange(k.shape[2])
+        extra = extra + rules["alibi_slopes"].double().abs()[:, None, None] * at.abs()
+    if rules["mask"] is not None and rules["mask"].dtype != torch.bool:
+        extra = extra + rules["mask"].double().nan_to_num(neginf=0.0).abs()
+    weights = attention_weights(q, k, reference_lse, rules)
+    error_of_score = extra + 4.0  # in units of the last place
+    magnitude = weights @ values + (weights * error_of_score) @ values + (weights * error_of_score).sum(-1, keepdim=True) * reference.abs()
+    walk = (k.shape[2] * (weights**2 @ values**2)).sqrt()
+    shape = (-1, out.shape[-1])
+    assert_matches(
+        out.reshape(shape), reference.reshape(shape), plain[0].reshape(shape), magnitude.reshape(shape), walk.reshape(shape),
+        dtype=out.dtype, depth=k.shape[2] + q.shape[3], independent=False, context=f"{impl} on {context}",
+    )  # fmt: skip
+    largest = torch.where(weights > 0, error_of_score, 0.0).amax(-1) + reference_lse.abs().nan_to_num(posinf=0.0)
+    assert_matches(
+        lse.reshape(-1, 1), reference_lse.reshape(-1, 1), plain[1].reshape(-1, 1), largest.reshape(-1, 1) + k.shape[2] / 16,
+        torch.zeros_like(largest.reshape(-1, 1)), dtype=torch.float32, depth=k.shape[2], independent=False,
+        context=f"{impl} on {context}, lse",
+    )  # fmt: skip
+
+
+def attention_weights(q: Tensor, k: Tensor, lse: Tensor, rules: dict) -> Tensor:
+    """The softmax's weights in float64, ``[B, Hq, Lq, Lk]``: attention over the rows of the identity."""
+    eye = torch.eye(k.shape[2], dtype=torch.float64).expand(*k.shape[:2], -1, -1)
+    return attention_op.reference(q, k, eye, **rules)[0]
+
+
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, window: int, softcap: float, mask: Tensor | None,
+    s_aux: Tensor | None, alibi_slopes: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same in plain torch, in float32."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (t.float().repeat_interleave(group, 1) for t in (k, v))
+    scores = q.float() @ k.mT * softmax_scale
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    distance = torch.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2] - torch.arange(k.shape[2])
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.float()[:, None, None] * distance.abs()
+    hidden = (distance < 0) & causal | ((distance.abs() >= window) & (window > 0))
+    if mask is not None:
+        scores = scores + (torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else mask.float())
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if s_aux is not None:
+        scores = torch.cat((scores, s_aux.float()[:, None, None].expand(*scores.shape[:3], 1)), -1)
+        v = torch.cat((v, torch.zeros_like(v[:, :, :1])), -2)
+    return torch.softmax(scores, -1).nan_to_num(0.0) @ v, torch.logsumexp(scores, -1)
 
 
 def rounds_weights(impl: str, case: LinearCase) -> bool:
