@@ -12,6 +12,7 @@ import transformers
 import taut
 from taut import QuantLinear
 from taut.fuse import FusedClass, cache_name
+from taut.nn import fused_block
 from tiny_models import FAMILIES, tiny
 
 
@@ -545,3 +546,30 @@ def test_changes_between_two_tokens_are_seen(calls):
     fused.model.layers[1].mlp.up_proj = torch.nn.Linear(64, 96, bias=False)
     steps(fused, ids, (1, 1), cache)
     assert calls.take() == (2, 0)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "masked"])
+@pytest.mark.parametrize("queries, keys, own", [(20, 20, True), (5, 40, True), (20, 40, True), (1, 40, False)])
+def test_attention_of_a_prompt_is_that_of_sdpa(queries, keys, own, masked):
+    _, fused = pair("llama", "auto")
+    plan = fused_block.plan_of(fused.model.layers[0])
+    sdpa = transformers.AttentionInterface()["sdpa"]
+    generator = torch.Generator().manual_seed(queries)
+    q, k, v = (
+        torch.randn(2, heads, n, plan.head_dim, generator=generator)
+        for heads, n in ((plan.q_heads * 4, queries), (plan.kv_heads, keys), (plan.kv_heads, keys))
+    )
+    mask = None
+    if masked:
+        mask = torch.ones(2, 1, queries, keys, dtype=torch.bool).tril(keys - queries)
+        mask[1, :, :, :2] = False  # padding on the left
+    found = fused_block.own_attention(plan, sdpa, q, k, v, mask, {})
+    if not own or (not masked and queries != keys):
+        assert found is None
+        return
+    plan.attention.num_key_value_groups = plan.q_heads * 4 // plan.kv_heads
+    expected, _ = sdpa(plan.attention, q, k, v, mask, scaling=plan.attention.scaling)
+    seen = torch.ones(2, queries, dtype=torch.bool) if mask is None else mask.any(-1)[:, 0]
+    assert_close(found[seen], expected[seen])
+    assert fused_block.own_attention(plan, lambda *_: None, q, k, v, mask, {}) is None
+    assert fused_block.own_attention(plan, sdpa, q, k, v, mask, {"position_bias": mask}) is None

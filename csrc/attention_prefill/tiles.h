@@ -149,21 +149,30 @@ struct Tiles {
   static __attribute__((noinline)) MaskSays make_bias(const Block& block, int64_t first_row, int64_t rows, int64_t key, int64_t n, float* bias) {
     const AttentionMask& mask = block.p.rules.mask;
     bool any_visible = false, any_effect = false;
-    const auto value = [&](int64_t row, int64_t j) {
-      const float found = mask_value(mask, block.b, block.kv_head * block.group + row % block.group, row / block.group, key + j);
-      any_visible |= found != -INFINITY, any_effect |= found != 0;
-      return found == -INFINITY ? found : std::max(found * kLog2E, kLowest);
-    };
-    const bool same_rows = mask.head_stride == 0 && mask.query_stride == 0;
-    for (int64_t j = 0; j < n; j++) {
-      if (same_rows) {
-        const float found = value(first_row, j);
-        for (int64_t r = 0; r < kRows; r++) bias[j * kRows + r] = found;
+    // Rows that share a row of the mask: all where it says the same to every query and head, the heads of a token where it does to heads.
+    const bool all_heads = mask.head_stride == 0, all_rows = all_heads && mask.query_stride == 0;
+    for (int64_t r = 0, same = 0; r < rows; r += same) {
+      const int64_t row = first_row + r, head = block.kv_head * block.group + row % block.group, query = row / block.group;
+      same = all_rows ? rows : all_heads ? std::min(rows - r, block.group - row % block.group) : 1;
+      const auto fill = [&](const auto& value) __attribute__((always_inline)) {
+        for (int64_t j = 0; j < n; j++) {
+          const float found = value(j);
+          any_visible |= found != -INFINITY, any_effect |= found != 0;
+          for (int64_t i = 0; i < same; i++) bias[j * kRows + r + i] = found;
+        }
+      };
+      if (mask.kind == MaskKind::kBool) {
+        const uint8_t* visible = static_cast<const uint8_t*>(mask.data) + block.b * mask.batch_stride + head * mask.head_stride + query * mask.query_stride;
+        fill([&](int64_t j) { return visible[(key + j) * mask.key_stride] ? 0.0f : -INFINITY; });
       } else {
-        for (int64_t r = 0; r < rows; r++) bias[j * kRows + r] = value(first_row + r, j);
-        for (int64_t r = rows; r < kRows; r++) bias[j * kRows + r] = 0;
+        fill([&](int64_t j) {
+          const float found = mask_value(mask, block.b, head, query, key + j);
+          return found == -INFINITY ? found : std::max(found * kLog2E, kLowest);
+        });
       }
     }
+    for (int64_t j = 0; j < n; j++)
+      for (int64_t r = rows; r < kRows; r++) bias[j * kRows + r] = 0;
     return {!any_visible, !any_effect};
   }
 
