@@ -572,4 +572,4 @@ def test_attention_of_a_prompt_is_that_of_sdpa(queries, keys, own, masked):
     seen = torch.ones(2, queries, dtype=torch.bool) if mask is None else mask.any(-1)[:, 0]
     assert_close(found[seen], expected[seen])
     assert fused_block.own_attention(plan, lambda *_: None, q, k, v, mask, {}) is None
-    assert fused_block.own_attention(plan, sdpa, q, k, v, mask, {"position_bias": mask}) is None
+    assert fused_block.own_attention(plan, sdpa, q, k, v, mask, {"position_bias": q}) is None
