@@ -36,7 +36,8 @@ from .language_models import Shape
 from .timing import Sample, Spread, spread
 
 ROOT = Path(__file__).resolve().parents[1]
-_LEAST_COSINE = {4: 0.7, 8: 0.97, 16: 0.97, 32: 0.9999}  # by bits of a weight; a wrong mask or rotation gives less than 0.5
+# By bits of a weight; a wrong mask or rotation gives less than 0.5, llama.cpp's Q4_0 of 16 layers of random weights 0.64.
+_LEAST_COSINE = {4: 0.6, 8: 0.97, 16: 0.97, 32: 0.9999}
 _CHECKED_TOKENS = 8  # after the prompt
 
 
