@@ -103,9 +103,9 @@ def _takes_int8(weights: str) -> bool:
 
 
 def default_formats() -> tuple[str, ...]:
-    """Every kind of weights in its default group, with the activations that "auto" stands for on the CPU."""
+    """Every kind of weights in its default group, with the activations that "auto" stands for on the CPU, and with x in bf16."""
     names = [format_name(WeightFormat(kind)) for kind in KINDS]
-    return tuple(f"{name}_{'a8' if _takes_int8(name) else 'f32'}" for name in names)
+    return tuple(f"{name}_{'a8' if _takes_int8(name) else 'f32'}" for name in names) + tuple(f"{name}_bf16" for name in names)
 
 
 def all_cases() -> list[Case]:

@@ -95,7 +95,7 @@ def _sizes(case: Case, format: str) -> dict[str, int]:
     weights, activations = parse_format(format)
     return {
         "M": case.m, "N": case.n, "K": case.k, "format": weights.code, "group_size": weights.group_size,
-        "zeros": int(weights.zeros), "activations": int(activations == "a8"),
+        "zeros": int(weights.zeros), "activations": int(activations == "a8"), "dtype": int(activations == "bf16"),
     }  # fmt: skip
 
 

@@ -1,0 +1,155 @@
+// What a register is on each ISA for the loops of chunks.h, beside what attention_prefill's loops need of it: numbers of every cache
+// format as floats, and dot products of four bytes.
+#pragma once
+
+#include "attention_prefill/lanes.h"
+#include "common/kv_cache.h"
+
+namespace taut::attention_decode {
+namespace {
+
+// Formats are read in units of two registers, of kUnit numbers. Number i of a unit is in lane position_in_unit(i) of the two: bf16 splits
+// into even and odd ones, since a word's upper half is an fp32 as it stands.
+template <KvFormat kFormat>
+constexpr int64_t position_in_unit(int64_t i, int64_t width) {
+  return kFormat == KvFormat::kBFloat16 ? i / 2 + i % 2 * width : i;
+}
+
+struct Avx2 : attention_prefill::Avx2Lanes {
+  using I = __m256i;
+  static constexpr int kUnit = 16;
+  static constexpr int kKeyVectors = 1, kValueVectors = 1;  // registers of codes that share a broadcast
+
+  template <KvFormat kFormat>
+  static TAUT_INLINE void load_unit(const uint8_t* p, V& a, V& b) {
+    if constexpr (kFormat == KvFormat::kFloat32) {
+      a = load(reinterpret_cast<const float*>(p)), b = load(reinterpret_cast<const float*>(p) + 8);
+    } else if constexpr (kFormat == KvFormat::kBFloat16) {
+      const I words = load_codes(p);
+      a = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)), b = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(-65536)));
+    } else if constexpr (kFormat == KvFormat::kFloat16) {
+      a = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+      b = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + 1));
+    } else {  // e4m3 is a part of fp16, of 2^-8 the size, but for its NaN
+      const I wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), magnitude = _mm256_and_si256(wide, _mm256_set1_epi16(0x7f));
+      const I sign = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x80)), 8);
+      const I nan = _mm256_and_si256(_mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f)), _mm256_set1_epi16(0x7e00));
+      const I halves = _mm256_or_si256(_mm256_or_si256(_mm256_slli_epi16(magnitude, 7), sign), nan);
+      a = mul(_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), set1(256.0f)), b = mul(_mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)), set1(256.0f));
+    }
+  }
+  // fp16 of kWidth scales
+  static TAUT_INLINE V load_scales(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+
+  // Sums of kWidth registers, in one.
+  static TAUT_INLINE V sums_of(const V (&a)[8]) {
+    V pairs[4], quads[2];
+    TAUT_FOR (int i = 0; i < 4; i++) pairs[i] = add(_mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+    TAUT_FOR (int i = 0; i < 2; i++) {
+      const __m256d x = _mm256_castps_pd(pairs[2 * i]), y = _mm256_castps_pd(pairs[2 * i + 1]);
+      quads[i] = add(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)), _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
+    }
+    return add(_mm256_permute2f128_ps(quads[0], quads[1], 0x20), _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
+  }
+
+  static TAUT_INLINE I no_codes() { return _mm256_setzero_si256(); }
+  static TAUT_INLINE I load_codes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const I*>(p)); }
+  static TAUT_INLINE I four_bytes(const void* p) {
+    int32_t bytes;
+    std::memcpy(&bytes, p, 4);
+    return _mm256_set1_epi32(bytes);
+  }
+  static TAUT_INLINE I low_halves(I codes) { return _mm256_and_si256(codes, _mm256_set1_epi8(15)); }
+  static TAUT_INLINE I high_halves(I codes) { return _mm256_and_si256(_mm256_srli_epi16(codes, 4), _mm256_set1_epi8(15)); }
+  static TAUT_INLINE I minus_eight(I codes) { return _mm256_sub_epi8(codes, _mm256_set1_epi8(8)); }
+  // sum += unsigned bytes * signed bytes, by fours. Two products must fit 16 bits: one side is at most 127, or the other within 64.
+  static TAUT_INLINE I dot(I sum, I u, I s) { return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1))); }
+  // The same twice, where four products fit.
+  static TAUT_INLINE I dot_twice(I sum, I u0, I s0, I u1, I s1) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_add_epi16(_mm256_maddubs_epi16(u0, s0), _mm256_maddubs_epi16(u1, s1)), _mm256_set1_epi16(1)));
+  }
+  static TAUT_INLINE I times_128_plus(I high, I low) { return _mm256_add_epi32(_mm256_slli_epi32(high, 7), low); }
+  static TAUT_INLINE I minus(I a, int32_t b) { return _mm256_sub_epi32(a, _mm256_set1_epi32(b)); }
+  static TAUT_INLINE V to_float(I a) { return _mm256_cvtepi32_ps(a); }
+  // x, rounded, as high * 128 + low
+  static TAUT_INLINE void split(V x, uint8_t* high, uint8_t* low) {
+    const I whole = _mm256_cvtps_epi32(x);
+    const auto store8 = [](uint8_t* p, I lanes) __attribute__((always_inline)) {
+      const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+    };
+    store8(high, _mm256_srli_epi32(whole, 7));
+    store8(low, _mm256_and_si256(whole, _mm256_set1_epi32(127)));
+  }
+};
+
+#if defined(__AVX512F__)
+struct Avx512 : attention_prefill::Avx512Lanes {
+  using I = __m512i;
+  static constexpr int kUnit = 32;
+  static constexpr int kKeyVectors = 2, kValueVectors = 2;
+
+  template <KvFormat kFormat>
+  static TAUT_INLINE void load_unit(const uint8_t* p, V& a, V& b) {
+    if constexpr (kFormat == KvFormat::kFloat32) {
+      a = load(reinterpret_cast<const float*>(p)), b = load(reinterpret_cast<const float*>(p) + 16);
+    } else if constexpr (kFormat == KvFormat::kBFloat16) {
+      const I words = load_codes(p);
+      a = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)), b = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(-65536)));
+    } else if constexpr (kFormat == KvFormat::kFloat16) {
+      a = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+      b = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + 1));
+    } else {  // as in Avx2
+      const I wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), magnitude = _mm512_and_si512(wide, _mm512_set1_epi16(0x7f));
+      const I sign = _mm512_slli_epi16(_mm512_and_si512(wide, _mm512_set1_epi16(0x80)), 8);
+      I halves = _mm512_or_si512(_mm512_slli_epi16(magnitude, 7), sign);
+      halves = _mm512_mask_mov_epi16(halves, _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f)), _mm512_set1_epi16(0x7e00));
+      a = mul(_mm512_cvtph_ps(_mm512_castsi512_si256(halves)), set1(256.0f)), b = mul(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1)), set1(256.0f));
+    }
+  }
+  static TAUT_INLINE V load_scales(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+
+  static TAUT_INLINE V sums_of(const V (&a)[16]) {
+    V pairs[8], quads[4], halves[2];
+    TAUT_FOR (int i = 0; i < 8; i++) pairs[i] = add(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+    TAUT_FOR (int i = 0; i < 4; i++) {
+      const __m512d x = _mm512_castps_pd(pairs[2 * i]), y = _mm512_castps_pd(pairs[2 * i + 1]);
+      quads[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    }
+    TAUT_FOR (int i = 0; i < 2; i++)
+      halves[i] = add(_mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0x88), _mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0xdd));
+    return add(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88), _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
+  }
+
+  static TAUT_INLINE I no_codes() { return _mm512_setzero_si512(); }
+  static TAUT_INLINE I load_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static TAUT_INLINE I four_bytes(const void* p) {
+    int32_t bytes;
+    std::memcpy(&bytes, p, 4);
+    return _mm512_set1_epi32(bytes);
+  }
+  static TAUT_INLINE I low_halves(I codes) { return _mm512_and_si512(codes, _mm512_set1_epi8(15)); }
+  static TAUT_INLINE I high_halves(I codes) { return _mm512_and_si512(_mm512_srli_epi16(codes, 4), _mm512_set1_epi8(15)); }
+  static TAUT_INLINE I minus_eight(I codes) { return _mm512_sub_epi8(codes, _mm512_set1_epi8(8)); }
+#if defined(__AVX512VNNI__)
+  static TAUT_INLINE I dot(I sum, I u, I s) { return _mm512_dpbusd_epi32(sum, u, s); }
+  static TAUT_INLINE I dot_twice(I sum, I u0, I s0, I u1, I s1) { return dot(dot(sum, u0, s0), u1, s1); }
+#else
+  static TAUT_INLINE I dot(I sum, I u, I s) { return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(u, s), _mm512_set1_epi16(1))); }
+  static TAUT_INLINE I dot_twice(I sum, I u0, I s0, I u1, I s1) {
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_add_epi16(_mm512_maddubs_epi16(u0, s0), _mm512_maddubs_epi16(u1, s1)), _mm512_set1_epi16(1)));
+  }
+#endif
+  static TAUT_INLINE I times_128_plus(I high, I low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 7), low); }
+  static TAUT_INLINE I minus(I a, int32_t b) { return _mm512_sub_epi32(a, _mm512_set1_epi32(b)); }
+  static TAUT_INLINE V to_float(I a) { return _mm512_cvtepi32_ps(a); }
+  static TAUT_INLINE void split(V x, uint8_t* high, uint8_t* low) {
+    const I whole = _mm512_cvtps_epi32(x);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 7)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm512_cvtepi32_epi8(_mm512_and_si512(whole, _mm512_set1_epi32(127))));
+  }
+};
+#endif
+
+}  // namespace
+}  // namespace taut::attention_decode
