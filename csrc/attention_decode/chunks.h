@@ -30,7 +30,9 @@ struct Chunks {
   using I = typename L::I;
   static constexpr bool kCodes = has_codes(kFormat), kInt4 = kFormat == KvFormat::kInt4;
   static constexpr int kWidth = L::kWidth, kUnit = L::kUnit, kQBytes = kInt4 ? 1 : 2;
-  static constexpr int64_t kTile = 128, kBlocks = kTile / kKvBlock, kMostRows = Params::kMostRows;
+  static constexpr int64_t kTile = kInt4 ? 128 : 64, kBlocks = kTile / kKvBlock, kMostRows = Params::kMostRows;
+  // Rows lie at fixed distances, so that the loops need one pointer for all of them. q's codes: [4 rows][4 bytes of k][row][byte of q][4].
+  static constexpr int64_t kRowFloats = 256, kQGroup = 4, kQStep = kQGroup * kQBytes * 4;
   static constexpr int64_t kElement = kCodes ? 1 : kv_element_bytes(kFormat);
 
   const Params& p;
@@ -38,22 +40,30 @@ struct Chunks {
   const float* channels;  // [2][D + Dv], or nullptr
   // Rows of D and Dv numbers are padded with zeros to whole units, or codes to whole dot products.
   int64_t key_width, value_width;
+  bool loaded = false;  // q
 
   // By row.
   float most[kMostRows], total[kMostRows], shrink[kMostRows], sum_scale[kMostRows];
   float q_scale[kMostRows], q_offset[kMostRows];  // of codes: a unit of q; what the channels' offsets add to every score
-  int32_t q_sum[kMostRows];                       // of codes of keys that stand for 0
+  int32_t q_sum[kMostRows], weight_sum[kMostRows];  // times what the codes of keys, and of values, are more than what they stand for
   // [row][...]
   float *q, *scores, *bias, *sums;
-  uint8_t *q_codes, *weight_codes;  // [row][kQBytes][key_width]; [row][2][kTile]
+  uint8_t *q_codes, *weight_codes;  // as above; [row][2][kTile]
 
-  // The tile at hand.
-  const uint8_t *keys[kBlocks], *values[kBlocks];
+  // The tile at hand, and the keys of the one after it.
+  const uint8_t *keys[kBlocks], *values[kBlocks], *next_keys[kBlocks];
   alignas(64) float key_scales[kTile], value_scales[kTile];
 
   int64_t head_of(int64_t r) const { return kv_head * group + (first_row + r) % group; }
   int64_t query_of(int64_t r) const { return (first_row + r) / group; }
   int64_t position_of(int64_t r) const { return query_of(r) + length - p.Lq; }
+
+  // ---- Memory ----
+
+  // A tile is read twice over: its keys, then its values. WHY we ask ahead: values while keys are multiplied, and the next tile's keys while
+  // values are added up, so that memory is always at work. A line at a time, between the products: a core has two dozen misses under way at
+  // most, and waits to ask for more. TRIED: all of a tile's values before its first key, 40 us in 100 slower.
+  static TAUT_INLINE void ask_for(const uint8_t* line) { __builtin_prefetch(line, 0, 0); }
 
   // ---- Queries ----
 
@@ -61,30 +71,54 @@ struct Chunks {
     const float cap = p.rules.softcap, scale = p.rules.softmax_scale * (cap > 0 ? 1 / cap : kLog2E);
     for (int64_t r = 0; r < rows; r++) {
       const int64_t at = b * p.q.batch_stride + head_of(r) * p.q.head_stride + query_of(r) * p.q.row_stride;
-      float* row = q + r * key_width;
-      std::memset(row, 0, key_width * sizeof(float));
-      float offset = 0, largest = 0;
-      for (int64_t d = 0; d < p.D; d++) {
-        float x = load_float(p.q.data, at + d, p.dtype) * scale;
-        if (channels) offset += x * channels[d], x *= channels[p.D + p.Dv + d];
-        largest = std::abs(x) <= largest ? largest : std::abs(x);  // a NaN stays
-        row[kCodes ? d : d / kUnit * kUnit + position_in_unit<kFormat>(d % kUnit, kWidth)] = x;
-      }
-      q_offset[r] = offset;
+      alignas(64) float natural[kRowFloats];
+      float* row = kFormat == KvFormat::kBFloat16 ? natural : q + r * kRowFloats;
+      FloatLanes offset = {}, largest = {}, nothing = {};
+      for_dtype(p.dtype, [&]<DType kDType>() {
+        for (int64_t d = 0; d < key_width; d += 8) {
+          const int64_t count = std::clamp<int64_t>(p.D - d, 0, 8);
+          FloatLanes x;
+          load_lanes<kDType>(x, p.q.data, at + d, count);
+          x *= scale;
+          if (channels) {
+            FloatLanes shift, factor;
+            load_lanes<DType::kFloat32>(shift, channels, d, count);
+            load_lanes<DType::kFloat32>(factor, channels + p.D + p.Dv, d, count);
+            offset += x * shift;
+            x *= factor;
+          }
+          const FloatLanes size = reinterpret_cast<FloatLanes>(reinterpret_cast<UintLanes>(x) & 0x7fffffffu);
+          largest = (size > largest) ? size : largest;
+          nothing += x * 0.0f;
+          store_lanes<DType::kFloat32>(x, row, d);
+        }
+      });
+      q_offset[r] = sum_lanes(offset);
+      if constexpr (kFormat == KvFormat::kBFloat16)
+        for (int64_t d = 0; d < key_width; d++) q[r * kRowFloats + d / kUnit * kUnit + position_in_unit<kFormat>(d % kUnit, kWidth)] = natural[d];
       if constexpr (kCodes) {
         constexpr float kMost = kInt4 ? kMostQByte : kMostQ;
-        const bool finite = largest <= 3.4e38f;
-        const float inverse = finite && largest > 1e-30f ? kMost / largest : 0;
-        q_scale[r] = finite ? largest / kMost : NAN;
-        uint8_t* codes = q_codes + r * kQBytes * key_width;
-        int32_t sum = 0;
-        for (int64_t d = 0; d < key_width; d++) {
-          const int32_t code = finite ? static_cast<int32_t>(std::nearbyint(row[d] * inverse)) : 0;
+        float most_of_row = 0;
+        for (int i = 0; i < 8; i++) most_of_row = std::max(most_of_row, largest[i]);
+        const bool finite = sum_lanes(nothing) == 0;
+        const float inverse = finite && most_of_row > 1e-30f ? kMost / most_of_row : 0;
+        q_scale[r] = finite ? most_of_row / kMost : NAN;
+        uint8_t* codes = q_codes + r / kQGroup * kRowFloats * kQGroup * kQBytes + r % kQGroup * kQBytes * 4;
+        IntLanes sum = {};
+        for (int64_t d = 0; d < key_width; d += 8) {
+          FloatLanes x, magic = FloatLanes{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+          load_lanes<DType::kFloat32>(x, row, d);
+          x = finite ? x * inverse : FloatLanes{};
+          const IntLanes code = reinterpret_cast<IntLanes>(x + magic) - reinterpret_cast<IntLanes>(magic), high = kInt4 ? code : (code + 64) >> 7;
           sum += code;
-          if (kInt4) codes[d] = static_cast<uint8_t>(code);
-          else codes[d] = static_cast<uint8_t>((code + 64) >> 7), codes[key_width + d] = static_cast<uint8_t>(code - ((code + 64) >> 7) * 128);
+          for (int i = 0; i < 8; i++) {
+            uint8_t* to = codes + (d + i) / 4 * kQStep + i % 4;
+            to[0] = static_cast<uint8_t>(high[i]);
+            if (!kInt4) to[4] = static_cast<uint8_t>(code[i] - high[i] * 128);
+          }
         }
-        q_sum[r] = sum * (kInt4 ? 8 : 128);
+        q_sum[r] = 0;
+        for (int i = 0; i < 8; i++) q_sum[r] += sum[i] * (kInt4 ? 8 : 128);
       }
     }
   }
@@ -97,25 +131,23 @@ struct Chunks {
     constexpr int kKeys = kWidth / kRows;
     const int64_t whole = p.D / kUnit * kUnit, value_bytes = p.Dv * kElement;
     for (int64_t j = begin; j < end; j += kKeys) {
-      const uint8_t* row[kKeys];
+      const uint8_t *row[kKeys], *value[kKeys];
       TAUT_FOR (int i = 0; i < kKeys; i++) {
         const int64_t key = std::min(j + i, end - 1);
         row[i] = keys[key / kKvBlock] + key % kKvBlock * p.cache.k_row_stride;
-        // WHY: values are read in columns; asked for here, row by row, they come as one stream
-        const uint8_t* value = values[key / kKvBlock] + key % kKvBlock * p.cache.v_row_stride;
-        if (r == 0)
-          for (int64_t at = 0; at < value_bytes; at += 64) __builtin_prefetch(value + at);
+        value[i] = values[key / kKvBlock] + key % kKvBlock * p.cache.v_row_stride;
       }
       V sum[kWidth];
       TAUT_FOR (int i = 0; i < kWidth; i++) sum[i] = L::zero();
-      const float* x = q + r * key_width;
+      const float* x = q + r * kRowFloats;
       for (int64_t d = 0; d < whole; d += kUnit)
         TAUT_FOR (int i = 0; i < kKeys; i++) {
+          if (r == 0) TAUT_FOR (int at = 0; at < kUnit * kElement; at += 64) ask_for(value[i] + d * kElement + at);
           V low, high;
           L::template load_unit<kFormat>(row[i] + d * kElement, low, high);
           TAUT_FOR (int t = 0; t < kRows; t++) {
             V& to = sum[t * kKeys + i];
-            to = L::fma(high, L::load(x + t * key_width + d + kWidth), L::fma(low, L::load(x + t * key_width + d), to));
+            to = L::fma(high, L::load(x + t * kRowFloats + d + kWidth), L::fma(low, L::load(x + t * kRowFloats + d), to));
           }
         }
       if (whole < p.D)
@@ -124,9 +156,12 @@ struct Chunks {
           load_tail(row[i] + whole * kElement, p.D - whole, low, high);
           TAUT_FOR (int t = 0; t < kRows; t++) {
             V& to = sum[t * kKeys + i];
-            to = L::fma(high, L::load(x + t * key_width + whole + kWidth), L::fma(low, L::load(x + t * key_width + whole), to));
+            to = L::fma(high, L::load(x + t * kRowFloats + whole + kWidth), L::fma(low, L::load(x + t * kRowFloats + whole), to));
           }
         }
+      if (r == 0)
+        for (int64_t at = whole * kElement; at < value_bytes; at += 64)
+          TAUT_FOR (int i = 0; i < kKeys; i++) ask_for(value[i] + at);
       alignas(64) float found[kWidth];
       L::store(found, L::sums_of(sum));
       TAUT_FOR (int t = 0; t < kRows; t++) std::memcpy(scores + (r + t) * kTile + j, found + t * kKeys, kKeys * sizeof(float));
@@ -142,34 +177,35 @@ struct Chunks {
   template <int kRows>
   __attribute__((noinline)) void some_code_scores(int64_t r, int64_t begin, int64_t end) {
     constexpr int kVectors = L::kKeyVectors;
+    constexpr int64_t kLine = 4 * kWidth;  // so much of the values for a step: as much as it reads of the keys
     const int64_t steps = key_width / (kInt4 ? 8 : 4), value_bytes = value_block_bytes(kFormat, p.Dv);
-    const uint8_t* code = q_codes + r * kQBytes * key_width;
+    const uint8_t* code = q_codes + r / kQGroup * kRowFloats * kQGroup * kQBytes + r % kQGroup * kQBytes * 4;
     for (int64_t j = begin / kKvBlock * kKvBlock; j < end; j += kVectors * kWidth) {
-      const uint8_t* block[kVectors];
+      const uint8_t *block[kVectors], *value[kVectors];
       TAUT_FOR (int i = 0; i < kVectors; i++) {
         const int64_t key = std::min(j + i * kWidth, (end - 1) / kWidth * kWidth);
         block[i] = keys[key / kKvBlock] + key % kKvBlock * 4;
-        if (r == 0 && key % kKvBlock == 0)
-          for (int64_t at = 0; at < value_bytes; at += 64) __builtin_prefetch(values[key / kKvBlock] + at);
+        value[i] = values[key / kKvBlock] + key % kKvBlock * value_bytes / kKvBlock;
       }
       I sum[kRows][kQBytes][kVectors];
       TAUT_FOR (int t = 0; t < kRows; t++)
         TAUT_FOR (int s = 0; s < kQBytes; s++)
           TAUT_FOR (int i = 0; i < kVectors; i++) sum[t][s][i] = L::no_codes();
       for (int64_t step = 0; step < steps; step++) {
+        if (r == 0 && step * kLine < value_bytes * kWidth / kKvBlock) TAUT_FOR (int i = 0; i < kVectors; i++) ask_for(value[i] + step * kLine);
         I k[kVectors];
         TAUT_FOR (int i = 0; i < kVectors; i++) k[i] = L::load_codes(block[i] + step * 64);
         if constexpr (kInt4) {
           I high[kVectors];
           TAUT_FOR (int i = 0; i < kVectors; i++) high[i] = L::high_halves(k[i]), k[i] = L::low_halves(k[i]);
           TAUT_FOR (int t = 0; t < kRows; t++) {
-            const I x = L::four_bytes(code + t * key_width + step * 8), y = L::four_bytes(code + t * key_width + step * 8 + 4);
+            const I x = L::four_bytes(code + step * 2 * kQStep + t * 4), y = L::four_bytes(code + step * 2 * kQStep + kQStep + t * 4);
             TAUT_FOR (int i = 0; i < kVectors; i++) sum[t][0][i] = L::dot_twice(sum[t][0][i], k[i], x, high[i], y);
           }
         } else {
           TAUT_FOR (int t = 0; t < kRows; t++)
             TAUT_FOR (int s = 0; s < kQBytes; s++) {
-              const I x = L::four_bytes(code + (t * kQBytes + s) * key_width + step * 4);
+              const I x = L::four_bytes(code + step * kQStep + (t * kQBytes + s) * 4);
               TAUT_FOR (int i = 0; i < kVectors; i++) sum[t][s][i] = L::dot(sum[t][s][i], k[i], x);
             }
         }
@@ -196,12 +232,17 @@ struct Chunks {
       TAUT_FOR (int t = 0; t < kRows; t++) {
         const V factor = L::set1(shrink[r + t]);
         TAUT_FOR (int i = 0; i < kCount; i++)
-          TAUT_FOR (int s = 0; s < 2; s++) sum[t][i][s] = L::mul(factor, L::load(sums + (r + t) * value_width + d + i * kUnit + s * kWidth));
+          TAUT_FOR (int s = 0; s < 2; s++) sum[t][i][s] = L::mul(factor, L::load(sums + (r + t) * kRowFloats + d + i * kUnit + s * kWidth));
       }
       for (int64_t j = begin; j < end;) {
         const int64_t stop = std::min(end, j / kKvBlock * kKvBlock + kKvBlock);
-        const uint8_t* row = values[j / kKvBlock] + j % kKvBlock * stride + d * kElement;
-        for (; j < stop; j++, row += stride)
+        const uint8_t *row = values[j / kKvBlock] + j % kKvBlock * stride + d * kElement, *ahead = next_keys[j / kKvBlock];
+        if (ahead) ahead += j % kKvBlock * p.cache.k_row_stride + d * kElement;
+        for (; j < stop; j++, row += stride) {
+          if (r == 0 && ahead) {
+            TAUT_FOR (int at = 0; at < kCount * kUnit * kElement; at += 64) ask_for(ahead + at);
+            ahead += p.cache.k_row_stride;
+          }
           TAUT_FOR (int i = 0; i < kCount; i++) {
             V low, high;
             if constexpr (kTail) load_tail(row, p.Dv - d, low, high);
@@ -211,10 +252,11 @@ struct Chunks {
               sum[t][i][0] = L::fma(x, low, sum[t][i][0]), sum[t][i][1] = L::fma(x, high, sum[t][i][1]);
             }
           }
+        }
       }
       TAUT_FOR (int t = 0; t < kRows; t++)
         TAUT_FOR (int i = 0; i < kCount; i++)
-          TAUT_FOR (int s = 0; s < 2; s++) L::store(sums + (r + t) * value_width + d + i * kUnit + s * kWidth, sum[t][i][s]);
+          TAUT_FOR (int s = 0; s < 2; s++) L::store(sums + (r + t) * kRowFloats + d + i * kUnit + s * kWidth, sum[t][i][s]);
     };
     int64_t d = 0;
     for (; d + kUnits * kUnit <= whole; d += kUnits * kUnit) columns.template operator()<kUnits, false>(d);
@@ -226,6 +268,9 @@ struct Chunks {
   __attribute__((noinline)) void some_code_values(int64_t r, int64_t begin, int64_t end) {
     constexpr int kVectors = L::kValueVectors;
     const uint8_t* weight = weight_codes + r * 2 * kTile;
+    constexpr int64_t kVisits = kInt4 ? 2 : 4;  // of a block
+    const int64_t visits = (value_width + kVectors * kWidth - 1) / (kVectors * kWidth) * kVisits,
+                  lines = (key_block_bytes(kFormat, p.D) / 64 + visits - 1) / visits;  // of the next tile's keys, a visit
     const auto columns = [&]<int kCount>(int64_t d) __attribute__((always_inline)) {
       I sum[kRows][2][kCount];
       TAUT_FOR (int t = 0; t < kRows; t++)
@@ -233,15 +278,18 @@ struct Chunks {
           TAUT_FOR (int i = 0; i < kCount; i++) sum[t][s][i] = L::no_codes();
       for (int64_t j = begin / kKvBlock * kKvBlock; j < end; j += kKvBlock) {
         const uint8_t* block = values[j / kKvBlock] + d * 4;
-        for (int64_t q4 = 0; q4 < (kInt4 ? 2 : 4); q4++, block += value_width * 4) {
+        const uint8_t* ahead = r == 0 && next_keys[j / kKvBlock] ? next_keys[j / kKvBlock] + d / (kVectors * kWidth) * kVisits * lines * 64 : nullptr;
+        for (int64_t visit = 0; visit < kVisits; visit++, block += value_width * 4) {
+          if (ahead)
+            for (int64_t line = 0; line < lines; line++, ahead += 64) ask_for(ahead);
           I v[kCount], high[kCount];
           TAUT_FOR (int i = 0; i < kCount; i++) {
             v[i] = L::load_codes(block + i * kWidth * 4);
-            if constexpr (kInt4) high[i] = L::minus_eight(L::high_halves(v[i])), v[i] = L::minus_eight(L::low_halves(v[i]));
+            if constexpr (kInt4) high[i] = L::high_halves(v[i]), v[i] = L::low_halves(v[i]);
           }
           TAUT_FOR (int t = 0; t < kRows; t++)
             TAUT_FOR (int s = 0; s < 2; s++) {
-              const uint8_t* at = weight + (t * 2 + s) * kTile + j + q4 * (kInt4 ? 8 : 4);
+              const uint8_t* at = weight + (t * 2 + s) * kTile + j + visit * (kInt4 ? 8 : 4);
               const I x = L::four_bytes(at);
               if constexpr (kInt4) {
                 const I y = L::four_bytes(at + 4);
@@ -254,8 +302,8 @@ struct Chunks {
       }
       TAUT_FOR (int t = 0; t < kRows; t++)
         TAUT_FOR (int i = 0; i < kCount; i++) {
-          float* to = sums + (r + t) * value_width + d + i * kWidth;
-          const V tile = L::to_float(L::times_128_plus(sum[t][0][i], sum[t][1][i]));
+          float* to = sums + (r + t) * kRowFloats + d + i * kWidth;
+          const V tile = L::to_float(L::minus(L::times_128_plus(sum[t][0][i], sum[t][1][i]), weight_sum[r + t]));
           L::store(to, L::fma(tile, L::set1(sum_scale[r + t]), L::mul(L::load(to), L::set1(shrink[r + t]))));
         }
     };
@@ -306,18 +354,15 @@ struct Chunks {
   }
 
   // A row's scores to weights 2^(score - most), and with codes to those times the values' scales, as bytes.
-  TAUT_INLINE void weigh(int64_t r) {
+  TAUT_INLINE void weigh(int64_t r, int64_t end) {
     float* row = scores + r * kTile;
     V highest = L::load(row);
-    for (int64_t j = kWidth; j < kTile; j += kWidth) highest = L::max(L::load(row + j), highest);
-    alignas(64) float lanes[kWidth];
-    L::store(lanes, highest);
-    float now = most[r];
-    for (int i = 0; i < kWidth; i++) now = lanes[i] > now ? lanes[i] : now;
+    for (int64_t j = kWidth; j < end; j += kWidth) highest = L::max(L::load(row + j), highest);
+    const float now = std::max(L::highest(highest), most[r]);
     shrink[r] = most[r] == now ? 1 : std::exp2(most[r] - now);
     most[r] = now;
     V sum = L::zero(), largest = L::zero(), nothing = L::zero();
-    for (int64_t j = 0; j < kTile; j += kWidth) {
+    for (int64_t j = 0; j < end; j += kWidth) {
       V weight = L::exp2(L::sub(L::load(row + j), L::set1(now)));
       sum = L::add(sum, weight);
       if constexpr (kCodes) {
@@ -327,21 +372,16 @@ struct Chunks {
       }
       L::store(row + j, weight);
     }
-    L::store(lanes, sum);
-    float added = 0;
-    for (int i = 0; i < kWidth; i++) added += lanes[i];
-    total[r] = total[r] * shrink[r] + added;
+    total[r] = total[r] * shrink[r] + L::sum(sum);
     if constexpr (kCodes) {
-      float high = 0, not_finite = 0;
-      L::store(lanes, largest);
-      for (int i = 0; i < kWidth; i++) high = std::max(high, lanes[i]);
-      L::store(lanes, nothing);
-      for (int i = 0; i < kWidth; i++) not_finite += lanes[i];
+      const float high = L::highest(largest), not_finite = L::sum(nothing);
       // A NaN among weights or scales, where a key is seen, is one in the result.
       sum_scale[r] = not_finite != 0 ? NAN : high / kMostWeight;
       const V inverse = L::set1(high > 1e-30f && not_finite == 0 ? kMostWeight / high : 0);
       uint8_t* codes = weight_codes + r * 2 * kTile;
-      for (int64_t j = 0; j < kTile; j += kWidth) L::split(L::mul(L::load(row + j), inverse), codes + j, codes + kTile + j);
+      I sum_of_codes = L::no_codes();
+      for (int64_t j = 0; j < end; j += kWidth) L::split(L::mul(L::load(row + j), inverse), codes + j, codes + kTile + j, sum_of_codes);
+      weight_sum[r] = kInt4 ? L::sum_of_lanes(sum_of_codes) * 8 : 0;
     }
   }
 
@@ -355,7 +395,7 @@ struct Chunks {
   float value_of(int64_t j, int64_t d) const { return load_kv(values[j / kKvBlock] + j % kKvBlock * p.cache.v_row_stride, d, kFormat); }
   void add_visible_values(int64_t r, int64_t begin, int64_t end) {
     for (int64_t d = 0; d < p.Dv; d++) {
-      float& sum = sums[r * value_width + d / kUnit * kUnit + position_in_unit<kFormat>(d % kUnit, kWidth)];
+      float& sum = sums[r * kRowFloats + d / kUnit * kUnit + position_in_unit<kFormat>(d % kUnit, kWidth)];
       sum *= shrink[r];
       for (int64_t j = begin; j < end; j++)
         if (scores[r * kTile + j] != 0) sum += scores[r * kTile + j] * value_of(j, d);
@@ -374,6 +414,7 @@ struct Chunks {
 
   // Keys [begin, end) of the tile that begins with `key`; no row sees others of it.
   void tile(int64_t key, int64_t begin, int64_t end) {
+    const int64_t whole_end = (end + kKvBlock - 1) / kKvBlock * kKvBlock;
     for (int64_t j = begin / kKvBlock * kKvBlock; j < end; j += kKvBlock) {
       keys[j / kKvBlock] = key_block(p.cache, b, kv_head, key + j), values[j / kKvBlock] = value_block(p.cache, b, kv_head, key + j);
       if constexpr (kCodes) {
@@ -397,9 +438,9 @@ struct Chunks {
         for (int64_t j = begin; j < end; j++) row[j] += q_offset[r];
       if (!plain) hides |= apply_rules(r, key, begin, end);
       for (int64_t j = 0; j < begin; j++) row[j] = -INFINITY;
-      for (int64_t j = end; j < kTile; j++) row[j] = -INFINITY;
+      for (int64_t j = end; j < whole_end; j++) row[j] = -INFINITY;
     }
-    for (int64_t r = 0; r < rows; r++) weigh(r);
+    for (int64_t r = 0; r < rows; r++) weigh(r, whole_end);
     if constexpr (!kCodes)
       if (hides && !values_finite(begin, end)) {
         for (int64_t r = 0; r < rows; r++) add_visible_values(r, begin, end);
@@ -416,18 +457,35 @@ struct Chunks {
   static int64_t key_width_of(const Params& p) { return kCodes ? (p.D + 7) / 8 * 8 : (p.D + kUnit - 1) / kUnit * kUnit; }
   static int64_t value_width_of(const Params& p) { return kCodes ? (p.Dv + 15) / 16 * 16 : (p.Dv + kUnit - 1) / kUnit * kUnit; }
 
-  Chunks(const Params& p, int64_t b, int64_t kv_head, int64_t first_row) : p(p), b(b), kv_head(kv_head), first_row(first_row) {
-    group = p.Hq / p.Hkv, rows = std::min(kMostRows, p.rows() - first_row), length = p.length(b);
-    channels = p.cache.channels ? p.cache.channels + (b * p.Hkv + kv_head) * 2 * (p.D + p.Dv) : nullptr;
-    key_width = key_width_of(p), value_width = value_width_of(p);
-    const int64_t floats = kMostRows * (key_width + kTile + value_width) + kTile, bytes = kMostRows * (kQBytes * key_width + 2 * kTile);
+  explicit Chunks(const Params& p) : p(p) {
+    group = p.Hq / p.Hkv, key_width = key_width_of(p), value_width = value_width_of(p);
+    const int64_t floats = kMostRows * (kRowFloats + kTile + kRowFloats) + kTile, bytes = kMostRows * (kQBytes * kRowFloats + 2 * kTile);
     q = reinterpret_cast<float*>(scratch(1, floats * sizeof(float) + bytes));
-    scores = q + kMostRows * key_width, sums = scores + kMostRows * kTile, bias = sums + kMostRows * value_width;
-    q_codes = reinterpret_cast<uint8_t*>(bias + kTile), weight_codes = q_codes + kMostRows * kQBytes * key_width;
+    scores = q + kMostRows * kRowFloats, sums = scores + kMostRows * kTile, bias = sums + kMostRows * kRowFloats;
+    q_codes = reinterpret_cast<uint8_t*>(bias + kTile), weight_codes = q_codes + kMostRows * kQBytes * kRowFloats;
+  }
+
+  // From here on: the block-th block of rows, of all heads and sequences.
+  void begin(int64_t block) {
+    const int64_t row_blocks = p.row_blocks();
+    b = block / row_blocks / p.Hkv, kv_head = block / row_blocks % p.Hkv, first_row = block % row_blocks * kMostRows;
+    rows = std::min(kMostRows, p.rows() - first_row), length = p.length(b);
+    channels = p.cache.channels ? p.cache.channels + (b * p.Hkv + kv_head) * 2 * (p.D + p.Dv) : nullptr;
+    loaded = false;
+  }
+
+  void point_to_next(int64_t sequence, int64_t head, int64_t key, int64_t end) {
+    for (int64_t i = 0; i < kBlocks; i++) next_keys[i] = key + i * kKvBlock < end ? key_block(p.cache, sequence, head, key + i * kKvBlock) : nullptr;
+  }
+  void point_to_next_task(int64_t task) {
+    const int64_t chunks = p.chunks(), block = task / chunks / p.row_blocks();
+    if (task < 0) return point_to_next(0, 0, 0, 0);
+    point_to_next(block / p.Hkv, block % p.Hkv, task % chunks * kChunk, std::min(p.length(block / p.Hkv), task % chunks * kChunk + kTile));
   }
 
   // Keys from chunk * kChunk on; their sums, maximum and total of each row to `partial`.
-  void attend(int64_t chunk, float* partial) {
+  // `next`: the task after this one, or -1.
+  void attend(int64_t chunk, int64_t next, float* partial) {
     int64_t first = length, last = 0;  // what any row sees
     for (int64_t r = 0; r < rows; r++) {
       first = std::min(first, first_key(p.rules, position_of(r)));
@@ -436,16 +494,21 @@ struct Chunks {
     first = std::max({first, chunk * kChunk, int64_t{0}}), last = std::min({last, chunk * kChunk + kChunk, length});
     for (int64_t r = 0; r < rows; r++) most[r] = kLowest, total[r] = 0;
     if (first < last) {
-      std::memset(sums, 0, rows * value_width * sizeof(float));
-      load_queries();
-      for (int64_t key = first / kTile * kTile; key < last; key += kTile) tile(key, std::max(first - key, int64_t{0}), std::min(last - key, kTile));
+      for (int64_t r = 0; r < rows; r++) std::memset(sums + r * kRowFloats, 0, value_width * sizeof(float));
+      if (!loaded) load_queries(), loaded = true;
+      for (int64_t key = first / kTile * kTile; key < last; key += kTile) {
+        const int64_t after = key + kTile;
+        if (after < last) point_to_next(b, kv_head, after, last);
+        else point_to_next_task(next);
+        tile(key, std::max(first - key, int64_t{0}), std::min(last - key, kTile));
+      }
     }
     float *partial_most = partial + kMostRows * p.Dv, *partial_total = partial_most + kMostRows;
     for (int64_t r = 0; r < rows; r++) {
       partial_most[r] = most[r], partial_total[r] = total[r];
       if (total[r] == 0) continue;
       for (int64_t d = 0; d < p.Dv; d++)
-        partial[r * p.Dv + d] = sums[r * value_width + (kCodes ? d : d / kUnit * kUnit + position_in_unit<kFormat>(d % kUnit, kWidth))];
+        partial[r * p.Dv + d] = sums[r * kRowFloats + (kCodes ? d : d / kUnit * kUnit + position_in_unit<kFormat>(d % kUnit, kWidth))];
     }
   }
 
@@ -457,20 +520,35 @@ struct Chunks {
       float highest = sink > kLowest ? sink : kLowest, all = 0;
       const auto partial = [&](int64_t c) { return partials + c * p.partial_floats(); };
       for (int64_t c = 0; c < chunks; c++) highest = std::max(highest, partial(c)[kMostRows * p.Dv + r]);
-      std::memset(sums, 0, p.Dv * sizeof(float));
+      std::memset(sums, 0, value_width * sizeof(float));
       for (int64_t c = 0; c < chunks; c++) {
         const float *from = partial(c), weight = std::exp2(from[kMostRows * p.Dv + r] - highest), part = from[kMostRows * (p.Dv + 1) + r];
         if (part == 0) continue;
         all += part * weight;
-        for (int64_t d = 0; d < p.Dv; d++) sums[d] += from[r * p.Dv + d] * weight;
+        for (int64_t d = 0; d < p.Dv; d += 8) {
+          FloatLanes x, sum;
+          load_lanes<DType::kFloat32>(x, from, r * p.Dv + d, std::min<int64_t>(8, p.Dv - d));
+          load_lanes<DType::kFloat32>(sum, sums, d);
+          store_lanes<DType::kFloat32>(sum + x * weight, sums, d);
+        }
       }
       const float divisor = all + (sink > kLowest ? std::exp2(sink - highest) : 0), inverse = divisor != 0 ? 1 / divisor : 0;
       const int64_t at = b * p.out.batch_stride + head_of(r) * p.out.head_stride + query_of(r) * p.out.row_stride;
-      for (int64_t d = 0; d < p.Dv; d++) {
-        float value = sums[d] * inverse;
-        if (channels) value = value * channels[p.D + p.Dv + p.D + d] + channels[p.D + d] * (all * inverse);
-        store_float(const_cast<void*>(p.out.data), at + d, p.dtype, value);
-      }
+      for_dtype(p.dtype, [&]<DType kDType>() {
+        for (int64_t d = 0; d < p.Dv; d += 8) {
+          const int64_t count = std::min<int64_t>(8, p.Dv - d);
+          FloatLanes x;
+          load_lanes<DType::kFloat32>(x, sums, d);
+          x *= inverse;
+          if (channels) {
+            FloatLanes shift, factor;
+            load_lanes<DType::kFloat32>(shift, channels + p.D, d, count);
+            load_lanes<DType::kFloat32>(factor, channels + p.D + p.Dv + p.D, d, count);
+            x = x * factor + shift * (all * inverse);
+          }
+          store_lanes<kDType>(x, const_cast<void*>(p.out.data), at + d, count);
+        }
+      });
       p.lse[(b * p.Hq + head_of(r)) * p.Lq + query_of(r)] = divisor != 0 ? highest * kLn2 + std::log(divisor) : -INFINITY;
     }
   }
@@ -478,14 +556,19 @@ struct Chunks {
 
 template <class L, KvFormat kFormat>
 void attend_format(const Params& p) {
-  const int64_t chunks = p.chunks(), row_blocks = p.row_blocks(), tasks = p.B * p.Hkv * row_blocks * std::max<int64_t>(chunks, 1);
-  int64_t next = 0;
+  const int64_t chunks = p.chunks(), blocks = p.B * p.Hkv * p.row_blocks(), tasks = blocks * std::max<int64_t>(chunks, 1);
+  int64_t counter = 0;
   parallel_tasks(p.num_threads, [&](int64_t) {
-    for (int64_t turn; (turn = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks;) {
-      const int64_t block = turn / std::max<int64_t>(chunks, 1), chunk = turn % std::max<int64_t>(chunks, 1);
-      Chunks<L, kFormat> work(p, block / row_blocks / p.Hkv, block / row_blocks % p.Hkv, block % row_blocks * Params::kMostRows);
+    Chunks<L, kFormat> work(p);
+    int64_t begun = -1;
+    // A task is taken before the one in front of it is done: its keys are asked for by then.
+    const auto take = [&] { return __atomic_fetch_add(&counter, 1, __ATOMIC_RELAXED); };
+    for (int64_t task = take(), next; task < tasks; task = next) {
+      next = take();
+      const int64_t block = chunks ? task / chunks : task, chunk = chunks ? task % chunks : 0;
+      if (block != begun) work.begin(begun = block);
       float* partials = p.partials + block * chunks * p.partial_floats();
-      if (chunks) work.attend(chunk, partials + chunk * p.partial_floats());
+      if (chunks) work.attend(chunk, next < tasks ? next : -1, partials + chunk * p.partial_floats());
       if (chunks <= 1 || __atomic_add_fetch(&p.finished[block], 1, __ATOMIC_ACQ_REL) == chunks) work.combine(partials);
     }
   });

@@ -52,6 +52,15 @@ struct Avx2 : attention_prefill::Avx2Lanes {
     return add(_mm256_permute2f128_ps(quads[0], quads[1], 0x20), _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
   }
 
+  static TAUT_INLINE float sum(V a) {
+    const __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)), y = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+  }
+  static TAUT_INLINE float highest(V a) {
+    const __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)), y = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+  }
+
   static TAUT_INLINE I no_codes() { return _mm256_setzero_si256(); }
   static TAUT_INLINE I load_codes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const I*>(p)); }
   static TAUT_INLINE I four_bytes(const void* p) {
@@ -61,7 +70,6 @@ struct Avx2 : attention_prefill::Avx2Lanes {
   }
   static TAUT_INLINE I low_halves(I codes) { return _mm256_and_si256(codes, _mm256_set1_epi8(15)); }
   static TAUT_INLINE I high_halves(I codes) { return _mm256_and_si256(_mm256_srli_epi16(codes, 4), _mm256_set1_epi8(15)); }
-  static TAUT_INLINE I minus_eight(I codes) { return _mm256_sub_epi8(codes, _mm256_set1_epi8(8)); }
   // sum += unsigned bytes * signed bytes, by fours. Two products must fit 16 bits: one side is at most 127, or the other within 64.
   static TAUT_INLINE I dot(I sum, I u, I s) { return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1))); }
   // The same twice, where four products fit.
@@ -71,9 +79,14 @@ struct Avx2 : attention_prefill::Avx2Lanes {
   static TAUT_INLINE I times_128_plus(I high, I low) { return _mm256_add_epi32(_mm256_slli_epi32(high, 7), low); }
   static TAUT_INLINE I minus(I a, int32_t b) { return _mm256_sub_epi32(a, _mm256_set1_epi32(b)); }
   static TAUT_INLINE V to_float(I a) { return _mm256_cvtepi32_ps(a); }
-  // x, rounded, as high * 128 + low
-  static TAUT_INLINE void split(V x, uint8_t* high, uint8_t* low) {
+  static TAUT_INLINE int32_t sum_of_lanes(I a) {
+    const __m128i x = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)), y = _mm_add_epi32(x, _mm_srli_si128(x, 8));
+    return _mm_cvtsi128_si32(_mm_add_epi32(y, _mm_srli_si128(y, 4)));
+  }
+  // x, rounded, as high * 128 + low; and added to sum
+  static TAUT_INLINE void split(V x, uint8_t* high, uint8_t* low, I& sum) {
     const I whole = _mm256_cvtps_epi32(x);
+    sum = _mm256_add_epi32(sum, whole);
     const auto store8 = [](uint8_t* p, I lanes) __attribute__((always_inline)) {
       const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
       _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
@@ -121,6 +134,9 @@ struct Avx512 : attention_prefill::Avx512Lanes {
     return add(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88), _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
   }
 
+  static TAUT_INLINE float sum(V a) { return Avx2::sum(_mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1))); }
+  static TAUT_INLINE float highest(V a) { return Avx2::highest(_mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1))); }
+
   static TAUT_INLINE I no_codes() { return _mm512_setzero_si512(); }
   static TAUT_INLINE I load_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static TAUT_INLINE I four_bytes(const void* p) {
@@ -130,7 +146,6 @@ struct Avx512 : attention_prefill::Avx512Lanes {
   }
   static TAUT_INLINE I low_halves(I codes) { return _mm512_and_si512(codes, _mm512_set1_epi8(15)); }
   static TAUT_INLINE I high_halves(I codes) { return _mm512_and_si512(_mm512_srli_epi16(codes, 4), _mm512_set1_epi8(15)); }
-  static TAUT_INLINE I minus_eight(I codes) { return _mm512_sub_epi8(codes, _mm512_set1_epi8(8)); }
 #if defined(__AVX512VNNI__)
   static TAUT_INLINE I dot(I sum, I u, I s) { return _mm512_dpbusd_epi32(sum, u, s); }
   static TAUT_INLINE I dot_twice(I sum, I u0, I s0, I u1, I s1) { return dot(dot(sum, u0, s0), u1, s1); }
@@ -143,8 +158,10 @@ struct Avx512 : attention_prefill::Avx512Lanes {
   static TAUT_INLINE I times_128_plus(I high, I low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 7), low); }
   static TAUT_INLINE I minus(I a, int32_t b) { return _mm512_sub_epi32(a, _mm512_set1_epi32(b)); }
   static TAUT_INLINE V to_float(I a) { return _mm512_cvtepi32_ps(a); }
-  static TAUT_INLINE void split(V x, uint8_t* high, uint8_t* low) {
+  static TAUT_INLINE int32_t sum_of_lanes(I a) { return _mm512_reduce_add_epi32(a); }
+  static TAUT_INLINE void split(V x, uint8_t* high, uint8_t* low, I& sum) {
     const I whole = _mm512_cvtps_epi32(x);
+    sum = _mm512_add_epi32(sum, whole);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 7)));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm512_cvtepi32_epi8(_mm512_and_si512(whole, _mm512_set1_epi32(127))));
   }
