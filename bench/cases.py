@@ -69,6 +69,7 @@ _ACTIVATIONS = ("a8", "f32", "bf16")
 _QUANTIZE_SHAPES = (HEADLINE, (576, 1536))
 DTYPES = {"a8": torch.float32, "f32": torch.float32, "bf16": torch.bfloat16}
 DEFAULT_FORMATS = ("int4_g32_a8", "int8_row_a8")
+WARM_ONLY_M = 64  # above it a matrix product is bound by arithmetic: cold and warm weights cost the same
 SWEEP_M = tuple(2**power for power in range(12))
 
 
@@ -84,6 +85,16 @@ class Case:
     @property
     def name(self) -> str:
         return f"N{self.n}_K{self.k}" + (f"_M{self.m}" if self.m else "")
+
+    @property
+    def bound_by_arithmetic(self) -> bool:
+        """Then cold and warm weights cost the same."""
+        return self.m > WARM_ONLY_M
+
+    @property
+    def float_bytes(self) -> int:
+        """What a contender and its check hold besides cold copies: fp32 weights twice, and float64 results."""
+        return self.n * self.k * 8 + self.m * (self.n + self.k) * 24
 
     @property
     def note(self) -> str:

@@ -11,7 +11,8 @@ fp32 ceiling: a processor with bf16 instructions can pass it.
 
 ``--sweep`` times the headline layer at M = 1, 2, 4 .. 2048 with every impl, for the plot; ``--never-slower`` every format with the impl
 the table picks, beside torch's float layers, and says where one is slower. Their lines have the op ``sweep``.
-``--model NAME`` times whole models instead, through ``model.generate``; bench/generation.py says how.
+``--attention`` times attention beside torch's SDPA (bench/attention.py), with ``--never-slower`` on a grid of sixty cases, which says where
+SDPA is faster. ``--model NAME`` times whole models instead, through ``model.generate``; bench/generation.py says how.
 
 JSON lines: op, case, format, impl (bench/cases.py says how they are named), peer, threads, median_us, p10_us, p90_us, gb_s,
 gflop_s, roofline_share, cold, max_error (of the largest result, against float64 with unrounded x), commit, machine, torch, and
@@ -41,9 +42,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from bench import generation, language_models, plot
+from bench import attention, generation, language_models, plot
 from bench import table as readme_table
-from bench.cases import DEFAULT_FORMATS, HEADLINE, SWEEP_M, Case, all_cases, default_formats, parse_format
+from bench.attention import AttentionCase, AttentionProblem
+from bench.cases import DEFAULT_FORMATS, HEADLINE, SWEEP_M, WARM_ONLY_M, Case, all_cases, default_formats, parse_format
 from bench.contenders import Entry, Prepared, Skip, default_impl, impls, own_entry
 from bench.peers import all_peers, bits_of
 from bench.peers import entry as peer_entry
@@ -57,7 +59,6 @@ FIELDS = (
     "op", "case", "format", "impl", "peer", "threads", "median_us", "p10_us", "p90_us", "gb_s", "gflop_s", "roofline_share",
     "cold", "max_error", "commit", "machine", "torch", "run",
 )  # fmt: skip
-_WARM_ONLY_M = 64  # above it a matrix product is bound by arithmetic: cold and warm weights cost the same
 _SECONDS_EACH = 6.0  # that a contender may take in a race; with three samples it stops there
 _BUSY_LOAD = 0.5
 _SWEEP_ROUNDS, _SWEEP_SECONDS_EACH = 4, 1.5
@@ -131,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=12, help="turns of each contender [default: 12]")
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument(
-        "--cold", action="store_true", help=f"only cold weights [default: both; only warm where M is above {_WARM_ONLY_M}]"
+        "--cold", action="store_true", help=f"only cold weights [default: both; only warm where M is above {WARM_ONLY_M}]"
     )
     weights.add_argument("--warm", action="store_true", help="only warm weights")
     parser.add_argument(
@@ -140,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--sweep", action="store_true", help="time the headline layer over M with every impl; --peers: and every peer")
     parser.add_argument("--never-slower", action="store_true", help="time every format over M beside torch's float layers")
+    parser.add_argument("--attention", action="store_true", help="time attention; --never-slower: on sixty cases")
     parser.add_argument("--plot", action="store_true", help="draw bench/results/*.png from the newest sweep and stop")
     parser.add_argument("--quick", action="store_true", help="with --model: fewer tokens and turns")
     parser.add_argument(
@@ -169,8 +171,11 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         for entry in _listed(pattern):
             print(entry)
         return 0
-    sweep = args.sweep or args.never_slower
-    if sweep:
+    sweep = (args.sweep or args.never_slower) and not args.attention
+    if args.attention:
+        matching = ([entry for entry in race if pattern is None or pattern.search(entry.id)] for race in attention.races(args.never_slower))
+        races = [race for race in matching if race]
+    elif sweep:
         races = list(select_sweep(args.never_slower, args.peers, pattern))
     else:
         races = list(select(pattern, args.peers)) if args.model is None else []
@@ -193,7 +198,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     wrong: list[str] = []
     slower: list[str] = []
     skipped = {f"{peer.name}: {reason}" for peer in all_peers() if args.peers and (reason := peer.available())}
-    kinds = 1 if sweep else 2  # a sweep has no time for both
+    kinds = 1 if sweep or args.attention else 2  # there is no time for both
     jobs = [(entries, cold) for entries in races for cold in _temperatures(entries[0].case, args.cold, args.warm)[:kinds]]
     shared = Problem(races[0][0].case) if sweep else None
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -209,14 +214,15 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             if rows:
                 console.print(_show(rows))
                 _append(args.json, rows, context, "sweep" if sweep else None)
-                slower += where_slower(rows)
+                slower += attention.where_slower(rows) if args.attention else where_slower(rows)
     console.print(_ceilings_in_words(ceilings), highlight=False)
     for line in sorted(skipped):
         console.print(f"not measured: {line}", highlight=False, markup=False)
     for line in wrong:
         console.print(f"WRONG, not timed: {line}", style="bold red", highlight=False, markup=False)
     if args.never_slower:
-        verdict = "\n".join(slower) or "No format is slower than torch's float layers at any M."
+        never = "No case is slower than torch's SDPA." if args.attention else "No format is slower than torch's float layers at any M."
+        verdict = "\n".join(slower) or never
         console.print(verdict, highlight=False, markup=False)
     _warn_if_busy(load, console)
     if (after := _load()) > context.threads + 1:
@@ -358,11 +364,11 @@ def _listed(pattern: re.Pattern[str] | None) -> Iterator[str]:
         yield from (name for name in names if pattern is None or pattern.search(name))
 
 
-def _temperatures(case: Case, cold: bool, warm: bool) -> list[bool]:
+def _temperatures(case: Case | AttentionCase, cold: bool, warm: bool) -> list[bool]:
     """True for cold weights, False for warm ones, in the order in which they are measured."""
     if cold or warm:
         return [cold]
-    return [False] if case.m > _WARM_ONLY_M else [True, False]
+    return [False] if case.bound_by_arithmetic else [True, False]
 
 
 def cold_bytes(entries: int, few: bool) -> int:
@@ -379,7 +385,8 @@ def race(
     ``sweep``: in a sweep, which has many races, the problem whose weights they share; each is then a short one.
     """
     case = entries[0].case
-    problem = Problem(case) if sweep is None else sweep.with_rows(case)
+    fresh = AttentionProblem if isinstance(case, AttentionCase) else Problem
+    problem = fresh(case) if sweep is None else sweep.with_rows(case)
     copies = cold_bytes(len(entries), sweep is not None) if cold else 0
     if sweep is not None:
         rounds = min(rounds, _SWEEP_ROUNDS)
@@ -409,7 +416,7 @@ def race(
 def _check_memory(entry: Entry, cold_bytes: int) -> None:
     """Raises ``Skip`` where a contender would fill what memory is left: fp32 weights twice, the copies, and the float64 check."""
     case = entry.case
-    need = case.n * case.k * 8 + cold_bytes * 2 + case.m * (case.n + case.k) * 24
+    need = case.float_bytes + cold_bytes * 2
     available = psutil.virtual_memory().available
     if need > 0.8 * available:
         raise Skip(f"it needs about {need / 1e9:.1f} GB of memory, and {available / 1e9:.1f} are free")

@@ -32,7 +32,7 @@ constexpr Impl<Params> kImpls[] = {
 };
 
 // One thread does this many multiply-adds in the time that a second one costs to start and join.
-constexpr double kMinProductsPerThread = 1 << 17;
+constexpr double kMinProductsPerThread = 1 << 16;
 
 std::tuple<Tensor, Tensor> attention_decode(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& k_scales,
                                             const std::optional<Tensor>& v_scales, const std::optional<Tensor>& channels,
@@ -65,9 +65,8 @@ std::tuple<Tensor, Tensor> attention_decode(const Tensor& q, const Tensor& k, co
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
   const double products = static_cast<double>(p.B) * p.Hq * p.Lq * keys * (p.D + p.Dv);
   p.num_threads = std::clamp<int64_t>(static_cast<int64_t>(products / kMinProductsPerThread), 1, torch::stable::get_num_threads());
-  const int64_t blocks = p.B * p.Hkv * p.row_blocks(), floats[] = {blocks * (p.chunks() * p.partial_floats() + 1)};
-  Tensor workspace = torch::stable::new_empty(q, torch::headeronly::IntHeaderOnlyArrayRef(floats, 1), ScalarType::Float);
-  p.finished = static_cast<int32_t*>(workspace.mutable_data_ptr());
+  const int64_t blocks = p.B * p.Hkv * p.row_blocks();
+  p.finished = reinterpret_cast<int32_t*>(scratch(0, blocks * (p.chunks() * p.partial_floats() + 1) * sizeof(float)));
   p.partials = reinterpret_cast<float*>(p.finished + blocks);
   std::fill_n(p.finished, blocks, 0);
   select(kOp, kImpls, p).run(p);
