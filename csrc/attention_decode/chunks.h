@@ -30,7 +30,7 @@ struct Chunks {
   using I = typename L::I;
   static constexpr bool kCodes = has_codes(kFormat), kInt4 = kFormat == KvFormat::kInt4;
   static constexpr int kWidth = L::kWidth, kUnit = L::kUnit, kQBytes = kInt4 ? 1 : 2;
-  static constexpr int64_t kTile = kInt4 ? 128 : 64, kBlocks = kTile / kKvBlock, kMostRows = Params::kMostRows;
+  static constexpr int64_t kTile = kCodes ? 128 : 64, kBlocks = kTile / kKvBlock, kMostRows = Params::kMostRows;
   // Rows lie at fixed distances, so that the loops need one pointer for all of them. q's codes: [4 rows][4 bytes of k][row][byte of q][4].
   static constexpr int64_t kRowFloats = 256, kQGroup = 4, kQStep = kQGroup * kQBytes * 4;
   static constexpr int64_t kElement = kCodes ? 1 : kv_element_bytes(kFormat);
@@ -140,8 +140,9 @@ struct Chunks {
       V sum[kWidth];
       TAUT_FOR (int i = 0; i < kWidth; i++) sum[i] = L::zero();
       const float* x = q + r * kRowFloats;
-      for (int64_t d = 0; d < whole; d += kUnit)
-        TAUT_FOR (int i = 0; i < kKeys; i++) {
+      // WHY key by key: the processor finds a stream of its own only where loads follow each other in memory
+      TAUT_FOR (int i = 0; i < kKeys; i++)
+        for (int64_t d = 0; d < whole; d += kUnit) {
           if (r == 0) TAUT_FOR (int at = 0; at < kUnit * kElement; at += 64) ask_for(value[i] + d * kElement + at);
           V low, high;
           L::template load_unit<kFormat>(row[i] + d * kElement, low, high);
@@ -173,10 +174,10 @@ struct Chunks {
     L::template load_unit<kFormat>(bytes, low, high);
   }
 
-  // Of codes: whole blocks, kKeyVectors registers of keys by kRows rows at a time.
+  // Of codes: whole blocks, kVectors registers of keys by kRows rows at a time.
   template <int kRows>
   __attribute__((noinline)) void some_code_scores(int64_t r, int64_t begin, int64_t end) {
-    constexpr int kVectors = L::kKeyVectors;
+    constexpr int kVectors = kInt4 ? L::kKeyVectors : 1;  // WHY: one block of int8 keys after the other is one stream
     constexpr int64_t kLine = 4 * kWidth;  // so much of the values for a step: as much as it reads of the keys
     const int64_t steps = key_width / (kInt4 ? 8 : 4), value_bytes = value_block_bytes(kFormat, p.Dv);
     const uint8_t* code = q_codes + r / kQGroup * kRowFloats * kQGroup * kQBytes + r % kQGroup * kQBytes * 4;
@@ -222,9 +223,10 @@ struct Chunks {
 
   // ---- Values ----
 
+  // WHY at most two rows: then as many columns fit the registers that memory is read in order; for the other rows the tile is in L1.
   template <int kRows>
   __attribute__((noinline)) void some_values(int64_t r, int64_t begin, int64_t end) {
-    constexpr int kUnits = kRows * 4 <= 4 * L::kValueVectors * 2 ? L::kValueVectors : 1;
+    constexpr int kUnits = 4 * L::kValueVectors / kRows;
     const int64_t whole = p.Dv / kUnit * kUnit, stride = p.cache.v_row_stride;
     const float* weight = scores + r * kTile;
     const auto columns = [&]<int kCount, bool kTail>(int64_t d) __attribute__((always_inline)) {
@@ -243,14 +245,13 @@ struct Chunks {
             TAUT_FOR (int at = 0; at < kCount * kUnit * kElement; at += 64) ask_for(ahead + at);
             ahead += p.cache.k_row_stride;
           }
+          V x[kRows];
+          TAUT_FOR (int t = 0; t < kRows; t++) x[t] = L::set1(weight[t * kTile + j]);
           TAUT_FOR (int i = 0; i < kCount; i++) {
             V low, high;
             if constexpr (kTail) load_tail(row, p.Dv - d, low, high);
             else L::template load_unit<kFormat>(row + i * kUnit * kElement, low, high);
-            TAUT_FOR (int t = 0; t < kRows; t++) {
-              const V x = L::set1(weight[t * kTile + j]);
-              sum[t][i][0] = L::fma(x, low, sum[t][i][0]), sum[t][i][1] = L::fma(x, high, sum[t][i][1]);
-            }
+            TAUT_FOR (int t = 0; t < kRows; t++) sum[t][i][0] = L::fma(x[t], low, sum[t][i][0]), sum[t][i][1] = L::fma(x[t], high, sum[t][i][1]);
           }
         }
       }
@@ -448,6 +449,7 @@ struct Chunks {
       }
     by_rows([&]<int kRows>(int64_t r) {
       if constexpr (kCodes) some_code_values<kRows>(r, begin, end);
+      else if constexpr (kRows == 4) some_values<2>(r, begin, end), some_values<2>(r + 2, begin, end);
       else some_values<kRows>(r, begin, end);
     });
   }
