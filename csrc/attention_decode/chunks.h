@@ -223,7 +223,8 @@ struct Chunks {
 
   // ---- Values ----
 
-  // WHY at most two rows: then as many columns fit the registers that memory is read in order; for the other rows the tile is in L1.
+  // WHY two rows at most: then as many columns fit the registers that memory is read in order; for the other rows the tile is in L1. But
+  // four of fp8, whose conversion costs more than the order of memory gains.
   template <int kRows>
   __attribute__((noinline)) void some_values(int64_t r, int64_t begin, int64_t end) {
     constexpr int kUnits = 4 * L::kValueVectors / kRows;
@@ -449,7 +450,7 @@ struct Chunks {
       }
     by_rows([&]<int kRows>(int64_t r) {
       if constexpr (kCodes) some_code_values<kRows>(r, begin, end);
-      else if constexpr (kRows == 4) some_values<2>(r, begin, end), some_values<2>(r + 2, begin, end);
+      else if constexpr (kRows == 4 && kFormat != KvFormat::kFp8) some_values<2>(r, begin, end), some_values<2>(r + 2, begin, end);
       else some_values<kRows>(r, begin, end);
     });
   }
