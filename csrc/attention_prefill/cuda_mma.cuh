@@ -15,6 +15,9 @@
 // LIMITS    fp16 or bf16 (sm_75: fp16)
 #pragma once
 
+#include <cstring>
+#include <type_traits>
+
 #include "attention_prefill/cuda_rows.cuh"
 #include "common/launch.h"
 #include "common/mma.cuh"
@@ -66,15 +69,18 @@ struct Loader {
   }
 };
 
+// Two numbers rounded to T, in a register.
 template <class T>
 TAUT_DEVICE uint32_t pack(float low, float high) {
+  uint32_t word;
   if constexpr (std::is_same_v<T, __half>) {
     const __half2 pair = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
+    memcpy(&word, &pair, 4);
   } else {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
+    memcpy(&word, &pair, 4);
   }
+  return word;
 }
 
 // A warp's rows: the sums over v, the maximum and the total weight so far. Row 16 m + 8 h + g is lane g * 4 + t's, columns 2t, 2t+1 of each 8.

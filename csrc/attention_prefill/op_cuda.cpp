@@ -66,17 +66,18 @@ std::tuple<Tensor, Tensor> attention_prefill_varlen(const Tensor& q, const Tenso
   const Tensor ends_q = torch::stable::to(cu_seqlens_q, cpu), ends_k = torch::stable::to(cu_seqlens_k, cpu);
   Call call = make_varlen_call(q, k, v, ends_q, ends_k, softmax_scale, causal, window, softcap, s_aux, alibi_slopes, check_cuda_tensor);
   const int64_t tokens = q.size(0), end = call.params.cu_seqlens_q[call.params.B];
+  if (!call.empty()) {
+    const Tensor there_q = torch::stable::to(cu_seqlens_q, q.device()), there_k = torch::stable::to(cu_seqlens_k, q.device());
+    call.params.cu_seqlens_q = static_cast<const int32_t*>(there_q.const_data_ptr());
+    call.params.cu_seqlens_k = static_cast<const int32_t*>(there_k.const_data_ptr());
+    expose(cuda, q, k, v, call);
+    cuda.expose("cu_seqlens_q", there_q), cuda.expose("cu_seqlens_k", there_k);
+    run(cuda, kVarlen, call.params, tokens, k.size(0), q);
+  }
   if (end < tokens) {  // rows of no sequence
     torch::stable::fill_(torch::stable::narrow(call.out, 0, end, tokens - end), 0.0);
     torch::stable::fill_(torch::stable::narrow(call.lse, 1, end, tokens - end), -std::numeric_limits<double>::infinity());
   }
-  if (call.empty()) return call.results();
-  const Tensor there_q = torch::stable::to(cu_seqlens_q, q.device()), there_k = torch::stable::to(cu_seqlens_k, q.device());
-  call.params.cu_seqlens_q = static_cast<const int32_t*>(there_q.const_data_ptr());
-  call.params.cu_seqlens_k = static_cast<const int32_t*>(there_k.const_data_ptr());
-  expose(cuda, q, k, v, call);
-  cuda.expose("cu_seqlens_q", there_q), cuda.expose("cu_seqlens_k", there_k);
-  run(cuda, kVarlen, call.params, tokens, k.size(0), q);
   return call.results();
 }
 
