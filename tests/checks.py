@@ -23,6 +23,9 @@ TILE_ROWS = 8  # a strip of the Rows8 layout
 ROUND_WEIGHTS = ("cuda_sm90a.wgmma", "cuda_sm75.dense", "cpu_avx512bf16.float")
 
 
+# Impls of attention that round the weights of the values to the dtype of v, as a softmax in that dtype would have it.
+ROUND_SOFTMAX = ("cuda_sm80.mma", "cuda_sm75.mma")
+
 # Impls that compute with vdpbf16ps: it takes subnormal numbers for zeros, and makes zeros of them.
 FLUSHES = ("cpu_avx512bf16.float",)
 
@@ -139,7 +142,8 @@ def assert_attention(
     Two errors meet. That of the sum over the keys is as in ``assert_matches``. An error d_j of a score moves its weight by p_j d_j, and
     with it the sum by at most sum p_j |v_j - out| d_j: d_j is a sum of D products, so c * u * sum |q k| * softmax_scale, besides
     what softcap, ALiBi, the mask, the running maximum and lse add: a few roundings of numbers as large as the score. Plain torch in
-    fp32 (``plain``) has all of them, and its c is measured over the whole output.
+    fp32 (``plain``) has all of them, and its c is measured over the whole output. Impls in ``ROUND_SOFTMAX`` are allowed what
+    rounding each weight moves the sum by.
     """
     rules = {name: value for name, value in arguments.items() if name not in ("q", "k", "v")}
     q, k, v = (arguments[name] for name in "qkv")
@@ -159,9 +163,10 @@ def assert_attention(
     magnitude = weights @ values + (weights * error_of_score) @ values + (weights * error_of_score).sum(-1, keepdim=True) * reference.abs()
     walk = (k.shape[2] * (weights**2 @ values**2)).sqrt()
     shape = (-1, out.shape[-1])
+    rounded = softmax_rounding(weights, values, out.dtype).reshape(shape) if impl.startswith(ROUND_SOFTMAX) else None
     assert_matches(
         out.reshape(shape), reference.reshape(shape), plain[0].reshape(shape), magnitude.reshape(shape), walk.reshape(shape),
-        dtype=out.dtype, depth=k.shape[2] + q.shape[3], independent=False, context=f"{impl} on {context}",
+        dtype=out.dtype, depth=k.shape[2] + q.shape[3], weight_error=rounded, independent=False, context=f"{impl} on {context}",
     )  # fmt: skip
     largest = torch.where(weights > 0, error_of_score, 0.0).amax(-1) + reference_lse.abs().nan_to_num(posinf=0.0)
     assert_matches(
@@ -169,6 +174,13 @@ def assert_attention(
         torch.zeros_like(largest.reshape(-1, 1)), dtype=torch.float32, depth=k.shape[2], independent=False,
         context=f"{impl} on {context}, lse",
     )  # fmt: skip
+
+
+def softmax_rounding(weights: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far ``weights @ values`` may move when each weight, relative to the largest so far, is rounded: as in ``weight_rounding``."""
+    relative, tiny = ROUNDING[dtype]
+    moves = torch.where(weights == 0, 0.0, torch.clamp(relative * weights, min=tiny))
+    return torch.minimum(moves @ values, 5 / math.sqrt(3) * (moves**2 @ values**2).sqrt())
 
 
 def attention_weights(q: Tensor, k: Tensor, lse: Tensor, rules: dict) -> Tensor:

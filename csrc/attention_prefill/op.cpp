@@ -1,17 +1,9 @@
-#include "attention_prefill/op.h"
-
 #include <algorithm>
-#include <sstream>
-#include <tuple>
 
-#include "common/attention_bridge.h"
-#include "common/impl.h"
+#include "attention_prefill/call.h"
 
 namespace taut::attention_prefill {
 namespace {
-
-constexpr const char* kOp = "attention_prefill";
-constexpr const char* kVarlen = "attention_prefill_varlen";
 
 #if defined(__x86_64__)
 const char* needs_avx512bw(const Params&) { return cpu_features().avx512bw ? nullptr : "this processor has no AVX-512 F, BW, DQ and VL"; }
@@ -38,96 +30,26 @@ void run(Params& p) {
 std::tuple<Tensor, Tensor> attention_prefill(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale, bool causal, int64_t window,
                                              double softcap, const std::optional<Tensor>& mask, const std::optional<Tensor>& s_aux,
                                              const std::optional<Tensor>& alibi_slopes, bool tokens_first) {
-  check(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, kOp, ": q, k and v must be [B, heads, length, head dim], got ", shape_string(q), ", ", shape_string(k),
-        " and ", shape_string(v));
-  const DType dtype = float_dtype(kOp, "q", q);
-  check(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), kOp, ": k and v must have the dtype of q");
-  check_heads(kOp, q.size(1), k.size(1), q.size(3), v.size(3));
-  check_rules(kOp, softmax_scale, window, softcap);
-  const int64_t B = q.size(0), Hq = q.size(1), Lq = q.size(2), D = q.size(3), Hkv = k.size(1), Lk = k.size(2), Dv = v.size(3);
-  check(k.size(0) == B && k.size(3) == D, kOp, ": k must be [", B, ", Hkv, Lk, ", D, "], got ", shape_string(k));
-  check(v.size(0) == B && v.size(1) == Hkv && v.size(2) == Lk, kOp, ": v must be [", B, ", ", Hkv, ", ", Lk, ", Dv], got ", shape_string(v));
-  const PerHead sinks = per_head(kOp, "s_aux", s_aux, q, Hq), slopes = per_head(kOp, "alibi_slopes", alibi_slopes, q, Hq);
-  const int64_t scores_shape[] = {B, Hq, Lq, Lk}, shape[] = {B, Hq, Lq, Dv}, by_token[] = {B, Lq, Hq, Dv};
-  Params p{heads_of(kOp, "q", q, true), heads_of(kOp, "k", k, true), heads_of(kOp, "v", v, true)};
-  p.rules = {static_cast<float>(softmax_scale), static_cast<float>(softcap), causal, window, sinks.data, slopes.data, mask_of(kOp, mask, q, scores_shape)};
-  Tensor out = torch::stable::new_empty(q, torch::headeronly::IntHeaderOnlyArrayRef(tokens_first ? by_token : shape, 4));
-  if (tokens_first) out = torch::stable::transpose(out, 1, 2);
-  Tensor lse = torch::stable::new_empty(q, torch::headeronly::IntHeaderOnlyArrayRef(shape, 3), ScalarType::Float);
-  if (B * Lq == 0) return {out, lse};
-  p.out = {out.mutable_data_ptr(), out.stride(0), out.stride(1), out.stride(2)};
-  p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  p.lse_head_stride = Lq, p.lse_batch_stride = Hq * Lq;
-  p.dtype = dtype;
-  p.B = B, p.Hq = Hq, p.Hkv = Hkv, p.Lq = Lq, p.Lk = Lk, p.D = D, p.Dv = Dv;
-  run(p);
-  return {out, lse};
-}
-
-// The length of the longest sequence.
-int64_t check_ends(const char* what, const Tensor& ends, int64_t tokens) {
-  check_cpu(kVarlen, what, ends);
-  check(ends.scalar_type() == ScalarType::Int && ends.dim() == 1 && ends.size(0) >= 1 && ends.is_contiguous(), kVarlen, ": ", what,
-        " must be contiguous int32 [S + 1]");
-  const int32_t* values = static_cast<const int32_t*>(ends.const_data_ptr());
-  const int64_t count = ends.size(0) - 1;
-  int64_t most = 0;
-  check(values[0] == 0, kVarlen, ": ", what, " must begin with 0, got ", values[0]);
-  for (int64_t s = 0; s < count; s++) {
-    check(values[s] <= values[s + 1], kVarlen, ": ", what, " must not fall, got ", values[s], " then ", values[s + 1]);
-    most = std::max<int64_t>(most, values[s + 1] - values[s]);
-  }
-  check(values[count] <= tokens, kVarlen, ": ", what, " must end within the ", tokens, " tokens there are, got ", values[count]);
-  return most;
+  Call call = make_call(q, k, v, softmax_scale, causal, window, softcap, mask, s_aux, alibi_slopes, tokens_first, check_cpu);
+  if (!call.empty()) run(call.params);
+  return call.results();
 }
 
 std::tuple<Tensor, Tensor> attention_prefill_varlen(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                                                     double softmax_scale, bool causal, int64_t window, double softcap, const std::optional<Tensor>& s_aux,
                                                     const std::optional<Tensor>& alibi_slopes) {
-  check(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, kVarlen, ": q, k and v must be [tokens, heads, head dim], got ", shape_string(q), ", ", shape_string(k),
-        " and ", shape_string(v));
-  const DType dtype = float_dtype(kVarlen, "q", q);
-  check(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), kVarlen, ": k and v must have the dtype of q");
-  check_heads(kVarlen, q.size(1), k.size(1), q.size(2), v.size(2));
-  check_rules(kVarlen, softmax_scale, window, softcap);
-  const int64_t tokens = q.size(0), Hq = q.size(1), D = q.size(2), Hkv = k.size(1), Dv = v.size(2);
-  check(k.size(2) == D, kVarlen, ": k must be [Tk, Hkv, ", D, "], got ", shape_string(k));
-  check(v.size(0) == k.size(0) && v.size(1) == Hkv, kVarlen, ": v must be [", k.size(0), ", ", Hkv, ", Dv], got ", shape_string(v));
-  check(cu_seqlens_q.dim() == 1 && cu_seqlens_k.dim() == 1 && cu_seqlens_q.size(0) == cu_seqlens_k.size(0), kVarlen,
-        ": cu_seqlens_q and cu_seqlens_k must be of one length");
-  const PerHead sinks = per_head(kVarlen, "s_aux", s_aux, q, Hq), slopes = per_head(kVarlen, "alibi_slopes", alibi_slopes, q, Hq);
-  Params p{heads_of(kVarlen, "q", q, false), heads_of(kVarlen, "k", k, false), heads_of(kVarlen, "v", v, false)};
-  p.Lq = check_ends("cu_seqlens_q", cu_seqlens_q, tokens), p.Lk = check_ends("cu_seqlens_k", cu_seqlens_k, k.size(0));
-  p.rules = {static_cast<float>(softmax_scale), static_cast<float>(softcap), causal, window, sinks.data, slopes.data, {}};
-  const int64_t shape[] = {tokens, Hq, Dv}, lse_shape[] = {Hq, tokens};
-  Tensor out = torch::stable::new_empty(q, torch::headeronly::IntHeaderOnlyArrayRef(shape, 3));
-  Tensor lse = torch::stable::new_empty(q, torch::headeronly::IntHeaderOnlyArrayRef(lse_shape, 2), ScalarType::Float);
-  p.cu_seqlens_q = static_cast<const int32_t*>(cu_seqlens_q.const_data_ptr()), p.cu_seqlens_k = static_cast<const int32_t*>(cu_seqlens_k.const_data_ptr());
-  p.B = cu_seqlens_q.size(0) - 1;
-  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  Call call = make_varlen_call(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window, softcap, s_aux, alibi_slopes, check_cpu);
+  const Params& p = call.params;
+  const int64_t tokens = q.size(0), row_bytes = p.Hq * p.Dv * dtype_bytes(p.dtype);
   for (int64_t t = p.cu_seqlens_q[p.B]; t < tokens; t++) {  // rows of no sequence
-    std::fill_n(static_cast<char*>(out.mutable_data_ptr()) + t * Hq * Dv * dtype_bytes(dtype), Hq * Dv * dtype_bytes(dtype), 0);
-    for (int64_t h = 0; h < Hq; h++) p.lse[h * tokens + t] = -INFINITY;
+    std::fill_n(static_cast<char*>(call.out.mutable_data_ptr()) + t * row_bytes, row_bytes, 0);
+    for (int64_t h = 0; h < p.Hq; h++) p.lse[h * tokens + t] = -INFINITY;
   }
-  if (p.B * p.Lq == 0) return {out, lse};
-  p.out = {out.mutable_data_ptr(), 0, Dv, Hq * Dv};
-  p.lse_head_stride = tokens, p.lse_batch_stride = 0;
-  p.dtype = dtype;
-  p.Hq = Hq, p.Hkv = Hkv, p.D = D, p.Dv = Dv;
-  run(p);
-  return {out, lse};
+  if (!call.empty()) run(call.params);
+  return call.results();
 }
 
-std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
-  const auto size = [&](const char* name, int64_t otherwise) { return sizes.count(name) ? sizes.at(name) : otherwise; };
-  Params p{};
-  p.B = size("B", 1), p.Hq = size("Hq", 32), p.Hkv = size("Hkv", p.Hq), p.Lq = size("Lq", 512), p.Lk = size("Lk", p.Lq);
-  p.D = size("D", 64), p.Dv = size("Dv", p.D);
-  const int64_t dtype = size("dtype", 0);
-  check(0 <= dtype && dtype <= 2, kOp, ": dtype must be 0 (float32), 1 (bfloat16) or 2 (float16), got ", dtype);
-  p.dtype = static_cast<DType>(dtype);
-  return explain_table(kOp, kImpls, p);
-}
+std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) { return explain_table(kOp, kImpls, params_of(sizes)); }
 
 const bool registered = register_table(kOp, "cpu", kImpls, explain);
 
@@ -135,12 +57,8 @@ const bool registered = register_table(kOp, "cpu", kImpls, explain);
 }  // namespace taut::attention_prefill
 
 STABLE_TORCH_LIBRARY_FRAGMENT(taut, m) {
-  m.def(
-      "attention_prefill(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, int window, float softcap, Tensor? mask, Tensor? s_aux, "
-      "Tensor? alibi_slopes, bool tokens_first) -> (Tensor, Tensor)");
-  m.def(
-      "attention_prefill_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float softmax_scale, bool causal, int window, "
-      "float softcap, Tensor? s_aux, Tensor? alibi_slopes) -> (Tensor, Tensor)");
+  m.def(taut::attention_prefill::kSchema);
+  m.def(taut::attention_prefill::kVarlenSchema);
 }
 STABLE_TORCH_LIBRARY_IMPL(taut, CPU, m) {
   m.impl("attention_prefill", TORCH_BOX(&taut::attention_prefill::attention_prefill));

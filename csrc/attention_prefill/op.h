@@ -3,10 +3,18 @@
 
 #include "common/attention.h"
 #include "common/cpu_features.h"
+#include "common/device.h"
 #include "common/dtypes.h"
 #include "common/parallel.h"
 
 namespace taut::attention_prefill {
+
+constexpr const char* kSchema =
+    "attention_prefill(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, int window, float softcap, Tensor? mask, Tensor? s_aux, "
+    "Tensor? alibi_slopes, bool tokens_first) -> (Tensor, Tensor)";
+constexpr const char* kVarlenSchema =
+    "attention_prefill_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float softmax_scale, bool causal, int window, "
+    "float softcap, Tensor? s_aux, Tensor? alibi_slopes) -> (Tensor, Tensor)";
 
 struct Params {
   Heads q;     // [B,Hq,Lq,D]
@@ -49,5 +57,33 @@ void run(const Params&);
 namespace cpu_avx512bw {
 void run(const Params&);
 }
+
+// ---- CUDA -------------------------------------------------------------------------------------------------------------
+
+struct CudaParams : Params {
+  int64_t q_rows, k_rows;  // in memory, of a head: Lq and Lk; varlen: of all sequences together
+  const Device* device;
+  void* stream;     // cudaStream_t
+  void* workspace;  // 256-byte aligned, as many bytes as the row's workspace_bytes asked for, uninitialised
+};
+
+// Any dtype, fp32 arithmetic: the correct slower path.
+namespace cuda_sm75_simt {
+void run(const CudaParams&);
+// Computes anew the rows of which a flag is not 0. flags[B,Hkv,flags_per_head]: one for each `rows_per_flag` rows, which are the
+// queries of the heads that share a key head, token by token.
+void repair(const CudaParams&, const int* flags, int flags_per_head, int rows_per_flag);
+}  // namespace cuda_sm75_simt
+// 16-bit q, k and v on tensor cores.
+namespace cuda_sm75_mma {
+const char* supported(const CudaParams&);
+int64_t workspace_bytes(const CudaParams&);
+void run(const CudaParams&);
+}  // namespace cuda_sm75_mma
+namespace cuda_sm80_mma {
+const char* supported(const CudaParams&);
+int64_t workspace_bytes(const CudaParams&);
+void run(const CudaParams&);
+}  // namespace cuda_sm80_mma
 
 }  // namespace taut::attention_prefill

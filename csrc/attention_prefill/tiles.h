@@ -14,10 +14,6 @@
 namespace taut::attention_prefill {
 namespace {
 
-constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
-// The maximum of a row that has seen nothing. WHY not -infinity: it is subtracted.
-constexpr float kLowest = -3.0e38f;
-
 template <class L>
 struct Tiles {
   using V = typename L::V;

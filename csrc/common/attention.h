@@ -39,9 +39,13 @@ struct AttentionRules {
 
 namespace {  // WHY: every translation unit gets its own copy, so that no AVX-512 copy can be linked for everyone
 
+constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+// The maximum of a row that has seen nothing. WHY not -infinity: it is subtracted.
+constexpr float kLowest = -3.0e38f;
+
 // The keys [first, end) that causality and the window leave to a query at `position`, of `keys` there are; none where first >= end.
-inline int64_t first_key(const AttentionRules& rules, int64_t position) { return rules.window ? std::max<int64_t>(0, position - rules.window + 1) : 0; }
-inline int64_t end_key(const AttentionRules& rules, int64_t position, int64_t keys) {
+constexpr int64_t first_key(const AttentionRules& rules, int64_t position) { return rules.window ? std::max<int64_t>(0, position - rules.window + 1) : 0; }
+constexpr int64_t end_key(const AttentionRules& rules, int64_t position, int64_t keys) {
   if (rules.causal) return std::min(keys, position + 1);
   return rules.window ? std::min(keys, position + rules.window) : keys;
 }

@@ -8,17 +8,21 @@ namespace taut {
 
 constexpr int64_t kMostHeadDim = 256;
 
+// Throws where a tensor is not on the device of the impls: check_cpu, or check_cuda_tensor of common/torch_cuda.h.
+using CheckPlace = void (*)(const char* op, const char* what, const Tensor& t);
+
 // `batch`: whether there is a dimension for it.
-inline Heads heads_of(const char* op, const char* what, const Tensor& t, bool batch) {
-  check_cpu(op, what, t);
+inline Heads heads_of(const char* op, const char* what, const Tensor& t, bool batch, CheckPlace check_place = check_cpu) {
+  check_place(op, what, t);
   check(t.size(t.dim() - 1) == 1 || t.stride(t.dim() - 1) == 1, op, ": ", what, "'s last dimension must be contiguous");
   if (!batch) return {t.const_data_ptr(), 0, t.stride(1), t.stride(0)};
   return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-inline AttentionMask mask_of(const char* op, const std::optional<Tensor>& mask, const Tensor& q, const int64_t (&shape)[4]) {
+inline AttentionMask mask_of(const char* op, const std::optional<Tensor>& mask, const Tensor& q, const int64_t (&shape)[4],
+                             CheckPlace check_place = check_cpu) {
   if (!mask) return {};
-  check_cpu(op, "mask", *mask);
+  check_place(op, "mask", *mask);
   const bool is_bool = mask->scalar_type() == ScalarType::Bool;
   check(is_bool || mask->scalar_type() == ScalarType::Float || mask->scalar_type() == q.scalar_type(), op,
         ": mask must be bool, float32 or of the dtype of q");
@@ -41,9 +45,10 @@ struct PerHead {
   Tensor values;
   const float* data = nullptr;
 };
-inline PerHead per_head(const char* op, const char* what, const std::optional<Tensor>& t, const Tensor& q, int64_t q_heads) {
+inline PerHead per_head(const char* op, const char* what, const std::optional<Tensor>& t, const Tensor& q, int64_t q_heads,
+                        CheckPlace check_place = check_cpu) {
   if (!t) return {};
-  check_cpu(op, what, *t);
+  check_place(op, what, *t);
   check(t->dim() == 1 && t->size(0) == q_heads && (t->scalar_type() == ScalarType::Float || t->scalar_type() == q.scalar_type()), op, ": ", what,
         " must be float32 or of the dtype of q, [", q_heads, "], got ", shape_string(*t));
   const Tensor values = torch::stable::contiguous(torch::stable::to(*t, ScalarType::Float));

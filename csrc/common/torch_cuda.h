@@ -7,7 +7,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <sstream>
+#include <utility>
 
 #include "common/device.h"
 #include "common/torch_bridge.h"
@@ -34,6 +37,24 @@ inline void check_same_device(const char* op, const char* what, const Tensor& t,
   check_cuda_tensor(op, what, t);
   check(t.get_device_index() == other.get_device_index(), op, ": ", what, " is on device ", t.get_device_index(), ", but ", other_name, " is on device ",
         other.get_device_index());
+}
+
+// The tensors of a call besides `first`; nullptr where one was not given.
+inline void check_one_device(const char* op, const char* first_name, const Tensor& first, std::initializer_list<std::pair<const char*, const Tensor*>> others) {
+  check_cuda_tensor(op, first_name, first);
+  for (const auto& [name, t] : others)
+    if (t) check_same_device(op, name, *t, first_name, first);
+}
+
+// Temporary memory for kernels, which begins at `aligned`.
+inline Tensor scratch_bytes(const Tensor& like, int64_t bytes) {
+  const int64_t shape[] = {std::max<int64_t>(bytes, 0) + 256};
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape, 1), ScalarType::Byte);
+}
+
+// WHY: torch's CUDA allocator aligns to 512 bytes, the host's, in the emulator, to 64.
+inline uint8_t* aligned(const Tensor& scratch) {
+  return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr()) + 255) & ~uintptr_t{255});
 }
 
 // The device of a call, made current for as long as this lives, and the stream torch would use there.

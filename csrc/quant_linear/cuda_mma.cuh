@@ -24,16 +24,13 @@
 #include "common/cuda.cuh"
 #include "common/dequant.cuh"
 #include "common/launch.h"
+#include "common/mma.cuh"
 #include "common/numbers.cuh"
 #include "common/ptx.cuh"
 #include "quant_linear/op.h"
 
 namespace taut::quant_linear {
 namespace {
-
-// Each kernel's body is compiled for the devices that run it.
-template <int kSm>
-constexpr bool kCompiledFor = TAUT_EMULATED || (kSm >= 80 ? TAUT_ARCH >= kSm : TAUT_ARCH >= kSm && TAUT_ARCH < 80);
 
 template <int kWarpM_, int kWarpStrips_, int kWarpsN_, int kWarpsM_, int kWarpsK_, int kStages_, int kBlocksPerSm_>
 struct MmaTile {
@@ -171,21 +168,6 @@ TAUT_DEVICE void store_out(const MmaArgs& args, const Accumulators<Tile>& acc, i
 
 // ---- Loading a unit ----------------------------------------------------------------------------------------------------
 
-// 16 bytes from global to shared memory, or zeros. kDeferred: the bytes wait in a register (sm_75, where there is no
-// cp.async) until `land`.
-template <bool kDeferred>
-struct Chunk {
-  TAUT_DEVICE void fetch(void* dst, const void* src, int bytes) { ptx::cp_async_16(dst, src, bytes); }
-  TAUT_DEVICE void land(void*) {}
-};
-
-template <>
-struct Chunk<true> {
-  uint4 bytes;
-  TAUT_DEVICE void fetch(void*, const void* src, int size) { bytes = size ? *static_cast<const uint4*>(src) : make_uint4(0, 0, 0, 0); }
-  TAUT_DEVICE void land(void* dst) { *static_cast<uint4*>(dst) = bytes; }
-};
-
 // A thread's part in filling the stages: it walks along k in a tile, and sources move by constants. Only at the ragged ends
 // of N and K (`whole` is false) is every chunk looked at by itself.
 template <bool kDeferred, Format kFormat, bool kGroup32, bool kZeros, class Tile>
@@ -292,16 +274,6 @@ struct Loader {
 };
 
 // ---- Computing a unit --------------------------------------------------------------------------------------------------
-
-template <int kSm, class T>
-TAUT_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (kSm >= 80) {
-    ptx::mma_m16n8k16<T>(d, a, b0, b1);
-  } else {  // registers 0 and 1 of A are its k 0..7, 2 and 3 its k 8..15
-    ptx::mma_m16n8k8(d, a[0], a[1], b0);
-    ptx::mma_m16n8k8(d, a[2], a[3], b1);
-  }
-}
 
 // The words of one strip of a tile that belong to group h of kGroups: their first kWords / kGroups are filled.
 template <Format kFormat, int kGroups>

@@ -62,16 +62,6 @@ constexpr Impl<CudaParams> kImpls[] = {
     {"cuda_sm75.simt", built<kSm75, always<CudaParams>>, always, cuda_sm75_simt::run},
 };
 
-Tensor scratch_bytes(const Tensor& like, int64_t bytes) {
-  const int64_t shape[] = {std::max<int64_t>(bytes, 0) + 256};
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape, 1), ScalarType::Byte);
-}
-
-// WHY: torch's CUDA allocator aligns to 512 bytes, the host's, in the emulator, to 64.
-uint8_t* aligned(const Tensor& scratch) {
-  return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr()) + 255) & ~uintptr_t{255});
-}
-
 // 8-bit activations: the codes, units and multiples of x, in one allocation.
 struct QuantizedX {
   Tensor scratch;

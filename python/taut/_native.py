@@ -139,7 +139,7 @@ def explain(op: str, device: str = "cpu", **sizes: Any) -> list[Verdict]:
 
 _EXPLAIN_SIZES = {
     "attention_decode": ("kv_format",),
-    "attention_prefill": ("B", "Hq", "Hkv", "Lq", "Lk", "D", "Dv", "dtype"),
+    "attention_prefill": ("B", "Hq", "Hkv", "Lq", "Lk", "D", "Dv", "dtype", "device_index"),
     "decoder_layers": ("head_dim",),
     "kv_append": (),
     "quant_linear": ("M", "N", "K", "format", "group_size", "zeros", "activations", "dtype", "device_index"),

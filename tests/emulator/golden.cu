@@ -122,6 +122,11 @@ TAUT_PROBE(arithmetic_bf16, 3, 3, kSm80, {
   out[1] = ptx::hsub2<__nv_bfloat16>(in[0], in[1]);
   out[2] = ptx::hmul2<__nv_bfloat16>(in[0], in[1]);
 })
+TAUT_PROBE(ex2, 1, 1, true, {
+  float x;
+  memcpy(&x, &in[0], 4);
+  out[0] = __float_as_uint(ptx::ex2(x));
+})
 TAUT_PROBE(cvt_e4m3x2, 2, 1, kSm89, {
   float lo, hi;
   memcpy(&lo, &in[0], 4);
@@ -184,6 +189,7 @@ constexpr Probe kProbes[] = {
     {"prmt", 75, "xxx", 1, prmt},
     {"arithmetic_f16", 75, "HHH", 3, arithmetic_f16},
     {"arithmetic_bf16", 80, "BBB", 3, arithmetic_bf16},
+    {"ex2", 75, "f", 1, ex2},
     {"cvt_e4m3x2", 89, "FF", 1, cvt_e4m3x2},
     {"cvt_f16x2_e4m3x2", 89, "e", 1, cvt_f16x2_e4m3x2},
     {"stmatrix_x4_trans", 90, "xxxx", 4, stmatrix_x4_trans},

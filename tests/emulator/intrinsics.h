@@ -81,6 +81,13 @@ inline uint8_t float_to_e4m3(float x) {
 
 inline uint16_t cvt_e4m3x2(float lo, float hi) { return static_cast<uint16_t>(float_to_e4m3(lo) | float_to_e4m3(hi) << 8); }
 
+// ---- 2^x, subnormal numbers flushed -----------------------------------------------------------------------------------
+
+inline float ex2(float x) {
+  const float r = std::exp2(std::fabs(x) < 0x1p-126f ? 0.0f : x);
+  return std::fabs(r) < 0x1p-126f ? 0.0f : r;
+}
+
 // ---- bits -------------------------------------------------------------------------------------------------------------
 
 template <int kTable>

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _native
 from . import attention_rules as rules
-from .fused_linear import check_on_cpu, refuse_backward
+from .fused_linear import refuse_backward
 
 
 def attention_prefill(
@@ -28,11 +29,11 @@ def attention_prefill(
     if it were not there: NaN and infinities in its k and v do not matter. A query that sees no key gets zeros, and the sink or -inf as lse.
 
     ``tokens_first``: out lies in memory as ``[B, Lq, Hq, Dv]``, so that ``out.transpose(1, 2)`` is contiguous. Float32 inside: bf16 and
-    fp16 are multiplied exactly and rounded once at the end.
-    The number of threads changes no bits, and the other sequences and heads none of a row's. On the CPU only, and without a backward yet.
+    fp16 are multiplied exactly and rounded once at the end; tensor cores of CUDA also round the weights of the values to the dtype of q.
+    The number of threads changes no bits, and the other sequences and heads none of a row's. Without a backward yet.
     Raises ``ValueError`` for wrong shapes, dtypes, strides or devices.
     """
-    check_on_cpu("attention_prefill", q=q, k=k, v=v, mask=mask, s_aux=s_aux, alibi_slopes=alibi_slopes)
+    device = _native.device_of(q=q, k=k, v=v, mask=mask, s_aux=s_aux, alibi_slopes=alibi_slopes)
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != 4:
             raise ValueError(f"{name} must be [B, heads, length, head dim], got {list(t.shape)}")
@@ -46,7 +47,8 @@ def attention_prefill(
     rules.check_heads(q_heads, kv_heads, head_dim, v.shape[3])
     scale = rules.check_rules(head_dim, q_heads, q.dtype, softmax_scale, window, softcap, s_aux, alibi_slopes)
     rules.check_mask(mask, (batch, q_heads, queries, keys), q.dtype)
-    return torch.ops.taut.attention_prefill(q, k, v, scale, causal, window, softcap, mask, s_aux, alibi_slopes, tokens_first)
+    ops = _native.ops_for(device.type)
+    return ops.attention_prefill(q, k, v, scale, causal, window, softcap, mask, s_aux, alibi_slopes, tokens_first)
 
 
 @torch.library.register_fake("taut::attention_prefill")
@@ -72,10 +74,11 @@ def attention_prefill_varlen(
 
     ``cu_seqlens_q``, ``cu_seqlens_k``: int32 ``[S + 1]``, where each of S sequences begins, from 0 on, and the end of the last: queries
     ``cu_seqlens_q[s]`` to ``cu_seqlens_q[s + 1]`` attend to the keys of the same s alone. Rows past the last sequence get zeros and -inf.
+    On the CPU, or where q is, which costs CUDA a wait: the host reads them.
     The rest as in ``attention_prefill``, which gives the same bits for each sequence alone. Raises ``ValueError`` as there, and for
     ends that fall, or lie past the end of q or k.
     """
-    check_on_cpu("attention_prefill_varlen", q=q, k=k, v=v, s_aux=s_aux, alibi_slopes=alibi_slopes)
+    device = _native.device_of(q=q, k=k, v=v, s_aux=s_aux, alibi_slopes=alibi_slopes)
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != 3:
             raise ValueError(f"{name} must be [tokens, heads, head dim], got {list(t.shape)}")
@@ -87,13 +90,14 @@ def attention_prefill_varlen(
     rules.check_heads(q.shape[1], k.shape[1], q.shape[2], v.shape[2])
     scale = rules.check_rules(q.shape[2], q.shape[1], q.dtype, softmax_scale, window, softcap, s_aux, alibi_slopes)
     for name, ends in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if ends.dtype != torch.int32 or ends.dim() != 1 or ends.shape[0] < 1 or ends.device.type != "cpu":
-            raise ValueError(f"{name} must be int32 [S + 1] on the CPU, got {ends.dtype} {list(ends.shape)} on {ends.device}")
+        if ends.dtype != torch.int32 or ends.dim() != 1 or ends.shape[0] < 1 or ends.device not in (device, torch.device("cpu")):
+            where = "the CPU" if device.type == "cpu" else f"the CPU or {device}"
+            raise ValueError(f"{name} must be int32 [S + 1] on {where}, got {ends.dtype} {list(ends.shape)} on {ends.device}")
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be of one length, got {len(cu_seqlens_q)} and {len(cu_seqlens_k)}")
     call = (q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, window, softcap, s_aux, alibi_slopes)
     try:
-        return torch.ops.taut.attention_prefill_varlen(*call)
+        return _native.ops_for(device.type).attention_prefill_varlen(*call)
     except RuntimeError as error:  # WHY there: the values of a tensor are not read under torch.compile
         if "cu_seqlens" not in str(error):
             raise
