@@ -5,14 +5,13 @@
 #include <tuple>
 
 #include "common/impl.h"
-#include "common/torch_bridge.h"
+#include "common/torch_attention.h"
 
 namespace taut::attention_prefill {
 namespace {
 
 constexpr const char* kOp = "attention_prefill";
 constexpr const char* kVarlen = "attention_prefill_varlen";
-constexpr int64_t kMostHeadDim = 256;
 
 #if defined(__x86_64__)
 const char* needs_avx512bw(const Params&) { return cpu_features().avx512bw ? nullptr : "this processor has no AVX-512 F, BW, DQ and VL"; }
@@ -30,60 +29,6 @@ constexpr Impl<Params> kImpls[] = {
 // One thread does this many multiply-adds in the time that a second one costs to start and join.
 constexpr double kMinProductsPerThread = 1 << 18;
 
-// `batch`: whether there is a dimension for it.
-Heads heads_of(const char* op, const char* what, const Tensor& t, bool batch) {
-  check_cpu(op, what, t);
-  check(t.size(t.dim() - 1) == 1 || t.stride(t.dim() - 1) == 1, op, ": ", what, "'s last dimension must be contiguous");
-  if (!batch) return {t.const_data_ptr(), 0, t.stride(1), t.stride(0)};
-  return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
-}
-
-AttentionMask mask_of(const std::optional<Tensor>& mask, const Tensor& q, const int64_t (&shape)[4]) {
-  if (!mask) return {};
-  check_cpu(kOp, "mask", *mask);
-  const bool is_bool = mask->scalar_type() == ScalarType::Bool;
-  check(is_bool || mask->scalar_type() == ScalarType::Float || mask->scalar_type() == q.scalar_type(), kOp,
-        ": mask must be bool, float32 or of the dtype of q");
-  AttentionMask found{is_bool ? MaskKind::kBool : MaskKind::kAdditive, mask->const_data_ptr(), is_bool ? DType::kFloat32 : float_dtype(kOp, "mask", *mask)};
-  int64_t strides[4] = {};
-  bool fits = mask->dim() <= 4;
-  for (int64_t d = 0; fits && d < mask->dim(); d++) {  // from the last dimension on
-    const int64_t size = mask->size(mask->dim() - 1 - d);
-    fits = size == 1 || size == shape[3 - d];
-    if (size != 1) strides[3 - d] = mask->stride(mask->dim() - 1 - d);
-  }
-  check(fits, kOp, ": mask must be broadcastable to [B, Hq, Lq, Lk] = [", shape[0], ", ", shape[1], ", ", shape[2], ", ", shape[3], "], got ",
-        shape_string(*mask));
-  found.batch_stride = strides[0], found.head_stride = strides[1], found.query_stride = strides[2], found.key_stride = strides[3];
-  return found;
-}
-
-// [Hq] in fp32, as the rules want it.
-struct PerHead {
-  Tensor values;
-  const float* data = nullptr;
-};
-PerHead per_head(const char* op, const char* what, const std::optional<Tensor>& t, const Tensor& q, int64_t q_heads) {
-  if (!t) return {};
-  check_cpu(op, what, *t);
-  check(t->dim() == 1 && t->size(0) == q_heads && (t->scalar_type() == ScalarType::Float || t->scalar_type() == q.scalar_type()), op, ": ", what,
-        " must be float32 or of the dtype of q, [", q_heads, "], got ", shape_string(*t));
-  const Tensor values = torch::stable::contiguous(torch::stable::to(*t, ScalarType::Float));
-  return {values, static_cast<const float*>(values.const_data_ptr())};
-}
-
-void check_common(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale, int64_t window, double softcap) {
-  const int64_t last = q.dim() - 1, head = 1;
-  check(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), op, ": k and v must have the dtype of q");
-  check(q.size(head) >= 1 && k.size(head) >= 1 && q.size(head) % k.size(head) == 0, op, ": the heads of q must be a multiple of those of k and v, got ",
-        q.size(head), " and ", k.size(head));
-  check(q.size(last) >= 1 && q.size(last) <= kMostHeadDim && v.size(last) >= 1 && v.size(last) <= kMostHeadDim, op, ": head dims must be 1 to ", kMostHeadDim,
-        ", got ", q.size(last), " of q and k, ", v.size(last), " of v");
-  check(std::isfinite(softmax_scale), op, ": softmax_scale must be finite");
-  check(window >= 0, op, ": window must be 0 (none) or positive, got ", window);
-  check(softcap >= 0 && std::isfinite(softcap), op, ": softcap must be 0 (none) or positive and finite, got ", softcap);
-}
-
 void run(Params& p) {
   const double products = static_cast<double>(p.B) * p.Hq * p.Lq * p.Lk * (p.D + p.Dv);
   p.num_threads = std::clamp<int64_t>(static_cast<int64_t>(products / kMinProductsPerThread), 1, torch::stable::get_num_threads());
@@ -93,17 +38,14 @@ void run(Params& p) {
 std::tuple<Tensor, Tensor> attention_prefill(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale, bool causal, int64_t window,
                                              double softcap, const std::optional<Tensor>& mask, const std::optional<Tensor>& s_aux,
                                              const std::optional<Tensor>& alibi_slopes, bool tokens_first) {
-  check(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, kOp, ": q, k and v must be [B, heads, length, head dim], got ", shape_string(q), ", ", shape_string(k),
-        " and ", shape_string(v));
   const DType dtype = float_dtype(kOp, "q", q);
+  check_batch(kOp, q, k, v);
   check_common(kOp, q, k, v, softmax_scale, window, softcap);
   const int64_t B = q.size(0), Hq = q.size(1), Lq = q.size(2), D = q.size(3), Hkv = k.size(1), Lk = k.size(2), Dv = v.size(3);
-  check(k.size(0) == B && k.size(3) == D, kOp, ": k must be [", B, ", Hkv, Lk, ", D, "], got ", shape_string(k));
-  check(v.size(0) == B && v.size(1) == Hkv && v.size(2) == Lk, kOp, ": v must be [", B, ", ", Hkv, ", ", Lk, ", Dv], got ", shape_string(v));
   const PerHead sinks = per_head(kOp, "s_aux", s_aux, q, Hq), slopes = per_head(kOp, "alibi_slopes", alibi_slopes, q, Hq);
   const int64_t scores_shape[] = {B, Hq, Lq, Lk}, shape[] = {B, Hq, Lq, Dv}, by_token[] = {B, Lq, Hq, Dv};
   Params p{heads_of(kOp, "q", q, true), heads_of(kOp, "k", k, true), heads_of(kOp, "v", v, true)};
-  p.rules = {static_cast<float>(softmax_scale), static_cast<float>(softcap), causal, window, sinks.data, slopes.data, mask_of(mask, q, scores_shape)};
+  p.rules = {static_cast<float>(softmax_scale), static_cast<float>(softcap), causal, window, sinks.data, slopes.data, mask_of(kOp, mask, q, scores_shape)};
   Tensor out = torch::stable::new_empty(q, torch::headeronly::IntHeaderOnlyArrayRef(tokens_first ? by_token : shape, 4));
   if (tokens_first) out = torch::stable::transpose(out, 1, 2);
   Tensor lse = torch::stable::new_empty(q, torch::headeronly::IntHeaderOnlyArrayRef(shape, 3), ScalarType::Float);
@@ -117,38 +59,16 @@ std::tuple<Tensor, Tensor> attention_prefill(const Tensor& q, const Tensor& k, c
   return {out, lse};
 }
 
-// The length of the longest sequence.
-int64_t check_ends(const char* what, const Tensor& ends, int64_t tokens) {
-  check_cpu(kVarlen, what, ends);
-  check(ends.scalar_type() == ScalarType::Int && ends.dim() == 1 && ends.size(0) >= 1 && ends.is_contiguous(), kVarlen, ": ", what,
-        " must be contiguous int32 [S + 1]");
-  const int32_t* values = static_cast<const int32_t*>(ends.const_data_ptr());
-  const int64_t count = ends.size(0) - 1;
-  int64_t most = 0;
-  check(values[0] == 0, kVarlen, ": ", what, " must begin with 0, got ", values[0]);
-  for (int64_t s = 0; s < count; s++) {
-    check(values[s] <= values[s + 1], kVarlen, ": ", what, " must not fall, got ", values[s], " then ", values[s + 1]);
-    most = std::max<int64_t>(most, values[s + 1] - values[s]);
-  }
-  check(values[count] <= tokens, kVarlen, ": ", what, " must end within the ", tokens, " tokens there are, got ", values[count]);
-  return most;
-}
-
 std::tuple<Tensor, Tensor> attention_prefill_varlen(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                                                     double softmax_scale, bool causal, int64_t window, double softcap, const std::optional<Tensor>& s_aux,
                                                     const std::optional<Tensor>& alibi_slopes) {
-  check(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, kVarlen, ": q, k and v must be [tokens, heads, head dim], got ", shape_string(q), ", ", shape_string(k),
-        " and ", shape_string(v));
   const DType dtype = float_dtype(kVarlen, "q", q);
+  check_varlen(kVarlen, q, k, v, cu_seqlens_q, cu_seqlens_k);
   check_common(kVarlen, q, k, v, softmax_scale, window, softcap);
   const int64_t tokens = q.size(0), Hq = q.size(1), D = q.size(2), Hkv = k.size(1), Dv = v.size(2);
-  check(k.size(2) == D, kVarlen, ": k must be [Tk, Hkv, ", D, "], got ", shape_string(k));
-  check(v.size(0) == k.size(0) && v.size(1) == Hkv, kVarlen, ": v must be [", k.size(0), ", ", Hkv, ", Dv], got ", shape_string(v));
-  check(cu_seqlens_q.dim() == 1 && cu_seqlens_k.dim() == 1 && cu_seqlens_q.size(0) == cu_seqlens_k.size(0), kVarlen,
-        ": cu_seqlens_q and cu_seqlens_k must be of one length");
   const PerHead sinks = per_head(kVarlen, "s_aux", s_aux, q, Hq), slopes = per_head(kVarlen, "alibi_slopes", alibi_slopes, q, Hq);
   Params p{heads_of(kVarlen, "q", q, false), heads_of(kVarlen, "k", k, false), heads_of(kVarlen, "v", v, false)};
-  p.Lq = check_ends("cu_seqlens_q", cu_seqlens_q, tokens), p.Lk = check_ends("cu_seqlens_k", cu_seqlens_k, k.size(0));
+  p.Lq = check_ends(kVarlen, "cu_seqlens_q", cu_seqlens_q, tokens), p.Lk = check_ends(kVarlen, "cu_seqlens_k", cu_seqlens_k, k.size(0));
   p.rules = {static_cast<float>(softmax_scale), static_cast<float>(softcap), causal, window, sinks.data, slopes.data, {}};
   const int64_t shape[] = {tokens, Hq, Dv}, lse_shape[] = {Hq, tokens};
   Tensor out = torch::stable::new_empty(q, torch::headeronly::IntHeaderOnlyArrayRef(shape, 3));
@@ -169,16 +89,7 @@ std::tuple<Tensor, Tensor> attention_prefill_varlen(const Tensor& q, const Tenso
   return {out, lse};
 }
 
-std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
-  const auto size = [&](const char* name, int64_t otherwise) { return sizes.count(name) ? sizes.at(name) : otherwise; };
-  Params p{};
-  p.B = size("B", 1), p.Hq = size("Hq", 32), p.Hkv = size("Hkv", p.Hq), p.Lq = size("Lq", 512), p.Lk = size("Lk", p.Lq);
-  p.D = size("D", 64), p.Dv = size("Dv", p.D);
-  const int64_t dtype = size("dtype", 0);
-  check(0 <= dtype && dtype <= 2, kOp, ": dtype must be 0 (float32), 1 (bfloat16) or 2 (float16), got ", dtype);
-  p.dtype = static_cast<DType>(dtype);
-  return explain_table(kOp, kImpls, p);
-}
+std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) { return explain_table(kOp, kImpls, params_of_sizes<Params>(kOp, sizes)); }
 
 const bool registered = register_table(kOp, "cpu", kImpls, explain);
 

@@ -8,15 +8,11 @@
 // A block has up to kPanels panels, which go together over tiles of kKeys keys: v (and k in 16 bits) is made fp32 once a tile.
 #pragma once
 
-#include "attention_prefill/lanes.h"
 #include "attention_prefill/op.h"
+#include "common/attention_lanes.h"
 
 namespace taut::attention_prefill {
 namespace {
-
-constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
-// The maximum of a row that has seen nothing. WHY not -infinity: it is subtracted.
-constexpr float kLowest = -3.0e38f;
 
 template <class L>
 struct Tiles {

@@ -138,6 +138,7 @@ def explain(op: str, device: str = "cpu", **sizes: Any) -> list[Verdict]:
 
 
 _EXPLAIN_SIZES = {
+    "attention_backward": ("B", "Hq", "Hkv", "Lq", "Lk", "D", "Dv", "dtype"),
     "attention_prefill": ("B", "Hq", "Hkv", "Lq", "Lk", "D", "Dv", "dtype"),
     "decoder_layers": ("head_dim",),
     "quant_linear": ("M", "N", "K", "format", "group_size", "zeros", "activations", "dtype", "device_index"),
