@@ -15,9 +15,6 @@
 namespace taut::attention_decode {
 namespace {
 
-constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
-// The maximum of a row that has seen nothing. WHY not -infinity: it is subtracted.
-constexpr float kLowest = -3.0e38f;
 // q is -kMostQ to kMostQ, high * 128 + low, both within 64: beside a code of 255 two products fit 16 bits. Beside int4, which adds more
 // than a hundred times that error itself, q is one byte.
 constexpr float kMostQ = 8127, kMostQByte = 127;

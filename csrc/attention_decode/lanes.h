@@ -2,7 +2,7 @@
 // format as floats, and dot products of four bytes.
 #pragma once
 
-#include "attention_prefill/lanes.h"
+#include "common/attention_lanes.h"
 #include "common/kv_cache.h"
 
 namespace taut::attention_decode {
@@ -15,7 +15,7 @@ constexpr int64_t position_in_unit(int64_t i, int64_t width) {
   return kFormat == KvFormat::kBFloat16 ? i / 2 + i % 2 * width : i;
 }
 
-struct Avx2 : attention_prefill::Avx2Lanes {
+struct Avx2 : Avx2Lanes {
   using I = __m256i;
   static constexpr int kUnit = 16;
   static constexpr int kKeyVectors = 1, kValueVectors = 1;  // registers of codes that share a broadcast
@@ -97,7 +97,7 @@ struct Avx2 : attention_prefill::Avx2Lanes {
 };
 
 #if defined(__AVX512F__)
-struct Avx512 : attention_prefill::Avx512Lanes {
+struct Avx512 : Avx512Lanes {
   using I = __m512i;
   static constexpr int kUnit = 32;
   static constexpr int kKeyVectors = 2, kValueVectors = 2;

@@ -51,13 +51,10 @@ inline Call begin_call(const char* op, const Tensor& q, const Tensor& k, const T
 inline Call make_call(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale, bool causal, int64_t window, double softcap,
                       const std::optional<Tensor>& mask, const std::optional<Tensor>& s_aux, const std::optional<Tensor>& alibi_slopes, bool tokens_first,
                       CheckPlace check_place) {
-  check(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, kOp, ": q, k and v must be [B, heads, length, head dim], got ", shape_string(q), ", ", shape_string(k),
-        " and ", shape_string(v));
+  check_batch(kOp, q, k, v);
   Call call = begin_call(kOp, q, k, v, softmax_scale, causal, window, softcap, s_aux, alibi_slopes, check_place);
   Params& p = call.params;
   p.B = q.size(0), p.Lq = q.size(2), p.Lk = k.size(2);
-  check(k.size(0) == p.B && k.size(3) == p.D, kOp, ": k must be [", p.B, ", Hkv, Lk, ", p.D, "], got ", shape_string(k));
-  check(v.size(0) == p.B && v.size(1) == p.Hkv && v.size(2) == p.Lk, kOp, ": v must be [", p.B, ", ", p.Hkv, ", ", p.Lk, ", Dv], got ", shape_string(v));
   const int64_t scores_shape[] = {p.B, p.Hq, p.Lq, p.Lk};
   p.rules.mask = mask_of(kOp, mask, q, scores_shape, check_place);
   Tensor out = tokens_first ? new_tensor(q, {p.B, p.Lq, p.Hq, p.Dv}) : new_tensor(q, {p.B, p.Hq, p.Lq, p.Dv});
@@ -69,37 +66,15 @@ inline Call make_call(const Tensor& q, const Tensor& k, const Tensor& v, double 
   return call;
 }
 
-// The length of the longest sequence. `ends` is on the CPU.
-inline int64_t check_ends(const char* what, const Tensor& ends, int64_t tokens) {
-  check_cpu(kVarlen, what, ends);
-  check(ends.scalar_type() == ScalarType::Int && ends.dim() == 1 && ends.size(0) >= 1 && ends.is_contiguous(), kVarlen, ": ", what,
-        " must be contiguous int32 [S + 1]");
-  const int32_t* values = static_cast<const int32_t*>(ends.const_data_ptr());
-  const int64_t count = ends.size(0) - 1;
-  int64_t most = 0;
-  check(values[0] == 0, kVarlen, ": ", what, " must begin with 0, got ", values[0]);
-  for (int64_t s = 0; s < count; s++) {
-    check(values[s] <= values[s + 1], kVarlen, ": ", what, " must not fall, got ", values[s], " then ", values[s + 1]);
-    most = std::max<int64_t>(most, values[s + 1] - values[s]);
-  }
-  check(values[count] <= tokens, kVarlen, ": ", what, " must end within the ", tokens, " tokens there are, got ", values[count]);
-  return most;
-}
-
 // cu_seqlens_q and cu_seqlens_k are on the CPU, and so are the pointers to them.
 inline Call make_varlen_call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, double softmax_scale,
                              bool causal, int64_t window, double softcap, const std::optional<Tensor>& s_aux, const std::optional<Tensor>& alibi_slopes,
                              CheckPlace check_place) {
-  check(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, kVarlen, ": q, k and v must be [tokens, heads, head dim], got ", shape_string(q), ", ", shape_string(k),
-        " and ", shape_string(v));
+  check_varlen(kVarlen, q, k, v, cu_seqlens_q, cu_seqlens_k);
   Call call = begin_call(kVarlen, q, k, v, softmax_scale, causal, window, softcap, s_aux, alibi_slopes, check_place);
   Params& p = call.params;
   const int64_t tokens = q.size(0);
-  check(k.size(2) == p.D, kVarlen, ": k must be [Tk, Hkv, ", p.D, "], got ", shape_string(k));
-  check(v.size(0) == k.size(0) && v.size(1) == p.Hkv, kVarlen, ": v must be [", k.size(0), ", ", p.Hkv, ", Dv], got ", shape_string(v));
-  check(cu_seqlens_q.dim() == 1 && cu_seqlens_k.dim() == 1 && cu_seqlens_q.size(0) == cu_seqlens_k.size(0), kVarlen,
-        ": cu_seqlens_q and cu_seqlens_k must be of one length");
-  p.Lq = check_ends("cu_seqlens_q", cu_seqlens_q, tokens), p.Lk = check_ends("cu_seqlens_k", cu_seqlens_k, k.size(0));
+  p.Lq = check_ends(kVarlen, "cu_seqlens_q", cu_seqlens_q, tokens), p.Lk = check_ends(kVarlen, "cu_seqlens_k", cu_seqlens_k, k.size(0));
   p.cu_seqlens_q = static_cast<const int32_t*>(cu_seqlens_q.const_data_ptr()), p.cu_seqlens_k = static_cast<const int32_t*>(cu_seqlens_k.const_data_ptr());
   p.B = cu_seqlens_q.size(0) - 1;
   call.out = new_tensor(q, {tokens, p.Hq, p.Dv}), call.lse = new_tensor(q, {p.Hq, tokens}, ScalarType::Float);
@@ -107,18 +82,6 @@ inline Call make_varlen_call(const Tensor& q, const Tensor& k, const Tensor& v, 
   p.lse = static_cast<float*>(call.lse.mutable_data_ptr());
   p.lse_head_stride = tokens, p.lse_batch_stride = 0;
   return call;
-}
-
-// What `explain` is told.
-inline Params params_of(const std::map<std::string, int64_t>& sizes) {
-  const auto size = [&](const char* name, int64_t otherwise) { return sizes.count(name) ? sizes.at(name) : otherwise; };
-  Params p{};
-  p.B = size("B", 1), p.Hq = size("Hq", 32), p.Hkv = size("Hkv", p.Hq), p.Lq = size("Lq", 512), p.Lk = size("Lk", p.Lq);
-  p.D = size("D", 64), p.Dv = size("Dv", p.D);
-  const int64_t dtype = size("dtype", 0);
-  check(0 <= dtype && dtype <= 2, kOp, ": dtype must be 0 (float32), 1 (bfloat16) or 2 (float16), got ", dtype);
-  p.dtype = static_cast<DType>(dtype);
-  return p;
 }
 
 }  // namespace

@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor> attention_prefill_varlen(const Tensor& q, const Tenso
   return call.results();
 }
 
-std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) { return explain_table(kOp, kImpls, params_of(sizes)); }
+std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) { return explain_table(kOp, kImpls, params_of_sizes<Params>(kOp, sizes)); }
 
 const bool registered = register_table(kOp, "cpu", kImpls, explain);
 

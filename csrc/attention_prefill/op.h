@@ -30,20 +30,8 @@ struct Params {
   int64_t num_threads;
 };
 
-// One entry of the batch: its lengths, and the rows of q (and out, lse) and of k (and v) before it.
-struct Sequence {
-  int64_t Lq, Lk, first_q, first_k;
-};
-
 namespace {
 
-inline Sequence sequence_of(const Params& p, int64_t b) {
-  if (!p.cu_seqlens_q) return {p.Lq, p.Lk, 0, 0};
-  return {p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b], p.cu_seqlens_k[b + 1] - p.cu_seqlens_k[b], p.cu_seqlens_q[b], p.cu_seqlens_k[b]};
-}
-
-// Where row `row` of a head begins, in elements.
-inline int64_t row_of(const Heads& heads, int64_t b, int64_t h, int64_t row) { return b * heads.batch_stride + h * heads.head_stride + row * heads.row_stride; }
 inline float* lse_of(const Params& p, int64_t b, int64_t h, int64_t row) { return p.lse + b * p.lse_batch_stride + h * p.lse_head_stride + row; }
 
 }  // namespace

@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor> attention_prefill_varlen(const Tensor& q, const Tenso
 
 std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
   const auto index = sizes.find("device_index");
-  const Params params = params_of(sizes);
+  const Params params = params_of_sizes<Params>(kOp, sizes);
   return explain_table(kOp, kImpls, CudaParams{params, params.Lq, params.Lk, &device(index == sizes.end() ? 0 : static_cast<int>(index->second)), nullptr, nullptr});
 }
 

@@ -8,8 +8,8 @@
 // A block has up to kPanels panels, which go together over tiles of kKeys keys: v (and k in 16 bits) is made fp32 once a tile.
 #pragma once
 
-#include "attention_prefill/lanes.h"
 #include "attention_prefill/op.h"
+#include "common/attention_lanes.h"
 
 namespace taut::attention_prefill {
 namespace {

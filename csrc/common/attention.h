@@ -9,10 +9,19 @@
 
 namespace taut {
 
+constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+// Stands for the lowest score where -infinity would not do: it is subtracted.
+constexpr float kLowest = -3.0e38f;
+
 // [B,H,L,D] with rows of D contiguous; strides in elements.
 struct Heads {
   const void* data;
   int64_t batch_stride, head_stride, row_stride;
+};
+
+// One entry of the batch: its lengths, and the rows of q (and out, lse) and of k (and v) before it.
+struct Sequence {
+  int64_t Lq, Lk, first_q, first_k;
 };
 
 enum class MaskKind : int32_t { kNone, kBool, kAdditive };
@@ -39,9 +48,15 @@ struct AttentionRules {
 
 namespace {  // WHY: every translation unit gets its own copy, so that no AVX-512 copy can be linked for everyone
 
-constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
-// The maximum of a row that has seen nothing. WHY not -infinity: it is subtracted.
-constexpr float kLowest = -3.0e38f;
+// Params: of an attention op.
+template <class Params>
+inline Sequence sequence_of(const Params& p, int64_t b) {
+  if (!p.cu_seqlens_q) return {p.Lq, p.Lk, 0, 0};
+  return {p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b], p.cu_seqlens_k[b + 1] - p.cu_seqlens_k[b], p.cu_seqlens_q[b], p.cu_seqlens_k[b]};
+}
+
+// Where row `row` of a head begins, in elements.
+inline int64_t row_of(const Heads& heads, int64_t b, int64_t h, int64_t row) { return b * heads.batch_stride + h * heads.head_stride + row * heads.row_stride; }
 
 // The keys [first, end) that causality and the window leave to a query at `position`, of `keys` there are; none where first >= end.
 constexpr int64_t first_key(const AttentionRules& rules, int64_t position) { return rules.window ? std::max<int64_t>(0, position - rules.window + 1) : 0; }

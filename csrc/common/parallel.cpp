@@ -113,6 +113,10 @@ void run_team(int64_t num_threads, TaskBody body, void* context) {
   });
 }
 
+void wait_until(const int32_t* counter, int32_t value) {
+  spin_until([&] { return __atomic_load_n(counter, __ATOMIC_ACQUIRE) >= value; });
+}
+
 uint8_t* scratch(int slot, size_t bytes) {
   Team* team = slot == 0 ? current_team : nullptr;
   if (!team) return own_scratch(slot, bytes);

@@ -18,6 +18,9 @@ void run_tasks(int64_t num_tasks, TaskBody body, void* context);
 void run_team(int64_t num_threads, TaskBody body, void* context);
 bool in_team();
 
+// Returns when *counter, which another thread raises with release order, has reached `value`.
+void wait_until(const int32_t* counter, int32_t value);
+
 // At least `bytes` bytes, 64-byte aligned, owned by the calling thread and valid until its next call for `slot`.
 // It grows and is kept, so that a decode loop never pays for page faults. Slots: 0 the caller's (in a team: one for all
 // members, and asking for it is a barrier), 1 a task's own.

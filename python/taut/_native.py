@@ -138,6 +138,7 @@ def explain(op: str, device: str = "cpu", **sizes: Any) -> list[Verdict]:
 
 
 _EXPLAIN_SIZES = {
+    "attention_backward": ("B", "Hq", "Hkv", "Lq", "Lk", "D", "Dv", "dtype"),
     "attention_decode": ("kv_format",),
     "attention_prefill": ("B", "Hq", "Hkv", "Lq", "Lk", "D", "Dv", "dtype", "device_index"),
     "decoder_layers": ("head_dim",),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _native
 from . import attention_rules as rules
-from .fused_linear import refuse_backward
+from .attention_backward import differentiable
 
 
 def attention_prefill(
@@ -30,23 +30,12 @@ def attention_prefill(
 
     ``tokens_first``: out lies in memory as ``[B, Lq, Hq, Dv]``, so that ``out.transpose(1, 2)`` is contiguous. Float32 inside: bf16 and
     fp16 are multiplied exactly and rounded once at the end; tensor cores of CUDA also round the weights of the values to the dtype of q.
-    The number of threads changes no bits, and the other sequences and heads none of a row's. Without a backward yet.
+    The number of threads changes no bits, and the other sequences and heads none of a row's. On the CPU differentiable, once, in q, k, v and
+    s_aux, by out and lse (``attention_backward``); a mask or slopes that require a gradient raise ``NotImplementedError`` there.
     Raises ``ValueError`` for wrong shapes, dtypes, strides or devices.
     """
     device = _native.device_of(q=q, k=k, v=v, mask=mask, s_aux=s_aux, alibi_slopes=alibi_slopes)
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.dim() != 4:
-            raise ValueError(f"{name} must be [B, heads, length, head dim], got {list(t.shape)}")
-    rules.check_dtypes(q, k, v)
-    batch, q_heads, queries, head_dim = q.shape
-    kv_heads, keys = k.shape[1:3]
-    if tuple(k.shape) != (batch, kv_heads, keys, head_dim):
-        raise ValueError(f"k must be [{batch}, Hkv, Lk, {head_dim}] beside q {list(q.shape)}, got {list(k.shape)}")
-    if tuple(v.shape[:3]) != (batch, kv_heads, keys):
-        raise ValueError(f"v must be [{batch}, {kv_heads}, {keys}, Dv] beside k {list(k.shape)}, got {list(v.shape)}")
-    rules.check_heads(q_heads, kv_heads, head_dim, v.shape[3])
-    scale = rules.check_rules(head_dim, q_heads, q.dtype, softmax_scale, window, softcap, s_aux, alibi_slopes)
-    rules.check_mask(mask, (batch, q_heads, queries, keys), q.dtype)
+    scale = rules.check_call(q, k, v, softmax_scale, window, softcap, mask, s_aux, alibi_slopes)
     ops = _native.ops_for(device.type)
     return ops.attention_prefill(q, k, v, scale, causal, window, softcap, mask, s_aux, alibi_slopes, tokens_first)
 
@@ -63,7 +52,7 @@ def _fake(
     return q.new_empty((batch, q_heads, queries, v.shape[3])), lse
 
 
-refuse_backward("attention_prefill")
+differentiable("attention_prefill", 3)
 
 
 def attention_prefill_varlen(
@@ -112,7 +101,7 @@ def _fake_varlen(
     return q.new_empty((*q.shape[:2], v.shape[2])), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
-refuse_backward("attention_prefill_varlen")
+differentiable("attention_prefill_varlen", 5)
 
 
 def reference(
@@ -129,12 +118,7 @@ def cost(
     window: int = 0, element_bytes: int = 4,
 ) -> dict[str, int]:  # fmt: skip
     """Counted work of one call: two flops for each element of the two products that is visible; each tensor's bytes once."""
-    pairs = 0
-    for i in range(queries):
-        position = i + keys - queries
-        first = max(0, position - window + 1) if window else 0
-        end = min(keys, position + 1) if causal else min(keys, position + window) if window else keys
-        pairs += max(0, end - first)
+    pairs = rules.visible_pairs(queries, keys, causal, window)
     elements = q_heads * queries * (head_dim + value_dim) + kv_heads * keys * (head_dim + value_dim)
     return {
         "flops": 2 * batch * q_heads * pairs * (head_dim + value_dim),

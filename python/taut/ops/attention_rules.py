@@ -38,6 +38,38 @@ def reference(
     return weights @ v, lse
 
 
+def visible_pairs(queries: int, keys: int, causal: bool, window: int) -> int:
+    """How many pairs of query and key causality and the window leave."""
+    pairs = 0
+    for i in range(queries):
+        position = i + keys - queries
+        first = max(0, position - window + 1) if window else 0
+        end = min(keys, position + 1) if causal else min(keys, position + window) if window else keys
+        pairs += max(0, end - first)
+    return pairs
+
+
+def check_call(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, window: int, softcap: float, mask: Tensor | None,
+    s_aux: Tensor | None, alibi_slopes: Tensor | None,
+) -> float:  # fmt: skip
+    """Raises ``ValueError`` unless ``q [B, Hq, Lq, D]``, ``k``, ``v`` and the rules fit each other; gives the scale."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.dim() != 4:
+            raise ValueError(f"{name} must be [B, heads, length, head dim], got {list(t.shape)}")
+    check_dtypes(q, k, v)
+    batch, q_heads, queries, head_dim = q.shape
+    kv_heads, keys = k.shape[1:3]
+    if tuple(k.shape) != (batch, kv_heads, keys, head_dim):
+        raise ValueError(f"k must be [{batch}, Hkv, Lk, {head_dim}] beside q {list(q.shape)}, got {list(k.shape)}")
+    if tuple(v.shape[:3]) != (batch, kv_heads, keys):
+        raise ValueError(f"v must be [{batch}, {kv_heads}, {keys}, Dv] beside k {list(k.shape)}, got {list(v.shape)}")
+    check_heads(q_heads, kv_heads, head_dim, v.shape[3])
+    scale = check_rules(head_dim, q_heads, q.dtype, softmax_scale, window, softcap, s_aux, alibi_slopes)
+    check_mask(mask, (batch, q_heads, queries, keys), q.dtype)
+    return scale
+
+
 def check_rules(
     head_dim: int, q_heads: int, dtype: torch.dtype, softmax_scale: float | None, window: int, softcap: float,
     s_aux: Tensor | None, alibi_slopes: Tensor | None,

@@ -84,11 +84,11 @@ def _fake(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-def refuse_backward(op: str) -> None:
-    """Registers, for an op that only inference needs, a backward that says so."""
+def refuse_backward(op: str, advice: str = "train through the unfused modules") -> None:
+    """Registers, for an op that nobody trains through, a backward that says so."""
 
     def backward(ctx, *grads):
-        raise NotImplementedError(f"taut::{op} has no backward: train through the unfused modules")
+        raise NotImplementedError(f"taut::{op} has no backward: {advice}")
 
     torch.library.register_autograd(f"taut::{op}", backward)
 

@@ -1,11 +1,11 @@
-// What a register of floats is on each ISA, for the loops of tiles.h.
+// What a register of floats is on each ISA, for the tiles of attention ops.
 #pragma once
 
 #include <immintrin.h>
 
 #include "common/row_math.h"
 
-namespace taut::attention_prefill {
+namespace taut {
 namespace {
 
 #define TAUT_FOR(...) _Pragma("GCC unroll 16") for (__VA_ARGS__)
@@ -89,4 +89,4 @@ TAUT_INLINE void transpose8(FloatLanes (&rows)[8]) {
 }
 
 }  // namespace
-}  // namespace taut::attention_prefill
+}  // namespace taut

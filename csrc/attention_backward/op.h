@@ -1,0 +1,50 @@
+// attention_backward: the gradients of attention_prefill. The scores are computed anew, a tile at a time, and made weights by lse.
+//
+// With p_ij the weights and dp_ij = grad_out_i . v_j, a score's gradient is p_ij (dp_ij - shift_i), shift_i = grad_out_i . out_i - grad_lse_i:
+// what the softmax takes off is a number a row, and lse adds its gradient times the weights.
+#pragma once
+
+#include "common/attention.h"
+#include "common/cpu_features.h"
+#include "common/dtypes.h"
+#include "common/parallel.h"
+
+namespace taut::attention_backward {
+
+// Rows (queries of the heads of one key head, token by token) that go together; a turn counts how many blocks of keys have added to them.
+constexpr int64_t kBlockRows = 64;
+
+struct Params {
+  Heads grad_out, out;              // [B,Hq,Lq,Dv]
+  Heads q, k, v;                    // [B,Hq,Lq,D], [B,Hkv,Lk,D], [B,Hkv,Lk,Dv]
+  Heads dq, dk, dv;                 // as q, k and v: written to
+  Heads dq_sum;                     // fp32 [B,Hq,Lq,D]: dq itself where that is fp32
+  const float *lse, *grad_lse;      // [B,Hq,Lq]; grad_lse may be nullptr
+  float *most, *log_total, *shift;  // as lse, work space: a row's weights are 2^(score - most - log_total)
+  int64_t lse_head_stride, lse_batch_stride;
+  int32_t* turns;                              // [B,Hkv,blocks of rows], zeros
+  DType dtype;                                 // of all that is not fp32
+  int64_t B, Hq, Hkv, Lq, Lk, D, Dv;           // varlen: the most Lq and Lk of a sequence
+  const int32_t *cu_seqlens_q, *cu_seqlens_k;  // varlen: [B+1], all batch strides are 0; else nullptr
+  AttentionRules rules;
+  int64_t num_threads;
+};
+
+namespace {
+
+inline int64_t lse_at(const Params& p, int64_t b, int64_t h, int64_t row) { return b * p.lse_batch_stride + h * p.lse_head_stride + row; }
+inline int64_t row_blocks(const Params& p) { return (p.Lq * (p.Hq / p.Hkv) + kBlockRows - 1) / kBlockRows; }
+
+}  // namespace
+
+namespace cpu_scalar {
+void run(const Params&);
+}
+namespace cpu_avx2 {
+void run(const Params&);
+}
+namespace cpu_avx512bw {
+void run(const Params&);
+}
+
+}  // namespace taut::attention_backward
