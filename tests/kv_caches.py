@@ -70,15 +70,15 @@ def stored(cache: KvCache, batch: int) -> tuple[Tensor, Tensor]:
 def codes(cache: KvCache, values: bool) -> Tensor:
     """``[pages, Hkv, T, D or Dv, with what fills up the last step of a dot product]``: 0 to 15, or 0 to 255."""
     t, bits = cache.v if values else cache.k, cache.format.bits
-    pages, heads, blocks, _ = t.shape
+    pages, heads, blocks, width = t.shape
     if values:  # [groups of tokens][Dv][4]: byte t of a group of 8 has token t low and t + 4 high
         columns = -(-cache.value_dim // 16) * 16
-        t = t.reshape(pages, heads, blocks, -1, columns, 4)
+        t = t.reshape(pages, heads, blocks, bits // 2, columns, 4)
         t = torch.stack((t & 15, t >> 4), -2) if bits == 4 else (t ^ 128)[..., None, :]  # [.., group, Dv, half, 4]
         return t.permute(0, 1, 2, 3, 5, 6, 4).reshape(pages, heads, 16 * blocks, columns).double()
-    t = t.reshape(pages, heads, blocks, -1, 16, 4)  # [groups of d][token][4]
+    t = t.reshape(pages, heads, blocks, width // 64, 16, 4)  # [groups of d][token][4]
     t = torch.stack((t & 15, t >> 4), -2) if bits == 4 else t[..., None, :]  # [.., group, token, half, 4]
-    return t.transpose(3, 4).reshape(pages, heads, 16 * blocks, -1).double()
+    return t.transpose(3, 4).reshape(pages, heads, 16 * blocks, width * 8 // bits // 16).double()
 
 
 def by_sequence(t: Tensor, table: Tensor | None, batch: int) -> Tensor:

@@ -67,7 +67,7 @@ struct Chunks {
       for (int64_t d = 0; d < p.D; d++) {
         float x = load_float(p.q.data, at + d, p.dtype) * scale;
         if (channels) offset += x * channels[d], x *= channels[p.D + p.Dv + d];
-        largest = std::abs(x) <= largest ? largest : std::abs(x);  // a NaN stays
+        if (!(std::abs(x) <= largest) && largest == largest) largest = std::abs(x);  // a NaN stays
         row[kCodes ? d : d / kUnit * kUnit + position_in_unit<kFormat>(d % kUnit, kWidth)] = x;
       }
       q_offset[r] = offset;
