@@ -207,7 +207,7 @@ def plain_attention(
     scores = scores.masked_fill(hidden, -torch.inf)
     if s_aux is not None:
         scores = torch.cat((scores, s_aux.float()[:, None, None].expand(*scores.shape[:3], 1)), -1)
-        v = torch.cat((v, torch.zeros_like(v[:, :, :1])), -2)
+        v = torch.cat((v, v.new_zeros(*v.shape[:2], 1, v.shape[3])), -2)
     return torch.softmax(scores, -1).nan_to_num(0.0) @ v, torch.logsumexp(scores, -1)
 
 

@@ -25,7 +25,7 @@ void attend(const Params& p, int64_t b, int64_t h, int64_t i) {
   float* scores = sums + p.Dv;
   const float sink = p.rules.s_aux ? p.rules.s_aux[h] : -INFINITY;
   float most = sink;
-  bool any = p.rules.s_aux != nullptr;
+  bool any = sink != -INFINITY;
   for (int64_t j = first; j < end; j++) {
     float& score = scores[j - first];
     score = mask_value(p.rules.mask, b, h, i, j);

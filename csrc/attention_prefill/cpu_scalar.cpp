@@ -30,7 +30,7 @@ void attend(const Params& p, int64_t b, int64_t h, int64_t i, const Sequence& s)
   float* scores = sums + p.Dv;
   const float sink = p.rules.s_aux ? p.rules.s_aux[h] : -INFINITY;
   float most = sink;
-  bool any = p.rules.s_aux != nullptr;
+  bool any = sink != -INFINITY;
   for (int64_t j = first; j < end; j++) {
     scores[j - first] = score(p, b, h, i, j, position, s);
     any |= scores[j - first] != -INFINITY;

@@ -30,7 +30,7 @@ constexpr int64_t kMinElementsPerThread = 1 << 13;
 void run(const char* op, Params& p, int64_t pages, const std::optional<Tensor>& starts) {
   check_heads(op, 1, 1, p.D, p.Dv);
   const int64_t capacity = p.cache.page_tokens * p.cache.table_columns;
-  check(p.start >= 0 && p.start + p.L <= capacity, op, ": ", p.L, " tokens from ", p.start, " on do not fit the cache, which holds ", capacity);
+  check(p.start >= 0 && p.start <= capacity - p.L, op, ": ", p.L, " tokens from ", p.start, " on do not fit the cache, which holds ", capacity);
   if (starts) p.starts = kv_counts(op, "starts", *starts, p.B, 0, capacity - p.L - p.start);
   for (int64_t b = 0; b < p.B; b++) {
     const int64_t start = p.start + (p.starts ? p.starts[b] : 0);

@@ -128,12 +128,12 @@ def kv_append(k_new: Tensor, v_new: Tensor, cache: KvCache, start: int = 0, star
         if t.shape[3] > 1 and t.stride(3) != 1:
             raise ValueError(f"{name}'s last dimension must be contiguous, got strides {t.stride()}")
     batch, kv_heads, new, head_dim = k_new.shape
+    cache.check("kv_append", batch)
     if (kv_heads, head_dim) != (cache.kv_heads, cache.head_dim) or tuple(v_new.shape) != (batch, kv_heads, new, cache.value_dim):
         raise ValueError(
             f"k_new and v_new must be [B, {cache.kv_heads}, L, {cache.head_dim}] and [B, {cache.kv_heads}, L, {cache.value_dim}], "
             f"got {list(k_new.shape)} and {list(v_new.shape)}"
         )
-    cache.check("kv_append", batch)
     check_on_cpu("kv_append", k_new=k_new, v_new=v_new, starts=starts)
     _check_span(cache, start, new)
     check_counts("starts", starts, batch)
