@@ -15,11 +15,6 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // of q, k, v and
 constexpr const char* kOp = "attention_backward";
 constexpr const char* kVarlen = "attention_backward_varlen";
 
-#if defined(__x86_64__)
-const char* needs_avx512bw(const Params&) { return cpu_features().avx512bw ? nullptr : "this processor has no AVX-512 F, BW, DQ and VL"; }
-const char* needs_avx2(const Params&) { return cpu_features().avx2 ? nullptr : "this processor has no AVX2, FMA and F16C"; }
-#endif
-
 constexpr Impl<Params> kImpls[] = {
 #if defined(__x86_64__)
     {"cpu_avx512bw", needs_avx512bw, always, cpu_avx512bw::run},

@@ -14,17 +14,14 @@ namespace {
 constexpr const char* kOp = "attention_decode";
 
 #if defined(__x86_64__)
-const char* needs_avx512vnni(const Params& p) {
-  if (!has_codes(p.cache.format)) return "only int8 and int4 caches have codes to multiply";
-  return cpu_features().avx512vnni ? nullptr : "this processor has no AVX-512 VNNI";
+const char* needs_codes(const Params& p) {
+  return has_codes(p.cache.format) ? needs_avx512vnni(p) : "only int8 and int4 caches have codes to multiply";
 }
-const char* needs_avx512bw(const Params&) { return cpu_features().avx512bw ? nullptr : "this processor has no AVX-512 F, BW, DQ and VL"; }
-const char* needs_avx2(const Params&) { return cpu_features().avx2 ? nullptr : "this processor has no AVX2, FMA and F16C"; }
 #endif
 
 constexpr Impl<Params> kImpls[] = {
 #if defined(__x86_64__)
-    {"cpu_avx512vnni", needs_avx512vnni, always, cpu_avx512vnni::run},
+    {"cpu_avx512vnni", needs_codes, always, cpu_avx512vnni::run},
     {"cpu_avx512bw", needs_avx512bw, always, cpu_avx512bw::run},
     {"cpu_avx2", needs_avx2, always, cpu_avx2::run},
 #endif

@@ -5,11 +5,6 @@
 namespace taut::attention_prefill {
 namespace {
 
-#if defined(__x86_64__)
-const char* needs_avx512bw(const Params&) { return cpu_features().avx512bw ? nullptr : "this processor has no AVX-512 F, BW, DQ and VL"; }
-const char* needs_avx2(const Params&) { return cpu_features().avx2 ? nullptr : "this processor has no AVX2, FMA and F16C"; }
-#endif
-
 constexpr Impl<Params> kImpls[] = {
 #if defined(__x86_64__)
     {"cpu_avx512bw", needs_avx512bw, always, cpu_avx512bw::run},

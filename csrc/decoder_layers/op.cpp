@@ -16,12 +16,12 @@ constexpr const char* kSchema =
     "float[] numbers) -> Tensor";
 
 #if defined(__x86_64__)
-const char* needs_avx2(const Params& p) {
-  if (!cpu_features().avx2) return "this processor has no AVX2, FMA and F16C";
+const char* avx2_supported(const Params& p) {
+  if (const char* why = needs_avx2(p)) return why;
   return p.head_dim % 8 == 0 ? nullptr : "head_dim is no multiple of 8";
 }
-const char* needs_avx512bw(const Params& p) {
-  if (!cpu_features().avx512bw) return "this processor has no AVX-512 F, BW, DQ and VL";
+const char* avx512bw_supported(const Params& p) {
+  if (const char* why = needs_avx512bw(p)) return why;
   return p.head_dim % 16 == 0 ? nullptr : "head_dim is no multiple of 16";
 }
 #elif defined(__aarch64__)
@@ -31,8 +31,8 @@ const char* needs_neon(const Params& p) { return p.head_dim % 4 == 0 ? nullptr :
 // Attention's arithmetic; which matmul runs is quant_linear's affair.
 constexpr Impl<Params> kImpls[] = {
 #if defined(__x86_64__)
-    {"cpu_avx512bw", needs_avx512bw, always, cpu_avx512bw::run},
-    {"cpu_avx2", needs_avx2, always, cpu_avx2::run},
+    {"cpu_avx512bw", avx512bw_supported, always, cpu_avx512bw::run},
+    {"cpu_avx2", avx2_supported, always, cpu_avx2::run},
 #elif defined(__aarch64__)
     {"cpu_neon", needs_neon, always, cpu_neon::run},
 #endif

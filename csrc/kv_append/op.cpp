@@ -13,10 +13,6 @@ namespace {
 
 constexpr const char *kOp = "kv_append", *kRead = "kv_read";
 
-#if defined(__x86_64__)
-const char* needs_avx2(const Params&) { return cpu_features().avx2 ? nullptr : "this processor has no AVX2, FMA and F16C"; }
-#endif
-
 constexpr Impl<Params> kImpls[] = {
 #if defined(__x86_64__)
     {"cpu_avx2", needs_avx2, always, cpu_avx2::run},

@@ -17,15 +17,17 @@ const char* needs_int8(const Params& p) {  // every format that may be multiplie
 
 const char* needs_float(const Params& p) { return p.activations == Activations::kFloat ? nullptr : "it computes with float activations"; }
 
+const char* first_reason(const char* a, const char* b) { return a ? a : b; }
+
 // Which of these kernels exist at all is a matter of the architecture this is compiled for.
 #if defined(__x86_64__)
-const char* needs_int8_avx2(const Params& p) { return cpu_features().avx2 ? needs_int8(p) : "this processor has no AVX2, FMA and F16C"; }
+const char* needs_int8_avx2(const Params& p) { return first_reason(needs_avx2(p), needs_int8(p)); }
 
 const char* needs_int8_avxvnni(const Params& p) { return cpu_features().avxvnni ? needs_int8(p) : "this processor has no AVX-VNNI"; }
 
-const char* needs_int8_avx512bw(const Params& p) { return cpu_features().avx512bw ? needs_int8(p) : "this processor has no AVX-512 F, BW, DQ and VL"; }
+const char* needs_int8_avx512bw(const Params& p) { return first_reason(needs_avx512bw(p), needs_int8(p)); }
 
-const char* needs_int8_avx512vnni(const Params& p) { return cpu_features().avx512vnni ? needs_int8(p) : "this processor has no AVX-512 VNNI"; }
+const char* needs_int8_avx512vnni(const Params& p) { return first_reason(needs_avx512vnni(p), needs_int8(p)); }
 
 const char* needs_float_amx(const Params& p) {
   if (!cpu_features().amx) return "this processor has no AMX, or the system grants none";
@@ -35,7 +37,7 @@ const char* needs_float_amx(const Params& p) {
 
 const char* needs_int8_amx(const Params& p) { return cpu_features().amx ? needs_int8(p) : "this processor has no AMX, or the system grants none"; }
 
-const char* needs_float_avx2(const Params& p) { return cpu_features().avx2 ? needs_float(p) : "this processor has no AVX2, FMA and F16C"; }
+const char* needs_float_avx2(const Params& p) { return first_reason(needs_avx2(p), needs_float(p)); }
 
 const char* needs_float_avx512bf16(const Params& p) {
   if (!cpu_features().avx512bf16) return "this processor has no AVX-512 BF16";
@@ -43,7 +45,7 @@ const char* needs_float_avx512bf16(const Params& p) {
   return needs_float(p);
 }
 
-const char* needs_float_avx512bw(const Params& p) { return cpu_features().avx512bw ? needs_float(p) : "this processor has no AVX-512 F, BW, DQ and VL"; }
+const char* needs_float_avx512bw(const Params& p) { return first_reason(needs_avx512bw(p), needs_float(p)); }
 #elif defined(__aarch64__)
 const char* needs_int8_i8mm(const Params& p) { return cpu_features().i8mm ? needs_int8(p) : "this processor has no I8MM (smmla)"; }
 

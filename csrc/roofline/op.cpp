@@ -9,11 +9,6 @@
 namespace taut::roofline {
 namespace {
 
-#if defined(__x86_64__)
-const char* needs_avx2(const Params&) { return cpu_features().avx2 ? nullptr : "this processor has no AVX2, FMA and F16C"; }
-const char* needs_avx512vnni(const Params&) { return cpu_features().avx512vnni ? nullptr : "this processor has no AVX-512 VNNI"; }
-#endif
-
 constexpr Impl<Params> kImpls[] = {
 #if defined(__x86_64__)
     {"cpu_avx512vnni", needs_avx512vnni, always, cpu_avx512vnni::run},
