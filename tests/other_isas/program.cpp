@@ -258,7 +258,7 @@ namespace {
 using quant_linear::kImpls;
 constexpr int kNumImpls = sizeof(kImpls) / sizeof(kImpls[0]);
 // Rounds weights to bf16 and takes subnormal numbers for zeros.
-bool computes_in_bf16(int impl) { return std::strstr(kImpls[impl].name, "avx512bf16.float") != nullptr; }
+bool computes_in_bf16(int impl) { return std::strncmp(kImpls[impl].name, "cpu_avx512bf16.float", 20) == 0; }
 bool is_truth(int impl) { return kImpls[impl].run == quant_linear::cpu_scalar::run; }
 
 struct Tally {
