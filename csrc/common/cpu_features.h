@@ -17,4 +17,18 @@ struct CpuFeatures {
 
 __attribute__((visibility("default"))) const CpuFeatures& cpu_features();
 
+// `supported` of an impl that needs an instruction set and nothing else.
+template <class Params>
+const char* needs_avx2(const Params&) {
+  return cpu_features().avx2 ? nullptr : "this processor has no AVX2, FMA and F16C";
+}
+template <class Params>
+const char* needs_avx512bw(const Params&) {
+  return cpu_features().avx512bw ? nullptr : "this processor has no AVX-512 F, BW, DQ and VL";
+}
+template <class Params>
+const char* needs_avx512vnni(const Params&) {
+  return cpu_features().avx512vnni ? nullptr : "this processor has no AVX-512 VNNI";
+}
+
 }  // namespace taut
