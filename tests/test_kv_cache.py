@@ -17,7 +17,7 @@ from tiny_models import FAMILIES, tiny
 KINDS = ("int8", "int4", "fp8")
 FUNCTIONS = ("taut", "sdpa")
 # Cosine of logits (less their mean) with those of exact keys and values, at least: in models of random weights, which round worst.
-CLOSE = {"int8": 0.999, "fp8": 0.98, "int4": 0.9}
+CLOSE = {"int8": 0.9995, "fp8": 0.99, "int4": 0.85}
 
 
 def prompt(batch: int = 2, length: int = 19, seed: int = 1) -> torch.Tensor:
@@ -92,7 +92,7 @@ def test_low_bits_are_close(family, kv, length):
     assert cosine(found, expected) >= CLOSE[kv]
     assert not torch.equal(found[:, SIZES[0] :], expected[:, SIZES[0] :])
     plain = model_for(family, "eager")
-    assert_close(steps(plain, taut.Cache(plain, kv, length), ids, SIZES), found, 0.02)
+    assert_close(steps(plain, taut.Cache(plain, kv, length), ids, SIZES), found, {"int8": 5e-3, "int4": 0.1, "fp8": 1e-4}[kv])
 
 
 @pytest.mark.parametrize("kv", KINDS)
