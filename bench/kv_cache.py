@@ -60,8 +60,8 @@ def compare(model: torch.nn.Module, windows: torch.Tensor, prompt: int, piece: i
         stats = join(parts[format])
         numbers = summarize(stats)
         found.append({
-            "format": format, "kl": numbers["kl_mean"].value, "kl_stderr": numbers["kl_mean"].stderr, "same_top": numbers["same_top"].value,
-            "same_top_stderr": numbers["same_top"].stderr, "ppl_float": numbers["ppl_base"].value, "ppl": numbers["ppl_other"].value,
+            "format": format, "kl": numbers["kl_mean"].value, "kl_stderr": numbers["kl_mean"].stderr, "same_top": numbers["top1"].value,
+            "same_top_stderr": numbers["top1"].stderr, "ppl_float": numbers["ppl_base"].value, "ppl": numbers["ppl_other"].value,
             "bytes_float": size[None], "bytes": size[format], "prompt": prompt, "tokens": stats.kl.numel(),
         })  # fmt: skip
     return found
