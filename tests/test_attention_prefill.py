@@ -22,6 +22,8 @@ OP = "attention_prefill"
 
 def dtype_of(impl: str) -> torch.dtype:
     """float32, or a dtype that an impl takes which has no float32."""
+    if impl.startswith("cpu_avx512bf16"):
+        return torch.bfloat16
     return torch.float16 if impl.startswith(ROUND_SOFTMAX) else torch.float32
 
 
