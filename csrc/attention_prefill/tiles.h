@@ -386,8 +386,7 @@ struct Tiles {
     for (int64_t j = 0; j < whole; j += kColumns) some_scores<kVec>(panel.q, steps(p.D), keys + j * stride, stride, scale, block.scores + j * kRows, most);
     if (whole < count) {  // WHY copied: the product is of kColumns keys
       float last[kColumns * 256];
-      for (int64_t j = 0; j < kColumns; j++)
-        std::memcpy(last + j * steps(p.D), keys + std::min(whole + j, count - 1) * stride, steps(p.D) * sizeof(float));
+      for (int64_t j = 0; j < kColumns; j++) std::memcpy(last + j * steps(p.D), keys + std::min(whole + j, count - 1) * stride, steps(p.D) * sizeof(float));
       some_scores<kVec>(panel.q, steps(p.D), last, steps(p.D), scale, block.scores + whole * kRows, most);
     }
     if (hides || rules.softcap > 0 || rules.alibi_slopes) {
