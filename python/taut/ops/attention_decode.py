@@ -23,8 +23,8 @@ def attention_decode(
 
     The rules (``softmax_scale``, ``window``, ``softcap``, ``mask`` broadcastable to ``[B, Hq, Lq, keys]``, ``s_aux``,
     ``alibi_slopes``), ``lse`` and ``tokens_first`` are those of ``attention_prefill``. It computes with the numbers that the cache
-    stands for. In int8 and int4 they are multiplied as integers: q is rounded to 14 bits of a row's largest element (8 beside int4), the weights to 14 bits of the
-    largest in a tile of keys.
+    stands for. In int8 and int4 they are multiplied as integers: q is rounded to 14 bits of a row's largest element (8 beside
+    int4), the weights to 14 bits of the largest in a tile of keys.
     The number of threads changes no bits, and the rest of the batch none of a sequence's. On the CPU only, and without a backward.
     Raises ``ValueError`` for wrong shapes, dtypes, strides or devices, lengths beyond ``keys``, and pages out of range, before any is read.
     """
