@@ -24,9 +24,9 @@ OUT = ROOT / "build" / "sanitize"
 # -O1: -O0 would not inline what the kernels need inlined. Warnings are the library build's affair; gcc gives false ones here.
 FLAGS = ("-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-fno-math-errno", "-pthread")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
-OPS = ("quant_linear", "quantize_weight", "pack_weight", "attention_prefill", "attention_decode", "kv_append")
+OPS = ("quant_linear", "quantize_weight", "pack_weight", "attention_prefill", "attention_backward", "attention_decode", "kv_append")
 # By program: the ops that choose among impls, whose tables it includes as <program>.inc.
-TABLES = {"impls": ("quant_linear", "quantize_weight"), "attention": ("attention_prefill", "attention_decode", "kv_append")}
+TABLES = {"impls": ("quant_linear", "quantize_weight"), "attention": ("attention_prefill", "attention_backward", "attention_decode", "kv_append")}
 
 
 def isa_flags() -> dict[str, list[str]]:
