@@ -176,13 +176,8 @@ struct Chunks {
   template <int kRows>
   __attribute__((noinline)) void some_code_scores(int64_t r, int64_t begin, int64_t end) {
     constexpr int kVectors = kInt4 ? L::kKeyVectors : 1;  // WHY: one block of int8 keys after the other is one stream
-<<<<<<< HEAD
     constexpr int64_t kLine = 4 * kWidth;                 // so much of the values for a step: as much as it reads of the keys
-    const int64_t steps = key_width / (kInt4 ? 8 : 4), value_bytes = value_block_bytes(kFormat, p.Dv);
-=======
-    constexpr int64_t kLine = 4 * kWidth;  // so much of the values for a step: as much as it reads of the keys
     const int64_t steps = key_block_bytes(kFormat, p.D) / 64, value_bytes = value_block_bytes(kFormat, p.Dv);
->>>>>>> attention-backward
     const uint8_t* code = q_codes + r / kQGroup * kRowFloats * kQGroup * kQBytes + r % kQGroup * kQBytes * 4;
     for (int64_t j = begin / kKvBlock * kKvBlock; j < end; j += kVectors * kWidth) {
       const uint8_t *block[kVectors], *value[kVectors];
