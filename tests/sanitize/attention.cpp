@@ -212,7 +212,8 @@ void test_prefill(int64_t turn, int64_t Lq, int64_t Lk, int64_t D, int64_t Dv) {
   const Tensor4 v(B, Hkv, Lk, Dv, dtype, pick(turn, "v", 3), tokens_first);
   const Rules rules(turn, B, Hq, Lq, Lk, D);
   for (const auto& impl : kPrefillImpls) {
-    if (!impl.can_run) continue;
+    const bool pairs = std::strcmp(impl.name, "cpu_avx512bf16") == 0;  // it takes bf16 alone, and rounds the weights to it
+    if (!impl.can_run || (pairs && dtype != DType::kBFloat16)) continue;
     const std::string what = std::string("attention_prefill ") + impl.name + ": turn " + std::to_string(turn) + " Lq=" + std::to_string(Lq) +
                              " Lk=" + std::to_string(Lk) + " D=" + std::to_string(D) + " Dv=" + std::to_string(Dv);
     Tensor4 serial(B, Hq, Lq, Dv, dtype, 0, tokens_first, false), threaded(B, Hq, Lq, Dv, dtype, 0, tokens_first, false);
@@ -233,7 +234,7 @@ void test_prefill(int64_t turn, int64_t Lq, int64_t Lk, int64_t D, int64_t Dv) {
       const double expected_lse = attend(
           rules.rules, b, h, i, i + Lk - Lq, Lk, D, Dv, [&](int64_t d) { return q.at(b, h, i, d); },
           [&](int64_t j, int64_t d) { return k.at(b, kv_head, j, d); }, [&](int64_t j, int64_t d) { return v.at(b, kv_head, j, d); }, expected, sizes);
-      expect_row(serial, reinterpret_cast<float*>(lse.data())[row], b, h, i, expected, sizes, expected_lse, 1e-5, what);
+      expect_row(serial, reinterpret_cast<float*>(lse.data())[row], b, h, i, expected, sizes, expected_lse, pairs ? 0x1p-8 : 1e-5, what);
     }
   }
 }
