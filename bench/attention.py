@@ -19,7 +19,7 @@ import taut
 from taut.ops import attention_prefill, attention_rules
 from taut.ops.kv_append import KvCache, kv_append, kv_channels
 
-from .contenders import Entry, Prepared, copies_for, rotation
+from .contenders import Entry, Prepared, copies_for, rotation, split_flops
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PREFILL_FORMATS = ("fp32", "bf16")
@@ -111,8 +111,8 @@ class AttentionProblem:
         )["flops"]
         error = self.error(out)
         wrong = None if error <= _TOLERANCE[format] else f"off by {error:.2g} of the largest result"
-        integers = format in ("kv_int8", "kv_int4")
-        return Prepared(call, nbytes, 0 if integers else flops, flops if integers else 0, error, wrong)
+        arithmetic = "a8" if format in ("kv_int8", "kv_int4") else format
+        return Prepared(call, nbytes, *split_flops(flops, arithmetic), error, wrong)
 
 
 def own_entry(case: AttentionCase, format: str) -> Entry:
@@ -185,6 +185,8 @@ def flex_entry(case: AttentionCase, format: str) -> Entry:
         visible = lambda b, h, i, j: i + offset >= j  # noqa: E731
         mask = flex.create_block_mask(visible, None, None, queries, case.keys, device="cpu") if queries > 1 else None
         take = rotation([(k, v), *((k.clone(), v.clone()) for _ in range(copies_for(k.nbytes * 2, cold_bytes) - 1))])
+        # WHY: torch compiles it for each case and dtype, and past its limit of compilations it would fall back to plain Python
+        torch._dynamo.config.recompile_limit = 1000
         compiled = torch.compile(flex.flex_attention, dynamic=False)
 
         def call() -> Tensor:

@@ -25,7 +25,7 @@ _COMPARED_ROWS = 64  # of quantize_weight, against the scalar impl
 class Prepared:
     """A contender ready to run. ``call`` does ``layers`` computations, each on other weights where they are cold.
 
-    ``nbytes``, ``flops``, ``int8_ops``: counted work of one computation. ``max_error``: what the check found (see
+    ``nbytes``, ``flops``, ``int8_ops``, ``bf16_flops``: counted work of one computation. ``max_error``: what the check found (see
     ``problem.max_error``); ``wrong``: why the result is wrong, or None. ``warm_bytes``: the bytes that a warm run finds in cache.
     """
 
@@ -33,10 +33,16 @@ class Prepared:
     nbytes: int
     flops: float
     int8_ops: float
+    bf16_flops: float
     max_error: float
     wrong: str | None = None
     layers: int = 1
     keep: Any = None  # what must outlive the call
+
+
+def split_flops(count: float, arithmetic: str) -> tuple[float, float, float]:
+    """``count`` operations as (fp32, int8, bf16) ones; ``arithmetic``: "a8" and "bf16" are of those two."""
+    return (0.0 if arithmetic in ("a8", "bf16") else count, count if arithmetic == "a8" else 0.0, count if arithmetic == "bf16" else 0.0)
 
 
 @dataclass(frozen=True)
@@ -130,8 +136,8 @@ def _prepare_linear(problem: Problem, format: str, impl: str, cold_bytes: int) -
     exact = max_error(out, x, problem.dense(weights, mode), quantized_x=mode == "int8")
     wrong = None if exact <= _OWN_TOLERANCE[x.dtype] else f"off by {exact:.2g} of the largest result from its definition"
     counted = quant_linear.cost(case.m, case.n, case.k, weights, x.element_size())
-    flops, int8_ops = (0, counted["flops"]) if mode == "int8" else (counted["flops"], 0)
-    return Prepared(call, counted["bytes"], flops, int8_ops, max_error(out, x, w), wrong)
+    arithmetic = "a8" if mode == "int8" else activations
+    return Prepared(call, counted["bytes"], *split_flops(counted["flops"], arithmetic), max_error(out, x, w), wrong)
 
 
 def _prepare_quantize(problem: Problem, format: str, impl: str, cold_bytes: int) -> Prepared:
@@ -153,7 +159,7 @@ def _prepare_quantize(problem: Problem, format: str, impl: str, cold_bytes: int)
     largest = float(w.float().abs().max())
     error = float((dequantize_weight(packed, case.n, case.k, weights) - w.float()).abs().max()) / largest
     counted = quantize_weight.cost(case.n, case.k, weights, w.element_size())
-    return Prepared(call, counted["bytes"], counted["flops"], 0, error, None if same else "its bits differ from the scalar impl's")
+    return Prepared(call, counted["bytes"], counted["flops"], 0, 0, error, None if same else "its bits differ from the scalar impl's")
 
 
 def _prepare_pack(problem: Problem, format: str, impl: str, cold_bytes: int) -> Prepared:
@@ -171,5 +177,5 @@ def _prepare_pack(problem: Problem, format: str, impl: str, cold_bytes: int) -> 
     pairs = zip(back, parts, strict=True)
     same = all((a is None and b is None) or torch.equal(a, b) for a, b in pairs)
     return Prepared(
-        call, nbytes + weights.layout_bytes(case.n, case.k), 0, 0, 0.0, None if same else "unpacking does not give the same bits back"
+        call, nbytes + weights.layout_bytes(case.n, case.k), 0, 0, 0, 0.0, None if same else "unpacking does not give the same bits back"
     )

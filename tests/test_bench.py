@@ -194,7 +194,7 @@ def test_a_long_run_holds_results_against_the_best_ceilings_so_far(
 ) -> None:
     speeds = iter((10.0, 1000.0))
     monkeypatch.setattr(
-        run, "roofline", lambda refresh=False: Roofline(torch.get_num_threads(), "cpu_scalar", 1, 1, next(speeds), None, 1, 1e9, 1e9)
+        run, "roofline", lambda refresh=False: Roofline(torch.get_num_threads(), "cpu_scalar", 1, 1, next(speeds), None, 1, 1e9, 1e9, 1e9)
     )
     monkeypatch.setattr(run, "all_cases", lambda: [SMALL])
     clock = iter((0.0, run._CEILINGS_SECONDS - 1, run._CEILINGS_SECONDS + 1, run._CEILINGS_SECONDS + 1))

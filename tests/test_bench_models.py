@@ -28,7 +28,7 @@ from taut.formats import KINDS
 from taut.roofline import Roofline
 
 PROMPT, FORCED = list(range(5, 25)), [7, 8, 9]
-CEILINGS = Roofline(2, "cpu_scalar", 1, 1, 10.0, None, 1, 100.0, 400.0)
+CEILINGS = Roofline(2, "cpu_scalar", 1, 1, 10.0, None, 1, 100.0, 400.0, 100.0)
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +311,7 @@ def test_every_format_runs_a_small_race(name: str, monkeypatch: pytest.MonkeyPat
 
 def test_who_is_slower_is_named() -> None:
     def row(format: str, impl: str, peer: bool, micros: float) -> run.Row:
-        prepared = Prepared(lambda: None, 1, 1, 1, 0.0)
+        prepared = Prepared(lambda: None, 1, 1, 1, 0, 0.0)
         return run.Row(Entry(Case("quant_linear", 8, 8, 1), format, impl, peer, None), prepared, Spread(micros, 1, 1, 3, 0), False, 0.5)
 
     rows = [row("int4_g32_a8", "good", False, 1.0), row("int2_g32_a8", "bad", False, 3.0), row("fp32", "torch_fp32", True, 2.0)]
@@ -335,7 +335,8 @@ def test_the_plot_is_drawn_from_the_newest_sweep(tmp_path: Path, monkeypatch: py
     assert pictures[0].read_bytes()[:4] == b"\x89PNG"
     assert plot.curves(lines) == {"taut cpu_avx2.int8_small": [(1, 10.0), (4, 40.0)], "ONNX Runtime, 4 bits": [(1, 5.0), (4, 20.0)]}
     assert plot.ceiling(lines) == [(1, 20.0), (4, 80.0)]
-    assert table.pictures([tmp_path / "sweep-x.jsonl"]) == "![Throughput of a layer over M, int4](bench/results/sweep-x-int4.png)"
+    expected = "![Throughput of a layer over M (sweep-x-int4)](bench/results/sweep-x-int4.png)"
+    assert table.pictures([tmp_path / "sweep-x.jsonl"], "sweep-*", "Throughput of a layer over M") == expected
 
 
 # ---- perplexity

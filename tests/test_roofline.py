@@ -38,7 +38,7 @@ def test_read_of_unaligned_words(impl: str, forced) -> None:
     assert int(op.roofline(buffer, "read", 2)) == op.reference(buffer)
 
 
-@pytest.mark.parametrize("ceiling", ["fma_f32", "dot_int8"])
+@pytest.mark.parametrize("ceiling", ["fma_f32", "dot_int8", "dot_bf16"])
 def test_multiply_adds_are_counted_by_doing_them(impl: str, threads: int, ceiling: str, forced) -> None:
     forced(impl)
     nothing = torch.empty(0, dtype=torch.int64)
@@ -49,11 +49,12 @@ def test_multiply_adds_are_counted_by_doing_them(impl: str, threads: int, ceilin
         assert int(op.roofline(nothing, ceiling, steps=steps)) == steps * one
 
 
-def test_fp32_counts_exactly_up_to_the_limit(impl: str, forced) -> None:
+@pytest.mark.parametrize("ceiling", ["fma_f32", "dot_bf16"])
+def test_floats_count_exactly_up_to_the_limit(impl: str, ceiling: str, forced) -> None:
     forced(impl)
     nothing = torch.empty(0, dtype=torch.int64)
-    one = int(op.roofline(nothing, "fma_f32", steps=1))
-    assert int(op.roofline(nothing, "fma_f32", steps=op.MAX_STEPS)) == op.MAX_STEPS * one
+    one = int(op.roofline(nothing, ceiling, steps=1))
+    assert int(op.roofline(nothing, ceiling, steps=op.MAX_STEPS)) == op.MAX_STEPS * one
 
 
 def test_opcheck() -> None:
@@ -77,7 +78,7 @@ def test_bad_input(arguments: tuple, words: str) -> None:
 
 
 def test_the_op_itself_refuses_too() -> None:
-    for bad in ((torch.zeros(8), 0, 1, 0), (torch.zeros(8, dtype=torch.int64), 3, 1, 0), (torch.zeros(8, dtype=torch.int64), 0, 5, 0)):
+    for bad in ((torch.zeros(8), 0, 1, 0), (torch.zeros(8, dtype=torch.int64), 4, 1, 0), (torch.zeros(8, dtype=torch.int64), 0, 5, 0)):
         with pytest.raises(RuntimeError, match="roofline: "):
             torch.ops.taut.roofline(*bad)
 
@@ -86,7 +87,7 @@ def test_what_is_measured_is_positive_finite_and_kept() -> None:
     found = roofline()
     assert found.threads == torch.get_num_threads()
     assert found.impl in IMPLS
-    for value in (found.read_gb_s, found.best_read_gb_s, found.fma_gflop_s, found.dot_gop_s):
+    for value in (found.read_gb_s, found.best_read_gb_s, found.fma_gflop_s, found.dot_gop_s, found.bf16_gflop_s):
         assert math.isfinite(value)
         assert value > 0
     assert found.buffer_bytes > 0
@@ -106,22 +107,23 @@ def test_a_forced_impl_is_measured_by_itself() -> None:
 
 
 def test_least_seconds_is_the_slower_of_memory_and_arithmetic() -> None:
-    ceilings = Roofline(2, "cpu_scalar", 1 << 20, 1 << 28, 10.0, 20.0, 4, 100.0, 400.0)
+    ceilings = Roofline(2, "cpu_scalar", 1 << 20, 1 << 28, 10.0, 20.0, 4, 100.0, 400.0, 200.0)
     assert ceilings.best_read_gb_s == 20.0
     assert ceilings.least_seconds(20e9) == pytest.approx(1.0)
     assert ceilings.least_seconds(1e9, flops=50e9) == pytest.approx(0.5)
     assert ceilings.least_seconds(1e9, flops=50e9, int8_ops=200e9) == pytest.approx(1.0)
-    assert Roofline(2, "cpu_scalar", 1, 1, 10.0, None, 4, 1.0, 1.0).best_read_gb_s == 10.0
+    assert ceilings.least_seconds(1e9, flops=50e9, bf16_flops=200e9) == pytest.approx(1.5)
+    assert Roofline(2, "cpu_scalar", 1, 1, 10.0, None, 4, 1.0, 1.0, 1.0).best_read_gb_s == 10.0
 
 
 def test_best_of_takes_the_higher_of_each() -> None:
-    first = Roofline(2, "cpu_scalar", 1, 1, 10.0, None, 1, 100.0, 400.0)
-    second = Roofline(2, "cpu_scalar", 1, 1, 9.0, 20.0, 8, 110.0, 300.0)
-    assert first.best_of(second) == Roofline(2, "cpu_scalar", 1, 1, 10.0, 20.0, 8, 110.0, 400.0)
+    first = Roofline(2, "cpu_scalar", 1, 1, 10.0, None, 1, 100.0, 400.0, 200.0)
+    second = Roofline(2, "cpu_scalar", 1, 1, 9.0, 20.0, 8, 110.0, 300.0, 100.0)
+    assert first.best_of(second) == Roofline(2, "cpu_scalar", 1, 1, 10.0, 20.0, 8, 110.0, 400.0, 200.0)
     assert second.best_of(first) == first.best_of(second)
     assert first.best_of(first) == first
     with pytest.raises(ValueError, match="ceilings of 2 threads of cpu_scalar and of 1 threads of cpu_scalar"):
-        first.best_of(Roofline(1, "cpu_scalar", 1, 1, 9.0, 20.0, 8, 110.0, 300.0))
+        first.best_of(Roofline(1, "cpu_scalar", 1, 1, 9.0, 20.0, 8, 110.0, 300.0, 100.0))
 
 
 def test_last_cache_has_a_size() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from taut.formats import WeightFormat
 
-from ..contenders import Prepared
+from ..contenders import Prepared, split_flops
 from ..problem import Problem, max_error
 
 # Of the largest result. A peer rounds x its own way, so it is held against the exact x.
@@ -29,7 +29,7 @@ def prepared(
     error = max_error(out, problem.x, problem.dense(format))
     wrong = None if error <= TOLERANCE[arithmetic] else f"off by {error:.2g} of the largest result"
     return Prepared(
-        call, nbytes, 0 if arithmetic == "a8" else operations, operations if arithmetic == "a8" else 0, error, wrong, layers, keep
+        call, nbytes, *split_flops(operations, arithmetic), error, wrong, layers, keep
     )
 
 

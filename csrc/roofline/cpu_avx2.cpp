@@ -87,7 +87,7 @@ uint64_t dot_int8(int64_t steps) {
 }
 
 uint64_t measure(const Params& p, int64_t task) {
-  if (p.ceiling == Ceiling::kFmaF32) return fma_f32(p.steps);
+  if (p.ceiling == Ceiling::kFmaF32 || p.ceiling == Ceiling::kDotBf16) return fma_f32(p.steps);
   if (p.ceiling == Ceiling::kDotInt8) return dot_int8(p.steps);
   switch (p.streams) {
     case 1: return read<1>(p, task);

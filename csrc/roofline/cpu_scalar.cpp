@@ -36,7 +36,7 @@ uint64_t count(int64_t steps) {
 
 void run(const Params& p) {
   parallel_tasks(p.num_threads, [&](int64_t task) {
-    p.results[task] = p.ceiling == Ceiling::kRead ? read(p, task) : p.ceiling == Ceiling::kFmaF32 ? count<float>(p.steps) : count<int32_t>(p.steps);
+    p.results[task] = p.ceiling == Ceiling::kRead ? read(p, task) : p.ceiling == Ceiling::kDotInt8 ? count<int32_t>(p.steps) : count<float>(p.steps);
   });
 }
 

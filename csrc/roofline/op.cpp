@@ -9,8 +9,13 @@
 namespace taut::roofline {
 namespace {
 
+#if defined(__x86_64__)
+const char* needs_avx512bf16(const Params&) { return cpu_features().avx512bf16 ? nullptr : "this processor has no AVX-512 BF16"; }
+#endif
+
 constexpr Impl<Params> kImpls[] = {
 #if defined(__x86_64__)
+    {"cpu_avx512bf16", needs_avx512bf16, always, cpu_avx512bf16::run},
     {"cpu_avx512vnni", needs_avx512vnni, always, cpu_avx512vnni::run},
     {"cpu_avx2", needs_avx2, always, cpu_avx2::run},
 #endif
@@ -20,7 +25,7 @@ constexpr Impl<Params> kImpls[] = {
 Tensor roofline(const Tensor& buffer, int64_t ceiling, int64_t streams, int64_t steps) {
   constexpr const char* kOp = "roofline";
   check_cpu(kOp, "buffer", buffer);
-  check(ceiling >= 0 && ceiling <= 2, kOp, ": ceiling must be 0 (read), 1 (fp32) or 2 (int8), got ", ceiling);
+  check(ceiling >= 0 && ceiling <= 3, kOp, ": ceiling must be 0 (read), 1 (fp32), 2 (int8) or 3 (bf16), got ", ceiling);
   check(buffer.scalar_type() == ScalarType::Long && buffer.dim() == 1 && buffer.is_contiguous(), kOp, ": buffer must be a contiguous 1-D int64 tensor");
   check(streams == 1 || streams == 2 || streams == 4 || streams == kMaxStreams, kOp, ": streams must be 1, 2, 4 or 8, got ", streams);
   check(steps >= 0 && steps <= kMaxSteps, kOp, ": steps must be 0..", kMaxSteps, ", got ", steps);

@@ -29,8 +29,8 @@ class Roofline:
 
     ``read_gb_s``: gigabytes (10^9) a second of memory read in sequential streams, 4 KB pages; ``read_huge_pages_gb_s``:
     the same from 2 MB pages, None where the system has no ``madvise``. ``read_streams``: how many streams a thread were
-    fastest. ``fma_gflop_s``: fp32 multiply-adds, 2 flops each; ``dot_gop_s``: int8 multiply-adds, 2 operations each; both 10^9 a second
-    from registers. ``last_cache_bytes``: the last-level cache; ``buffer_bytes``: what was read; ``impl``: the loops that ran.
+    fastest. ``fma_gflop_s``: fp32 multiply-adds, 2 flops each; ``dot_gop_s``: int8 multiply-adds, 2 operations each; ``bf16_gflop_s``:
+    bf16 multiply-adds summed in fp32, that of fp32 where the processor has no instruction for them; all 10^9 a second from registers. ``last_cache_bytes``: the last-level cache; ``buffer_bytes``: what was read; ``impl``: the loops that ran.
     """
 
     threads: int
@@ -42,15 +42,17 @@ class Roofline:
     read_streams: int
     fma_gflop_s: float
     dot_gop_s: float
+    bf16_gflop_s: float
 
     @property
     def best_read_gb_s(self) -> float:
         """The faster of the two kinds of pages."""
         return max(self.read_gb_s, self.read_huge_pages_gb_s or 0.0)
 
-    def least_seconds(self, nbytes: float, flops: float = 0.0, int8_ops: float = 0.0) -> float:
-        """The least time this machine could take to read ``nbytes`` and do ``flops`` in fp32 and ``int8_ops`` in int8."""
-        return max(nbytes / (self.best_read_gb_s * 1e9), flops / (self.fma_gflop_s * 1e9) + int8_ops / (self.dot_gop_s * 1e9))
+    def least_seconds(self, nbytes: float, flops: float = 0.0, int8_ops: float = 0.0, bf16_flops: float = 0.0) -> float:
+        """The least time this machine could take to read ``nbytes`` and do ``flops`` in fp32, ``int8_ops`` in int8, ``bf16_flops`` in bf16."""
+        arithmetic = flops / self.fma_gflop_s + int8_ops / self.dot_gop_s + bf16_flops / self.bf16_gflop_s
+        return max(nbytes / self.best_read_gb_s, arithmetic) * 1e-9
 
     def best_of(self, other: Roofline) -> Roofline:
         """The higher of each ceiling, of two measurements on one machine with the same threads and impl.
@@ -69,6 +71,7 @@ class Roofline:
             read_streams=max(self, other, key=lambda found: found.best_read_gb_s).read_streams,
             fma_gflop_s=max(self.fma_gflop_s, other.fma_gflop_s),
             dot_gop_s=max(self.dot_gop_s, other.dot_gop_s),
+            bf16_gflop_s=max(self.bf16_gflop_s, other.bf16_gflop_s),
         )
 
     def to_dict(self) -> dict[str, object]:
@@ -117,6 +120,7 @@ def _measure(threads: int, impl: str) -> Roofline:
         read_streams=huge_streams if (huge or 0.0) > small else small_streams,
         fma_gflop_s=_compute("fma_f32"),
         dot_gop_s=_compute("dot_int8"),
+        bf16_gflop_s=_compute("dot_bf16"),
     )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _native
 
-CEILINGS = {"read": 0, "fma_f32": 1, "dot_int8": 2}
+CEILINGS = {"read": 0, "fma_f32": 1, "dot_int8": 2, "dot_bf16": 3}
 STREAMS = (1, 2, 4, 8)
 MAX_STEPS = 1 << 22
 
@@ -16,7 +16,7 @@ def roofline(buffer: Tensor, ceiling: str, streams: int = 4, steps: int = 0) -> 
     """Runs one loop on all threads, and returns what says that the work was done: ``int64 [1]``.
 
     ``"read"``: the sum of ``buffer`` (``int64 [n]`` on the CPU) modulo 2^64, read in ``streams`` (1, 2, 4, 8) sequential
-    streams a thread. ``"fma_f32"``, ``"dot_int8"``: the number of multiply-adds done in ``steps`` (0 to 2^22) rounds of
+    streams a thread. ``"fma_f32"``, ``"dot_int8"``, ``"dot_bf16"``: the number of multiply-adds done in ``steps`` (0 to 2^22) rounds of
     the impl's accumulators on each thread; nothing of ``buffer`` is read. Raises ``ValueError`` for anything else.
     """
     if ceiling not in CEILINGS:
