@@ -422,7 +422,8 @@ def _check_memory(entry: Entry, cold_bytes: int) -> None:
 
 def _share(prepared: Prepared, timing: Spread, cold: bool, ceilings: Roofline) -> float:
     cached = not cold and prepared.nbytes <= ceilings.last_cache_bytes
-    return ceilings.least_seconds(0 if cached else prepared.nbytes, prepared.flops, prepared.int8_ops, prepared.bf16_flops) / (timing.median_us * 1e-6)
+    nbytes = 0 if cached else prepared.nbytes
+    return ceilings.least_seconds(nbytes, prepared.flops, prepared.int8_ops, prepared.bf16_flops) / (timing.median_us * 1e-6)
 
 
 def _append(path: Path | None, rows: Sequence[Row], context: Context, op: str | None) -> None:
@@ -468,8 +469,8 @@ def _words(context: Context) -> str:
 def _ceilings_in_words(ceilings: Roofline) -> str:
     huge = "" if ceilings.read_huge_pages_gb_s is None else f" ({ceilings.read_huge_pages_gb_s:.1f} with 2 MB pages)"
     return (
-        f"ceilings: read {ceilings.read_gb_s:.1f} GB/s{huge}, fp32 {ceilings.fma_gflop_s:.0f} GFLOP/s, "
-        f"bf16 {ceilings.bf16_gflop_s:.0f} GFLOP/s, int8 {ceilings.dot_gop_s:.0f} GOP/s; last cache {ceilings.last_cache_bytes / 2**20:.0f} MiB"
+        f"ceilings: read {ceilings.read_gb_s:.1f} GB/s{huge}, fp32 {ceilings.fma_gflop_s:.0f} GFLOP/s, bf16 {ceilings.bf16_gflop_s:.0f} GFLOP/s, "
+        f"int8 {ceilings.dot_gop_s:.0f} GOP/s; last cache {ceilings.last_cache_bytes / 2**20:.0f} MiB"
     )
 
 

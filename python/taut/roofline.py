@@ -30,7 +30,8 @@ class Roofline:
     ``read_gb_s``: gigabytes (10^9) a second of memory read in sequential streams, 4 KB pages; ``read_huge_pages_gb_s``:
     the same from 2 MB pages, None where the system has no ``madvise``. ``read_streams``: how many streams a thread were
     fastest. ``fma_gflop_s``: fp32 multiply-adds, 2 flops each; ``dot_gop_s``: int8 multiply-adds, 2 operations each; ``bf16_gflop_s``:
-    bf16 multiply-adds summed in fp32, that of fp32 where the processor has no instruction for them; all 10^9 a second from registers. ``last_cache_bytes``: the last-level cache; ``buffer_bytes``: what was read; ``impl``: the loops that ran.
+    bf16 multiply-adds summed in fp32, that of fp32 where the processor has no instruction for them; all 10^9 a second from registers.
+    ``last_cache_bytes``: the last-level cache; ``buffer_bytes``: what was read; ``impl``: the loops that ran.
     """
 
     threads: int
@@ -50,7 +51,7 @@ class Roofline:
         return max(self.read_gb_s, self.read_huge_pages_gb_s or 0.0)
 
     def least_seconds(self, nbytes: float, flops: float = 0.0, int8_ops: float = 0.0, bf16_flops: float = 0.0) -> float:
-        """The least time this machine could take to read ``nbytes`` and do ``flops`` in fp32, ``int8_ops`` in int8, ``bf16_flops`` in bf16."""
+        """The least time this machine could take to read ``nbytes`` and do so many operations in fp32, in int8 and in bf16."""
         arithmetic = flops / self.fma_gflop_s + int8_ops / self.dot_gop_s + bf16_flops / self.bf16_gflop_s
         return max(nbytes / self.best_read_gb_s, arithmetic) * 1e-9
 
