@@ -469,7 +469,8 @@ def _words(context: Context) -> str:
 def _ceilings_in_words(ceilings: Roofline) -> str:
     huge = "" if ceilings.read_huge_pages_gb_s is None else f" ({ceilings.read_huge_pages_gb_s:.1f} with 2 MB pages)"
     return (
-        f"ceilings: read {ceilings.read_gb_s:.1f} GB/s{huge}, fp32 {ceilings.fma_gflop_s:.0f} GFLOP/s, bf16 {ceilings.bf16_gflop_s:.0f} GFLOP/s, "
+        f"ceilings: read {ceilings.read_gb_s:.1f} GB/s{huge}, fp32 {ceilings.fma_gflop_s:.0f} GFLOP/s, "
+        f"bf16 {ceilings.bf16_gflop_s:.0f} GFLOP/s, "
         f"int8 {ceilings.dot_gop_s:.0f} GOP/s; last cache {ceilings.last_cache_bytes / 2**20:.0f} MiB"
     )
 

@@ -28,9 +28,7 @@ def prepared(
     operations = 2 * case.m * case.n * case.k
     error = max_error(out, problem.x, problem.dense(format))
     wrong = None if error <= TOLERANCE[arithmetic] else f"off by {error:.2g} of the largest result"
-    return Prepared(
-        call, nbytes, *split_flops(operations, arithmetic), error, wrong, layers, keep
-    )
+    return Prepared(call, nbytes, *split_flops(operations, arithmetic), error, wrong, layers, keep)
 
 
 def disagreement(outputs: Sequence[np.ndarray]) -> str | None:
