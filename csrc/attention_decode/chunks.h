@@ -115,17 +115,17 @@ struct Chunks {
           }
         }
         q_sum[r] = 0;
-        for (int i = 0; i < 8; i++) q_sum[r] += sum[i] * (kInt4 ? 8 : 128);
+        for (int i = 0; i < 8; i++) q_sum[r] += sum[i] * (kInt4 ? 8 : L::kKeyCodeZero);
       }
     }
   }
 
   // ---- Scores ----
 
-  // Of floats: kWidth / kRows keys by kRows rows at a time.
+  // Of floats: kSums / kRows keys by kRows rows at a time.
   template <int kRows>
   __attribute__((noinline)) void some_scores(int64_t r, int64_t begin, int64_t end) {
-    constexpr int kKeys = kWidth / kRows;
+    constexpr int kSums = L::kSums, kKeys = kSums / kRows, kTogether = std::min(kKeys, L::kKeysTogether);
     const int64_t whole = p.D / kUnit * kUnit, value_bytes = p.Dv * kElement;
     for (int64_t j = begin; j < end; j += kKeys) {
       const uint8_t *row[kKeys], *value[kKeys];
@@ -134,21 +134,22 @@ struct Chunks {
         row[i] = keys[key / kKvBlock] + key % kKvBlock * p.cache.k_row_stride;
         value[i] = values[key / kKvBlock] + key % kKvBlock * p.cache.v_row_stride;
       }
-      V sum[kWidth];
-      TAUT_FOR (int i = 0; i < kWidth; i++) sum[i] = L::zero();
+      V sum[kSums];
+      TAUT_FOR (int i = 0; i < kSums; i++) sum[i] = L::zero();
       const float* x = q + r * kRowFloats;
-      // WHY key by key: the processor finds a stream of its own only where loads follow each other in memory
-      TAUT_FOR (int i = 0; i < kKeys; i++)
-        for (int64_t d = 0; d < whole; d += kUnit) {
-          if (r == 0)
-            TAUT_FOR (int at = 0; at < kUnit * kElement; at += 64) ask_for(value[i] + d * kElement + at);
-          V low, high;
-          L::template load_unit<kFormat>(row[i] + d * kElement, low, high);
-          TAUT_FOR (int t = 0; t < kRows; t++) {
-            V& to = sum[t * kKeys + i];
-            to = L::fma(high, L::load(x + t * kRowFloats + d + kWidth), L::fma(low, L::load(x + t * kRowFloats + d), to));
+      // WHY few keys together: the processor finds a stream of its own only where loads follow each other in memory
+      TAUT_FOR (int first = 0; first < kKeys; first += kTogether)
+        for (int64_t d = 0; d < whole; d += kUnit)
+          TAUT_FOR (int i = first; i < first + kTogether; i++) {
+            if (r == 0)
+              TAUT_FOR (int at = 0; at < kUnit * kElement; at += 64) ask_for(value[i] + d * kElement + at);
+            V low, high;
+            L::template load_unit<kFormat>(row[i] + d * kElement, low, high);
+            TAUT_FOR (int t = 0; t < kRows; t++) {
+              V& to = sum[t * kKeys + i];
+              to = L::fma(high, L::load(x + t * kRowFloats + d + kWidth), L::fma(low, L::load(x + t * kRowFloats + d), to));
+            }
           }
-        }
       if (whole < p.D)
         TAUT_FOR (int i = 0; i < kKeys; i++) {
           V low, high;
@@ -161,8 +162,8 @@ struct Chunks {
       if (r == 0)
         for (int64_t at = whole * kElement; at < value_bytes; at += 64)
           TAUT_FOR (int i = 0; i < kKeys; i++) ask_for(value[i] + at);
-      alignas(64) float found[kWidth];
-      L::store(found, L::sums_of(sum));
+      alignas(64) float found[kSums];
+      L::store_sums(found, sum);
       TAUT_FOR (int t = 0; t < kRows; t++) std::memcpy(scores + (r + t) * kTile + j, found + t * kKeys, kKeys * sizeof(float));
     }
   }
@@ -175,7 +176,7 @@ struct Chunks {
   // Of codes: whole blocks, kVectors registers of keys by kRows rows at a time.
   template <int kRows>
   __attribute__((noinline)) void some_code_scores(int64_t r, int64_t begin, int64_t end) {
-    constexpr int kVectors = kInt4 ? L::kKeyVectors : 1;  // WHY: one block of int8 keys after the other is one stream
+    constexpr int kVectors = L::key_vectors(kInt4, kRows * kQBytes);
     constexpr int64_t kLine = 4 * kWidth;                 // so much of the values for a step: as much as it reads of the keys
     const int64_t steps = key_block_bytes(kFormat, p.D) / 64, value_bytes = value_block_bytes(kFormat, p.Dv);
     const uint8_t* code = q_codes + r / kQGroup * kRowFloats * kQGroup * kQBytes + r % kQGroup * kQBytes * 4;
@@ -194,19 +195,21 @@ struct Chunks {
         if (r == 0 && step * kLine < value_bytes * kWidth / kKvBlock)
           TAUT_FOR (int i = 0; i < kVectors; i++) ask_for(value[i] + step * kLine);
         I k[kVectors];
-        TAUT_FOR (int i = 0; i < kVectors; i++) k[i] = L::load_codes(block[i] + step * 64);
+        TAUT_FOR (int i = 0; i < kVectors; i++) k[i] = kInt4 ? L::load_codes(block[i] + step * 64) : L::load_key_codes(block[i] + step * 64);
         if constexpr (kInt4) {
           I high[kVectors];
           TAUT_FOR (int i = 0; i < kVectors; i++) high[i] = L::high_halves(k[i]), k[i] = L::low_halves(k[i]);
+          const auto x = L::template load_fours<kRows>(code + step * 2 * kQStep), y = L::template load_fours<kRows>(code + step * 2 * kQStep + kQStep);
           TAUT_FOR (int t = 0; t < kRows; t++) {
-            const I x = L::four_bytes(code + step * 2 * kQStep + t * 4), y = L::four_bytes(code + step * 2 * kQStep + kQStep + t * 4);
-            TAUT_FOR (int i = 0; i < kVectors; i++) sum[t][0][i] = L::dot_twice(sum[t][0][i], k[i], x, high[i], y);
+            const auto first = L::four(x, t), second = L::four(y, t);
+            TAUT_FOR (int i = 0; i < kVectors; i++) sum[t][0][i] = L::dot_twice(sum[t][0][i], k[i], first, high[i], second);
           }
         } else {
+          const auto x = L::template load_fours<kRows * kQBytes>(code + step * kQStep);
           TAUT_FOR (int t = 0; t < kRows; t++)
             TAUT_FOR (int s = 0; s < kQBytes; s++) {
-              const I x = L::four_bytes(code + step * kQStep + (t * kQBytes + s) * 4);
-              TAUT_FOR (int i = 0; i < kVectors; i++) sum[t][s][i] = L::dot(sum[t][s][i], k[i], x);
+              const auto one = L::four(x, t * kQBytes + s);
+              TAUT_FOR (int i = 0; i < kVectors; i++) sum[t][s][i] = L::dot(sum[t][s][i], k[i], one);
             }
         }
       }
@@ -280,7 +283,10 @@ struct Chunks {
       for (int64_t j = begin / kKvBlock * kKvBlock; j < end; j += kKvBlock) {
         const uint8_t* block = values[j / kKvBlock] + d * 4;
         const uint8_t* ahead = r == 0 && next_keys[j / kKvBlock] ? next_keys[j / kKvBlock] + d / (kVectors * kWidth) * kVisits * lines * 64 : nullptr;
-        for (int64_t visit = 0; visit < kVisits; visit++, block += value_width * 4) {
+        typename L::Fours x[kRows][2];
+        TAUT_FOR (int t = 0; t < kRows; t++)
+          TAUT_FOR (int s = 0; s < 2; s++) x[t][s] = L::template load_fours<4>(weight + (t * 2 + s) * kTile + j);
+        const auto visit = [&](int64_t at) __attribute__((always_inline)) {
           if (ahead)
             for (int64_t line = 0; line < lines; line++, ahead += 64) ask_for(ahead);
           I v[kCount], high[kCount];
@@ -288,18 +294,21 @@ struct Chunks {
             v[i] = L::load_codes(block + i * kWidth * 4);
             if constexpr (kInt4) high[i] = L::high_halves(v[i]), v[i] = L::low_halves(v[i]);
           }
+          block += value_width * 4;
           TAUT_FOR (int t = 0; t < kRows; t++)
             TAUT_FOR (int s = 0; s < 2; s++) {
-              const uint8_t* at = weight + (t * 2 + s) * kTile + j + visit * (kInt4 ? 8 : 4);
-              const I x = L::four_bytes(at);
               if constexpr (kInt4) {
-                const I y = L::four_bytes(at + 4);
-                TAUT_FOR (int i = 0; i < kCount; i++) sum[t][s][i] = L::dot_twice(sum[t][s][i], x, v[i], y, high[i]);
+                const auto first = L::four(x[t][s], 2 * at), second = L::four(x[t][s], 2 * at + 1);
+                TAUT_FOR (int i = 0; i < kCount; i++) sum[t][s][i] = L::dot_twice(sum[t][s][i], first, v[i], second, high[i]);
               } else {
-                TAUT_FOR (int i = 0; i < kCount; i++) sum[t][s][i] = L::dot(sum[t][s][i], x, v[i]);
+                const auto one = L::four(x[t][s], at);
+                TAUT_FOR (int i = 0; i < kCount; i++) sum[t][s][i] = L::dot(sum[t][s][i], one, v[i]);
               }
             }
-        }
+        };
+        if constexpr (L::kLanes) TAUT_FOR (int64_t at = 0; at < kVisits; at++) visit(at);
+        else
+          for (int64_t at = 0; at < kVisits; at++) visit(at);
       }
       TAUT_FOR (int t = 0; t < kRows; t++)
         TAUT_FOR (int i = 0; i < kCount; i++) {
