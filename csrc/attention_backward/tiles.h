@@ -73,7 +73,8 @@ struct Tiles {
   static void multiply(const float* a, int64_t a_stride, Columns b, int64_t n, float* c, int64_t c_stride, int64_t columns, int64_t lanes, bool add) {
     for (int64_t lane = 0; lane < lanes;) {
       const int64_t left = (lanes - lane + kWidth - 1) / kWidth;
-      if (L::kVectors == 3 && (left >= 5 || left == 3)) product<L::kVectors>(a + lane, a_stride, b, n, c + lane, c_stride, columns, add), lane += L::kVectors * kWidth;
+      if (L::kVectors == 3 && (left >= 5 || left == 3))
+        product<L::kVectors>(a + lane, a_stride, b, n, c + lane, c_stride, columns, add), lane += L::kVectors * kWidth;
       else if (left > 1) product<2>(a + lane, a_stride, b, n, c + lane, c_stride, columns, add), lane += 2 * kWidth;
       else product<1>(a + lane, a_stride, b, n, c + lane, c_stride, columns, add), lane += kWidth;
     }

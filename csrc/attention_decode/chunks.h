@@ -177,7 +177,7 @@ struct Chunks {
   template <int kRows>
   __attribute__((noinline)) void some_code_scores(int64_t r, int64_t begin, int64_t end) {
     constexpr int kVectors = L::key_vectors(kInt4, kRows * kQBytes);
-    constexpr int64_t kLine = 4 * kWidth;                 // so much of the values for a step: as much as it reads of the keys
+    constexpr int64_t kLine = 4 * kWidth;  // so much of the values for a step: as much as it reads of the keys
     const int64_t steps = key_block_bytes(kFormat, p.D) / 64, value_bytes = value_block_bytes(kFormat, p.Dv);
     const uint8_t* code = q_codes + r / kQGroup * kRowFloats * kQGroup * kQBytes + r % kQGroup * kQBytes * 4;
     for (int64_t j = begin / kKvBlock * kKvBlock; j < end; j += kVectors * kWidth) {
@@ -196,20 +196,25 @@ struct Chunks {
           TAUT_FOR (int i = 0; i < kVectors; i++) ask_for(value[i] + step * kLine);
         I k[kVectors];
         TAUT_FOR (int i = 0; i < kVectors; i++) k[i] = kInt4 ? L::load_codes(block[i] + step * 64) : L::load_key_codes(block[i] + step * 64);
-        if constexpr (kInt4) {
+        if constexpr (L::kLanes && kInt4) {
           I high[kVectors];
           TAUT_FOR (int i = 0; i < kVectors; i++) high[i] = L::high_halves(k[i]), k[i] = L::low_halves(k[i]);
-          const auto x = L::template load_fours<kRows>(code + step * 2 * kQStep), y = L::template load_fours<kRows>(code + step * 2 * kQStep + kQStep);
+          L::dot_lanes(sum, k, code + step * 2 * kQStep);
+          L::dot_lanes(sum, high, code + step * 2 * kQStep + kQStep);
+        } else if constexpr (L::kLanes) {
+          L::dot_lanes(sum, k, code + step * kQStep);
+        } else if constexpr (kInt4) {
+          I high[kVectors];
+          TAUT_FOR (int i = 0; i < kVectors; i++) high[i] = L::high_halves(k[i]), k[i] = L::low_halves(k[i]);
           TAUT_FOR (int t = 0; t < kRows; t++) {
-            const auto first = L::four(x, t), second = L::four(y, t);
-            TAUT_FOR (int i = 0; i < kVectors; i++) sum[t][0][i] = L::dot_twice(sum[t][0][i], k[i], first, high[i], second);
+            const I x = L::four_bytes(code + step * 2 * kQStep + t * 4), y = L::four_bytes(code + step * 2 * kQStep + kQStep + t * 4);
+            TAUT_FOR (int i = 0; i < kVectors; i++) sum[t][0][i] = L::dot_twice(sum[t][0][i], k[i], x, high[i], y);
           }
         } else {
-          const auto x = L::template load_fours<kRows * kQBytes>(code + step * kQStep);
           TAUT_FOR (int t = 0; t < kRows; t++)
             TAUT_FOR (int s = 0; s < kQBytes; s++) {
-              const auto one = L::four(x, t * kQBytes + s);
-              TAUT_FOR (int i = 0; i < kVectors; i++) sum[t][s][i] = L::dot(sum[t][s][i], k[i], one);
+              const I x = L::four_bytes(code + step * kQStep + (t * kQBytes + s) * 4);
+              TAUT_FOR (int i = 0; i < kVectors; i++) sum[t][s][i] = L::dot(sum[t][s][i], k[i], x);
             }
         }
       }
@@ -283,32 +288,43 @@ struct Chunks {
       for (int64_t j = begin / kKvBlock * kKvBlock; j < end; j += kKvBlock) {
         const uint8_t* block = values[j / kKvBlock] + d * 4;
         const uint8_t* ahead = r == 0 && next_keys[j / kKvBlock] ? next_keys[j / kKvBlock] + d / (kVectors * kWidth) * kVisits * lines * 64 : nullptr;
-        typename L::Fours x[kRows][2];
-        TAUT_FOR (int t = 0; t < kRows; t++)
-          TAUT_FOR (int s = 0; s < 2; s++) x[t][s] = L::template load_fours<4>(weight + (t * 2 + s) * kTile + j);
-        const auto visit = [&](int64_t at) __attribute__((always_inline)) {
-          if (ahead)
-            for (int64_t line = 0; line < lines; line++, ahead += 64) ask_for(ahead);
-          I v[kCount], high[kCount];
-          TAUT_FOR (int i = 0; i < kCount; i++) {
-            v[i] = L::load_codes(block + i * kWidth * 4);
-            if constexpr (kInt4) high[i] = L::high_halves(v[i]), v[i] = L::low_halves(v[i]);
-          }
-          block += value_width * 4;
+        if constexpr (L::kLanes) {
+          I x[kRows][2];
           TAUT_FOR (int t = 0; t < kRows; t++)
-            TAUT_FOR (int s = 0; s < 2; s++) {
-              if constexpr (kInt4) {
-                const auto first = L::four(x[t][s], 2 * at), second = L::four(x[t][s], 2 * at + 1);
-                TAUT_FOR (int i = 0; i < kCount; i++) sum[t][s][i] = L::dot_twice(sum[t][s][i], first, v[i], second, high[i]);
-              } else {
-                const auto one = L::four(x[t][s], at);
-                TAUT_FOR (int i = 0; i < kCount; i++) sum[t][s][i] = L::dot(sum[t][s][i], one, v[i]);
-              }
+            TAUT_FOR (int s = 0; s < 2; s++) x[t][s] = L::load_codes(weight + (t * 2 + s) * kTile + j);
+          TAUT_FOR (int visit = 0; visit < kVisits; visit++, block += value_width * 4) {
+            if (ahead)
+              for (int64_t line = 0; line < lines; line++, ahead += 64) ask_for(ahead);
+            TAUT_FOR (int i = 0; i < kCount; i++) {
+              const I v = L::load_codes(block + i * kWidth * 4), low = kInt4 ? L::low_halves(v) : v, high = L::high_halves(v);
+              TAUT_FOR (int t = 0; t < kRows; t++)
+                TAUT_FOR (int s = 0; s < 2; s++) {
+                  sum[t][s][i] = L::dot_lane(sum[t][s][i], low, x[t][s], kInt4 ? visit * 2 : visit);
+                  if (kInt4) sum[t][s][i] = L::dot_lane(sum[t][s][i], high, x[t][s], visit * 2 + 1);
+                }
             }
-        };
-        if constexpr (L::kLanes) TAUT_FOR (int64_t at = 0; at < kVisits; at++) visit(at);
-        else
-          for (int64_t at = 0; at < kVisits; at++) visit(at);
+          }
+        } else
+          for (int64_t visit = 0; visit < kVisits; visit++, block += value_width * 4) {
+            if (ahead)
+              for (int64_t line = 0; line < lines; line++, ahead += 64) ask_for(ahead);
+            I v[kCount], high[kCount];
+            TAUT_FOR (int i = 0; i < kCount; i++) {
+              v[i] = L::load_codes(block + i * kWidth * 4);
+              if constexpr (kInt4) high[i] = L::high_halves(v[i]), v[i] = L::low_halves(v[i]);
+            }
+            TAUT_FOR (int t = 0; t < kRows; t++)
+              TAUT_FOR (int s = 0; s < 2; s++) {
+                const uint8_t* at = weight + (t * 2 + s) * kTile + j + visit * (kInt4 ? 8 : 4);
+                const I x = L::four_bytes(at);
+                if constexpr (kInt4) {
+                  const I y = L::four_bytes(at + 4);
+                  TAUT_FOR (int i = 0; i < kCount; i++) sum[t][s][i] = L::dot_twice(sum[t][s][i], x, v[i], y, high[i]);
+                } else {
+                  TAUT_FOR (int i = 0; i < kCount; i++) sum[t][s][i] = L::dot(sum[t][s][i], x, v[i]);
+                }
+              }
+          }
       }
       TAUT_FOR (int t = 0; t < kRows; t++)
         TAUT_FOR (int i = 0; i < kCount; i++) {

@@ -69,14 +69,7 @@ struct Avx2 : Avx2Lanes {
   static TAUT_INLINE I no_codes() { return _mm256_setzero_si256(); }
   static TAUT_INLINE I load_codes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const I*>(p)); }
   static TAUT_INLINE I load_key_codes(const uint8_t* p) { return load_codes(p); }
-  // kCount times four bytes from p on, and the i-th of them in all lanes.
-  static constexpr bool kLanes = false;  // whether i must be a constant
-  using Fours = const uint8_t*;
-  template <int kCount>
-  static TAUT_INLINE Fours load_fours(const uint8_t* p) {
-    return p;
-  }
-  static TAUT_INLINE I four(Fours p, int64_t i) { return four_bytes(p + 4 * i); }
+  static constexpr bool kLanes = false;  // whether four bytes come from a lane of a register, or fill one
   static TAUT_INLINE I four_bytes(const void* p) {
     int32_t bytes;
     std::memcpy(&bytes, p, 4);
@@ -159,12 +152,6 @@ struct Avx512 : Avx512Lanes {
   static TAUT_INLINE I load_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static TAUT_INLINE I load_key_codes(const uint8_t* p) { return load_codes(p); }
   static constexpr bool kLanes = false;
-  using Fours = const uint8_t*;
-  template <int kCount>
-  static TAUT_INLINE Fours load_fours(const uint8_t* p) {
-    return p;
-  }
-  static TAUT_INLINE I four(Fours p, int64_t i) { return four_bytes(p + 4 * i); }
   static TAUT_INLINE I four_bytes(const void* p) {
     int32_t bytes;
     std::memcpy(&bytes, p, 4);
@@ -233,57 +220,43 @@ struct Neon : NeonLanes {
   static TAUT_INLINE I low_halves(I codes) { return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(codes), vdupq_n_u8(15))); }
   static TAUT_INLINE I high_halves(I codes) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(codes), 4)); }
 
-  // Up to 8 times four bytes, 4 a register: sdot takes them from a lane.
   static constexpr bool kLanes = true;
-  struct Fours {
-    int8x16_t bytes[2];
-  };
-  struct Four {
-    int8x16_t bytes;
-    int lane;
-  };
-  template <int kCount>
-  static TAUT_INLINE Fours load_fours(const uint8_t* p) {
-    const int8_t* at = reinterpret_cast<const int8_t*>(p);
-    if constexpr (kCount <= 2) return {vcombine_s8(vld1_s8(at), vdup_n_s8(0)), vdupq_n_s8(0)};
-    else return {vld1q_s8(at), kCount > 4 ? vld1q_s8(at + 16) : vdupq_n_s8(0)};
-  }
-  static TAUT_INLINE Four four(const Fours& fours, int64_t i) { return {fours.bytes[i / 4], static_cast<int>(i % 4)}; }
-
+  // sum += a * the four bytes of b's lane, by fours. WHY a switch: the lane is an immediate, and a constant in every loop that is unrolled
 #if defined(__ARM_FEATURE_DOTPROD)
-  static TAUT_INLINE I dot(I sum, I codes, const Four& x) {
-    const int8x16_t a = vreinterpretq_s8_s32(codes);
-    switch (x.lane) {
-      case 0: return vdotq_laneq_s32(sum, a, x.bytes, 0);
-      case 1: return vdotq_laneq_s32(sum, a, x.bytes, 1);
-      case 2: return vdotq_laneq_s32(sum, a, x.bytes, 2);
-      default: return vdotq_laneq_s32(sum, a, x.bytes, 3);
+  static TAUT_INLINE I dot_lane(I sum, I a, I b, int lane) {
+    const int8x16_t x = vreinterpretq_s8_s32(a), y = vreinterpretq_s8_s32(b);
+    switch (lane) {
+      case 0: return vdotq_laneq_s32(sum, x, y, 0);
+      case 1: return vdotq_laneq_s32(sum, x, y, 1);
+      case 2: return vdotq_laneq_s32(sum, x, y, 2);
+      default: return vdotq_laneq_s32(sum, x, y, 3);
     }
   }
-  static TAUT_INLINE I dot_twice(I sum, I a, const Four& x, I b, const Four& y) { return dot(dot(sum, a, x), b, y); }
 #else
-  static TAUT_INLINE int8x16_t everywhere(const Four& x) {
-    const int32x4_t words = vreinterpretq_s32_s8(x.bytes);
-    switch (x.lane) {
-      case 0: return vreinterpretq_s8_s32(vdupq_laneq_s32(words, 0));
-      case 1: return vreinterpretq_s8_s32(vdupq_laneq_s32(words, 1));
-      case 2: return vreinterpretq_s8_s32(vdupq_laneq_s32(words, 2));
-      default: return vreinterpretq_s8_s32(vdupq_laneq_s32(words, 3));
+  static TAUT_INLINE int8x16_t everywhere(I b, int lane) {
+    switch (lane) {
+      case 0: return vreinterpretq_s8_s32(vdupq_laneq_s32(b, 0));
+      case 1: return vreinterpretq_s8_s32(vdupq_laneq_s32(b, 1));
+      case 2: return vreinterpretq_s8_s32(vdupq_laneq_s32(b, 2));
+      default: return vreinterpretq_s8_s32(vdupq_laneq_s32(b, 3));
     }
   }
-  // Two products fit 16 bits, of halves of bytes four: as in Avx2.
-  static TAUT_INLINE I dot(I sum, I codes, const Four& x) {
-    const int8x16_t a = vreinterpretq_s8_s32(codes), b = everywhere(x);
-    return vpadalq_s16(sum, vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b)));
-  }
-  static TAUT_INLINE I dot_twice(I sum, I codes, const Four& x, I other_codes, const Four& y) {
-    const int8x16_t a = vreinterpretq_s8_s32(codes), b = everywhere(x), c = vreinterpretq_s8_s32(other_codes), d = everywhere(y);
-    const int16x8_t low = vmlal_s8(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vget_low_s8(c), vget_low_s8(d));
-    return vpadalq_s16(sum, vpaddq_s16(low, vmlal_high_s8(vmull_high_s8(a, b), c, d)));
+  static TAUT_INLINE I dot_lane(I sum, I a, I b, int lane) {  // two products fit 16 bits, as in Avx2
+    const int8x16_t x = vreinterpretq_s8_s32(a), y = everywhere(b, lane);
+    return vpadalq_s16(sum, vpaddq_s16(vmull_s8(vget_low_s8(x), vget_low_s8(y)), vmull_high_s8(x, y)));
   }
 #endif
-  static TAUT_INLINE I dot(I sum, const Four& x, I codes) { return dot(sum, codes, x); }
-  static TAUT_INLINE I dot_twice(I sum, const Four& x, I a, const Four& y, I b) { return dot_twice(sum, a, x, b, y); }
+  // sum[row][byte][i] += a[i] * the four bytes from `b` on of each row and byte.
+  template <int kRows, int kBytes, int kVectors>
+  static TAUT_INLINE void dot_lanes(I (&sum)[kRows][kBytes][kVectors], const I (&a)[kVectors], const uint8_t* b) {
+    constexpr int kFours = kRows * kBytes;
+    I fours[(kFours + 3) / 4];
+    if constexpr (kFours <= 2) fours[0] = vcombine_s32(vreinterpret_s32_u8(vld1_u8(b)), vdup_n_s32(0));
+    else
+      TAUT_FOR (int n = 0; n < kFours; n += 4) fours[n / 4] = load_codes(b + n * 4);
+    TAUT_FOR (int n = 0; n < kFours; n++)
+      TAUT_FOR (int i = 0; i < kVectors; i++) sum[n / kBytes][n % kBytes][i] = dot_lane(sum[n / kBytes][n % kBytes][i], a[i], fours[n / 4], n % 4);
+  }
   static TAUT_INLINE I times_128_plus(I high, I low) { return vaddq_s32(vshlq_n_s32(high, 7), low); }
   static TAUT_INLINE I minus(I a, int32_t b) { return vsubq_s32(a, vdupq_n_s32(b)); }
   static TAUT_INLINE V to_float(I a) { return vcvtq_f32_s32(a); }
