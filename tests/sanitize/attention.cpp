@@ -446,7 +446,7 @@ void test_decode(int64_t turn, KvFormat format, int64_t keys, int64_t D, int64_t
   GuardedBlock lengths(B * 4, 4);
   for (int64_t b = 0; b < B; b++) reinterpret_cast<int32_t*>(lengths.data())[b] = static_cast<int32_t>(keys - b * keys / 3);
   for (const auto& impl : kDecodeImpls) {
-    if (!impl.can_run || (std::strstr(impl.name, "vnni") && !has_codes(format))) continue;
+    if (!impl.can_run || ((std::strstr(impl.name, "vnni") || std::strstr(impl.name, "neondot")) && !has_codes(format))) continue;
     const std::string what = std::string("attention_decode ") + impl.name + ": turn " + std::to_string(turn) + " format " +
                              std::to_string(static_cast<int>(format)) + " keys=" + std::to_string(keys) + " D=" + std::to_string(D) +
                              " Dv=" + std::to_string(Dv);
