@@ -422,8 +422,7 @@ struct Chunks {
           uint8_t* codes = weight_codes + (r + t) * 2 * kTile + j;
           L::split(L::mul(L::load(row + t * kTile + j), inverse[t]), codes, codes + kTile, sum_of_codes[t]);
         }
-      if constexpr (kInt4)
-        TAUT_FOR (int t = 0; t < kRows; t++) weight_sum[r + t] = L::sum_of_lanes(sum_of_codes[t]) * 8;
+      TAUT_FOR (int t = 0; t < kRows; t++) weight_sum[r + t] = kInt4 ? L::sum_of_lanes(sum_of_codes[t]) * 8 : 0;
     }
   }
 
