@@ -422,7 +422,8 @@ struct Chunks {
           uint8_t* codes = weight_codes + (r + t) * 2 * kTile + j;
           L::split(L::mul(L::load(row + t * kTile + j), inverse[t]), codes, codes + kTile, sum_of_codes[t]);
         }
-      TAUT_FOR (int t = 0; t < kRows; t++) weight_sum[r + t] = kInt4 ? L::sum_of_lanes(sum_of_codes[t]) * 8 : 0;
+      // WHY unsigned: the codes of weights that are NaN are any; the row's total is NaN then, and so is its result
+      TAUT_FOR (int t = 0; t < kRows; t++) weight_sum[r + t] = kInt4 ? static_cast<int32_t>(static_cast<uint32_t>(L::sum_of_lanes(sum_of_codes[t])) * 8) : 0;
     }
   }
 
