@@ -420,10 +420,10 @@ struct Chunks {
       for (int64_t j = 0; j < end; j += kWidth)
         TAUT_FOR (int t = 0; t < kRows; t++) {
           uint8_t* codes = weight_codes + (r + t) * 2 * kTile + j;
-          L::split(L::mul(L::load(row + t * kTile + j), inverse[t]), codes, codes + kTile, sum_of_codes[t]);
+          // WHY max: a weight that is NaN has no code; the row's total says it
+          L::split(L::max(L::mul(L::load(row + t * kTile + j), inverse[t]), L::zero()), codes, codes + kTile, sum_of_codes[t]);
         }
-      // WHY unsigned: the codes of weights that are NaN are any; the row's total is NaN then, and so is its result
-      TAUT_FOR (int t = 0; t < kRows; t++) weight_sum[r + t] = kInt4 ? static_cast<int32_t>(static_cast<uint32_t>(L::sum_of_lanes(sum_of_codes[t])) * 8) : 0;
+      TAUT_FOR (int t = 0; t < kRows; t++) weight_sum[r + t] = kInt4 ? L::sum_of_lanes(sum_of_codes[t]) * 8 : 0;
     }
   }
 
