@@ -19,6 +19,8 @@ constexpr Impl<Params> kImpls[] = {
 #if defined(__x86_64__)
     {"cpu_avx512bw", needs_avx512bw, always, cpu_avx512bw::run},
     {"cpu_avx2", needs_avx2, always, cpu_avx2::run},
+#elif defined(__aarch64__)
+    {"cpu_neon", needs_neon, always, cpu_neon::run},
 #endif
     {"cpu_scalar", always, always, cpu_scalar::run},
 };

@@ -46,5 +46,8 @@ void run(const Params&);
 namespace cpu_avx512bw {
 void run(const Params&);
 }
+namespace cpu_neon {
+void run(const Params&);
+}
 
 }  // namespace taut::attention_backward

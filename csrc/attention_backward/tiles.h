@@ -24,6 +24,7 @@ template <class L>
 struct Tiles {
   using V = typename L::V;
   static constexpr int kWidth = L::kWidth, kColumns = L::kColumns;
+  static constexpr int kSlice = std::max(kWidth, kColumns);  // keys are lanes of some products, columns of others: so many go together
   static constexpr int64_t kKeys = 128, kRows = kBlockRows;
   // A row of a tile's matrices. WHY + 16: strides of a multiple of 512 bytes share few sets of the L1 cache
   static constexpr int64_t kStride = kKeys + 16;
@@ -63,15 +64,7 @@ struct Tiles {
       V sum[kColumns][kVec];
       TAUT_FOR (int j = 0; j < kColumns; j++)
         TAUT_FOR (int i = 0; i < kVec; i++) sum[j][i] = add ? L::load(c + j * c_stride + i * kWidth) : L::zero();
-      const float *x = a, *y = b.at;
-      for (int64_t t = 0; t < n; t++, x += a_stride, y += b.step_stride) {
-        V rows[kVec];
-        TAUT_FOR (int i = 0; i < kVec; i++) rows[i] = L::load(x + i * kWidth);
-        TAUT_FOR (int j = 0; j < kColumns; j++) {
-          const V one = L::set1(y[j * b.column_stride]);
-          TAUT_FOR (int i = 0; i < kVec; i++) sum[j][i] = L::fma(rows[i], one, sum[j][i]);
-        }
-      }
+      multiply_columns<L, kVec>(sum, a, a_stride, b.at, b.column_stride, b.step_stride, n);
       TAUT_FOR (int j = 0; j < kColumns; j++)
         TAUT_FOR (int i = 0; i < kVec; i++) L::store(c + j * c_stride + i * kWidth, sum[j][i]);
     }
@@ -80,7 +73,8 @@ struct Tiles {
   static void multiply(const float* a, int64_t a_stride, Columns b, int64_t n, float* c, int64_t c_stride, int64_t columns, int64_t lanes, bool add) {
     for (int64_t lane = 0; lane < lanes;) {
       const int64_t left = (lanes - lane + kWidth - 1) / kWidth;
-      if (left >= 5 || left == 3) product<3>(a + lane, a_stride, b, n, c + lane, c_stride, columns, add), lane += 3 * kWidth;
+      if (L::kVectors == 3 && (left >= 5 || left == 3))
+        product<L::kVectors>(a + lane, a_stride, b, n, c + lane, c_stride, columns, add), lane += L::kVectors * kWidth;
       else if (left > 1) product<2>(a + lane, a_stride, b, n, c + lane, c_stride, columns, add), lane += 2 * kWidth;
       else product<1>(a + lane, a_stride, b, n, c + lane, c_stride, columns, add), lane += kWidth;
     }
@@ -129,7 +123,7 @@ struct Tiles {
   static void load_keys(Tile& tile) {
     const Params& p = tile.p;
     int64_t k_rows[kKeys], v_rows[kKeys];
-    const int64_t count = up(tile.n, kWidth);
+    const int64_t count = up(tile.n, kSlice);
     for (int64_t j = 0; j < count; j++) {
       const bool there = j < tile.n;
       k_rows[j] = there ? row_of(p.k, tile.b, tile.kv_head, tile.s.first_k + tile.key + j) : -1;
@@ -174,7 +168,7 @@ struct Tiles {
       float* bias = tile.bias + r * kStride + from;
       const bool as_before = mask.head_stride == 0 && (mask.query_stride == 0 || query == (row - 1) / tile.group);
       if (r > 0 && (r >= rows || as_before)) {
-        std::memcpy(bias, bias - kStride, up(n, kWidth) * sizeof(float));
+        std::memcpy(bias, bias - kStride, up(n, kSlice) * sizeof(float));
         continue;
       }
       const auto fill = [&](const auto& value) __attribute__((always_inline)) {
@@ -192,7 +186,7 @@ struct Tiles {
           return found == -INFINITY ? found : std::max(found * kLog2E, kLowest);
         });
       }
-      for (int64_t j = n; j < up(n, kWidth); j++) bias[j] = 0;
+      for (int64_t j = n; j < up(n, kSlice); j++) bias[j] = 0;
     }
     return {!any_visible, !any_effect};
   }
@@ -261,7 +255,7 @@ struct Tiles {
     const Params& p = tile.p;
     const AttentionRules& rules = p.rules;
     const int64_t offset = tile.s.Lk - tile.s.Lq, early = first_row / tile.group + offset, late = (first_row + rows - 1) / tile.group + offset;
-    const int64_t from = (begin - tile.key) / kWidth * kWidth, n = end - tile.key - from, lanes = up(n, kWidth), columns = up(rows, kColumns);
+    const int64_t from = (begin - tile.key) / kSlice * kSlice, n = end - tile.key - from, lanes = up(n, kSlice), columns = up(rows, kColumns);
     bool masked = rules.mask.kind != MaskKind::kNone;
     if (masked) {
       const MaskSays says = load_bias(tile, first_row, rows, from, n);

@@ -49,7 +49,7 @@ struct Chunks {
 
   // The tile at hand, and the keys of the one after it.
   const uint8_t *keys[kBlocks], *values[kBlocks], *next_keys[kBlocks];
-  alignas(64) float key_scales[kTile], value_scales[kTile];
+  alignas(64) float key_scales[kTile], value_scales[kTile], totals[kMostRows * kWidth];  // totals: of a row by lane
 
   int64_t head_of(int64_t r) const { return kv_head * group + (first_row + r) % group; }
   int64_t query_of(int64_t r) const { return (first_row + r) / group; }
@@ -59,7 +59,8 @@ struct Chunks {
 
   // A tile is read twice over: its keys, then its values. WHY we ask ahead: values while keys are multiplied, and the next tile's keys while
   // values are added up, so that memory is always at work. A line at a time, between the products: a core has two dozen misses under way at
-  // most, and waits to ask for more. TRIED: all of a tile's values before its first key, 40 us in 100 slower.
+  // most, and waits to ask for more. TRIED: all of a tile's values before its first key, 40 us in 100 slower. Tiles of 16 and 32 keys, lines
+  // to L2 alone, two keys together: with both cores at work the same time within 3%, at 78% of what plain reads reach; without asking 20% slower.
   static TAUT_INLINE void ask_for(const uint8_t* line) { __builtin_prefetch(line, 0, 0); }
 
   // ---- Queries ----
@@ -115,17 +116,17 @@ struct Chunks {
           }
         }
         q_sum[r] = 0;
-        for (int i = 0; i < 8; i++) q_sum[r] += sum[i] * (kInt4 ? 8 : 128);
+        for (int i = 0; i < 8; i++) q_sum[r] += sum[i] * (kInt4 ? 8 : L::kKeyCodeZero);
       }
     }
   }
 
   // ---- Scores ----
 
-  // Of floats: kWidth / kRows keys by kRows rows at a time.
+  // Of floats: kSums / kRows keys by kRows rows at a time.
   template <int kRows>
   __attribute__((noinline)) void some_scores(int64_t r, int64_t begin, int64_t end) {
-    constexpr int kKeys = kWidth / kRows;
+    constexpr int kSums = L::kSums, kKeys = kSums / kRows, kTogether = std::min(kKeys, L::kKeysTogether);
     const int64_t whole = p.D / kUnit * kUnit, value_bytes = p.Dv * kElement;
     for (int64_t j = begin; j < end; j += kKeys) {
       const uint8_t *row[kKeys], *value[kKeys];
@@ -134,21 +135,22 @@ struct Chunks {
         row[i] = keys[key / kKvBlock] + key % kKvBlock * p.cache.k_row_stride;
         value[i] = values[key / kKvBlock] + key % kKvBlock * p.cache.v_row_stride;
       }
-      V sum[kWidth];
-      TAUT_FOR (int i = 0; i < kWidth; i++) sum[i] = L::zero();
+      V sum[kSums];
+      TAUT_FOR (int i = 0; i < kSums; i++) sum[i] = L::zero();
       const float* x = q + r * kRowFloats;
-      // WHY key by key: the processor finds a stream of its own only where loads follow each other in memory
-      TAUT_FOR (int i = 0; i < kKeys; i++)
-        for (int64_t d = 0; d < whole; d += kUnit) {
-          if (r == 0)
-            TAUT_FOR (int at = 0; at < kUnit * kElement; at += 64) ask_for(value[i] + d * kElement + at);
-          V low, high;
-          L::template load_unit<kFormat>(row[i] + d * kElement, low, high);
-          TAUT_FOR (int t = 0; t < kRows; t++) {
-            V& to = sum[t * kKeys + i];
-            to = L::fma(high, L::load(x + t * kRowFloats + d + kWidth), L::fma(low, L::load(x + t * kRowFloats + d), to));
+      // WHY few keys together: the processor finds a stream of its own only where loads follow each other in memory
+      TAUT_FOR (int first = 0; first < kKeys; first += kTogether)
+        for (int64_t d = 0; d < whole; d += kUnit)
+          TAUT_FOR (int i = first; i < first + kTogether; i++) {
+            if (r == 0)
+              TAUT_FOR (int at = 0; at < kUnit * kElement; at += 64) ask_for(value[i] + d * kElement + at);
+            V low, high;
+            L::template load_unit<kFormat>(row[i] + d * kElement, low, high);
+            TAUT_FOR (int t = 0; t < kRows; t++) {
+              V& to = sum[t * kKeys + i];
+              to = L::fma(high, L::load(x + t * kRowFloats + d + kWidth), L::fma(low, L::load(x + t * kRowFloats + d), to));
+            }
           }
-        }
       if (whole < p.D)
         TAUT_FOR (int i = 0; i < kKeys; i++) {
           V low, high;
@@ -161,8 +163,8 @@ struct Chunks {
       if (r == 0)
         for (int64_t at = whole * kElement; at < value_bytes; at += 64)
           TAUT_FOR (int i = 0; i < kKeys; i++) ask_for(value[i] + at);
-      alignas(64) float found[kWidth];
-      L::store(found, L::sums_of(sum));
+      alignas(64) float found[kSums];
+      L::store_sums(found, sum);
       TAUT_FOR (int t = 0; t < kRows; t++) std::memcpy(scores + (r + t) * kTile + j, found + t * kKeys, kKeys * sizeof(float));
     }
   }
@@ -175,8 +177,8 @@ struct Chunks {
   // Of codes: whole blocks, kVectors registers of keys by kRows rows at a time.
   template <int kRows>
   __attribute__((noinline)) void some_code_scores(int64_t r, int64_t begin, int64_t end) {
-    constexpr int kVectors = kInt4 ? L::kKeyVectors : 1;  // WHY: one block of int8 keys after the other is one stream
-    constexpr int64_t kLine = 4 * kWidth;                 // so much of the values for a step: as much as it reads of the keys
+    constexpr int kVectors = L::key_vectors(kInt4, kRows * kQBytes);
+    constexpr int64_t kLine = 4 * kWidth;  // so much of the values for a step: as much as it reads of the keys
     const int64_t steps = key_block_bytes(kFormat, p.D) / 64, value_bytes = value_block_bytes(kFormat, p.Dv);
     const uint8_t* code = q_codes + r / kQGroup * kRowFloats * kQGroup * kQBytes + r % kQGroup * kQBytes * 4;
     for (int64_t j = begin / kKvBlock * kKvBlock; j < end; j += kVectors * kWidth) {
@@ -194,8 +196,15 @@ struct Chunks {
         if (r == 0 && step * kLine < value_bytes * kWidth / kKvBlock)
           TAUT_FOR (int i = 0; i < kVectors; i++) ask_for(value[i] + step * kLine);
         I k[kVectors];
-        TAUT_FOR (int i = 0; i < kVectors; i++) k[i] = L::load_codes(block[i] + step * 64);
-        if constexpr (kInt4) {
+        TAUT_FOR (int i = 0; i < kVectors; i++) k[i] = kInt4 ? L::load_codes(block[i] + step * 64) : L::load_key_codes(block[i] + step * 64);
+        if constexpr (L::kLanes && kInt4) {
+          I high[kVectors];
+          TAUT_FOR (int i = 0; i < kVectors; i++) high[i] = L::high_halves(k[i]), k[i] = L::low_halves(k[i]);
+          L::dot_lanes(sum, k, code + step * 2 * kQStep);
+          L::dot_lanes(sum, high, code + step * 2 * kQStep + kQStep);
+        } else if constexpr (L::kLanes) {
+          L::dot_lanes(sum, k, code + step * kQStep);
+        } else if constexpr (kInt4) {
           I high[kVectors];
           TAUT_FOR (int i = 0; i < kVectors; i++) high[i] = L::high_halves(k[i]), k[i] = L::low_halves(k[i]);
           TAUT_FOR (int t = 0; t < kRows; t++) {
@@ -280,26 +289,43 @@ struct Chunks {
       for (int64_t j = begin / kKvBlock * kKvBlock; j < end; j += kKvBlock) {
         const uint8_t* block = values[j / kKvBlock] + d * 4;
         const uint8_t* ahead = r == 0 && next_keys[j / kKvBlock] ? next_keys[j / kKvBlock] + d / (kVectors * kWidth) * kVisits * lines * 64 : nullptr;
-        for (int64_t visit = 0; visit < kVisits; visit++, block += value_width * 4) {
-          if (ahead)
-            for (int64_t line = 0; line < lines; line++, ahead += 64) ask_for(ahead);
-          I v[kCount], high[kCount];
-          TAUT_FOR (int i = 0; i < kCount; i++) {
-            v[i] = L::load_codes(block + i * kWidth * 4);
-            if constexpr (kInt4) high[i] = L::high_halves(v[i]), v[i] = L::low_halves(v[i]);
-          }
+        if constexpr (L::kLanes) {
+          I x[kRows][2];
           TAUT_FOR (int t = 0; t < kRows; t++)
-            TAUT_FOR (int s = 0; s < 2; s++) {
-              const uint8_t* at = weight + (t * 2 + s) * kTile + j + visit * (kInt4 ? 8 : 4);
-              const I x = L::four_bytes(at);
-              if constexpr (kInt4) {
-                const I y = L::four_bytes(at + 4);
-                TAUT_FOR (int i = 0; i < kCount; i++) sum[t][s][i] = L::dot_twice(sum[t][s][i], x, v[i], y, high[i]);
-              } else {
-                TAUT_FOR (int i = 0; i < kCount; i++) sum[t][s][i] = L::dot(sum[t][s][i], x, v[i]);
-              }
+            TAUT_FOR (int s = 0; s < 2; s++) x[t][s] = L::load_codes(weight + (t * 2 + s) * kTile + j);
+          TAUT_FOR (int visit = 0; visit < kVisits; visit++, block += value_width * 4) {
+            if (ahead)
+              for (int64_t line = 0; line < lines; line++, ahead += 64) ask_for(ahead);
+            TAUT_FOR (int i = 0; i < kCount; i++) {
+              const I v = L::load_codes(block + i * kWidth * 4), low = kInt4 ? L::low_halves(v) : v, high = L::high_halves(v);
+              TAUT_FOR (int t = 0; t < kRows; t++)
+                TAUT_FOR (int s = 0; s < 2; s++) {
+                  sum[t][s][i] = L::dot_lane(sum[t][s][i], low, x[t][s], kInt4 ? visit * 2 : visit);
+                  if (kInt4) sum[t][s][i] = L::dot_lane(sum[t][s][i], high, x[t][s], visit * 2 + 1);
+                }
             }
-        }
+          }
+        } else
+          for (int64_t visit = 0; visit < kVisits; visit++, block += value_width * 4) {
+            if (ahead)
+              for (int64_t line = 0; line < lines; line++, ahead += 64) ask_for(ahead);
+            I v[kCount], high[kCount];
+            TAUT_FOR (int i = 0; i < kCount; i++) {
+              v[i] = L::load_codes(block + i * kWidth * 4);
+              if constexpr (kInt4) high[i] = L::high_halves(v[i]), v[i] = L::low_halves(v[i]);
+            }
+            TAUT_FOR (int t = 0; t < kRows; t++)
+              TAUT_FOR (int s = 0; s < 2; s++) {
+                const uint8_t* at = weight + (t * 2 + s) * kTile + j + visit * (kInt4 ? 8 : 4);
+                const I x = L::four_bytes(at);
+                if constexpr (kInt4) {
+                  const I y = L::four_bytes(at + 4);
+                  TAUT_FOR (int i = 0; i < kCount; i++) sum[t][s][i] = L::dot_twice(sum[t][s][i], x, v[i], y, high[i]);
+                } else {
+                  TAUT_FOR (int i = 0; i < kCount; i++) sum[t][s][i] = L::dot(sum[t][s][i], x, v[i]);
+                }
+              }
+          }
       }
       TAUT_FOR (int t = 0; t < kRows; t++)
         TAUT_FOR (int i = 0; i < kCount; i++) {
@@ -354,36 +380,62 @@ struct Chunks {
     return hides;
   }
 
-  // A row's scores to weights 2^(score - most), and with codes to those times the values' scales, as bytes.
-  TAUT_INLINE void weigh(int64_t r, int64_t end) {
+  // The scores of kRows rows to weights 2^(score - most), and with codes to those times the values' scales, as bytes. WHY rows together, and
+  // totals by lane: one row's maximum, sum and scale wait for each other, 25 cycles a time; those of four rows do so at once.
+  template <int kRows>
+  __attribute__((noinline)) void weigh(int64_t r, int64_t end) {
     float* row = scores + r * kTile;
-    V highest = L::load(row);
-    for (int64_t j = kWidth; j < end; j += kWidth) highest = L::max(L::load(row + j), highest);
-    const float now = std::max(L::highest(highest), most[r]);
-    shrink[r] = most[r] == now ? 1 : std::exp2(most[r] - now);
-    most[r] = now;
-    V sum = L::zero(), largest = L::zero(), nothing = L::zero();
+    V highest[kRows], now[kRows], sum[kRows];
+    TAUT_FOR (int t = 0; t < kRows; t++) highest[t] = L::load(row + t * kTile);
+    for (int64_t j = kWidth; j < end; j += kWidth)
+      TAUT_FOR (int t = 0; t < kRows; t++) highest[t] = L::max(L::load(row + t * kTile + j), highest[t]);
+    TAUT_FOR (int t = 0; t < kRows; t++) {
+      const float high = std::max(L::highest(highest[t]), most[r + t]);
+      shrink[r + t] = high == most[r + t] ? 1 : most[r + t] == kLowest ? 0 : std::exp2(most[r + t] - high);
+      most[r + t] = high, now[t] = L::set1(high);
+      sum[t] = L::mul(L::load(totals + (r + t) * kWidth), L::set1(shrink[r + t]));
+    }
+    V largest[kRows];
+    TAUT_FOR (int t = 0; t < kRows; t++) largest[t] = L::zero();
     for (int64_t j = 0; j < end; j += kWidth) {
-      V weight = L::exp2(L::sub(L::load(row + j), L::set1(now)));
-      sum = L::add(sum, weight);
+      V weight[kRows];
+      TAUT_FOR (int t = 0; t < kRows; t++) weight[t] = L::exp2(L::sub(L::load(row + t * kTile + j), now[t]));
+      TAUT_FOR (int t = 0; t < kRows; t++) sum[t] = L::add(sum[t], weight[t]);
       if constexpr (kCodes) {
-        // WHY not the product alone: where nothing is seen, the scale may be NaN
-        weight = L::between(weight, L::zero(), L::zero(), L::zero(), L::mul(weight, L::load(value_scales + j)));
-        largest = L::max(weight, largest), nothing = L::fma(weight, L::zero(), nothing);
+        const V scale = L::load(value_scales + j);
+        TAUT_FOR (int t = 0; t < kRows; t++) weight[t] = L::mul(weight[t], scale);
+        TAUT_FOR (int t = 0; t < kRows; t++) largest[t] = L::max(weight[t], largest[t]);
       }
-      L::store(row + j, weight);
+      TAUT_FOR (int t = 0; t < kRows; t++) L::store(row + t * kTile + j, weight[t]);
     }
-    total[r] = total[r] * shrink[r] + L::sum(sum);
+    TAUT_FOR (int t = 0; t < kRows; t++) L::store(totals + (r + t) * kWidth, sum[t]);
     if constexpr (kCodes) {
-      const float high = L::highest(largest), not_finite = L::sum(nothing);
-      // A NaN among weights or scales, where a key is seen, is one in the result.
-      sum_scale[r] = not_finite != 0 ? NAN : high / kMostWeight;
-      const V inverse = L::set1(high > 1e-30f && not_finite == 0 ? kMostWeight / high : 0);
-      uint8_t* codes = weight_codes + r * 2 * kTile;
-      I sum_of_codes = L::no_codes();
-      for (int64_t j = 0; j < end; j += kWidth) L::split(L::mul(L::load(row + j), inverse), codes + j, codes + kTile + j, sum_of_codes);
-      weight_sum[r] = kInt4 ? L::sum_of_lanes(sum_of_codes) * 8 : 0;
+      V inverse[kRows];
+      I sum_of_codes[kRows];
+      TAUT_FOR (int t = 0; t < kRows; t++) {
+        const float high = L::highest(largest[t]);
+        sum_scale[r + t] = high / kMostWeight;
+        inverse[t] = L::set1(high > 1e-30f ? kMostWeight / high : 0), sum_of_codes[t] = L::no_codes();
+      }
+      for (int64_t j = 0; j < end; j += kWidth)
+        TAUT_FOR (int t = 0; t < kRows; t++) {
+          uint8_t* codes = weight_codes + (r + t) * 2 * kTile + j;
+          // WHY max: a weight that is NaN has no code; the row's total says it
+          L::split(L::max(L::mul(L::load(row + t * kTile + j), inverse[t]), L::zero()), codes, codes + kTile, sum_of_codes[t]);
+        }
+      TAUT_FOR (int t = 0; t < kRows; t++) weight_sum[r + t] = kInt4 ? L::sum_of_lanes(sum_of_codes[t]) * 8 : 0;
     }
+  }
+
+  // Scales of values that are no numbers: 0 instead, and NaN in the sums of the rows that see such a key. WHY apart: 0 times a NaN is NaN,
+  // and a hidden key has the weight 0. Called before the scores are weights.
+  __attribute__((noinline)) void hide_bad_scales(int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; j++)
+      if (!(std::abs(value_scales[j]) <= 3.4e38f)) {
+        value_scales[j] = 0;
+        for (int64_t r = 0; r < rows; r++)
+          if (scores[r * kTile + j] != -INFINITY) std::fill_n(sums + r * kRowFloats, value_width, NAN);
+      }
   }
 
   // WHY: 0 times a NaN is NaN, and a hidden key has the weight 0. Floats alone: a NaN among codes is in the scale.
@@ -416,16 +468,20 @@ struct Chunks {
   // Keys [begin, end) of the tile that begins with `key`; no row sees others of it.
   void tile(int64_t key, int64_t begin, int64_t end) {
     const int64_t whole_end = (end + kKvBlock - 1) / kKvBlock * kKvBlock;
+    V nothing = L::zero();
+    if constexpr (kCodes) std::fill_n(value_scales, begin / kKvBlock * kKvBlock, 0.0f);
     for (int64_t j = begin / kKvBlock * kKvBlock; j < end; j += kKvBlock) {
       keys[j / kKvBlock] = key_block(p.cache, b, kv_head, key + j), values[j / kKvBlock] = value_block(p.cache, b, kv_head, key + j);
       if constexpr (kCodes) {
         const int64_t at = scale_at(p.cache, b, kv_head, key + j);
         for (int64_t i = 0; i < kKvBlock; i += kWidth) {
           L::store(key_scales + j + i, L::load_scales(p.cache.k_scales + at + i));
-          L::store(value_scales + j + i, L::load_scales(p.cache.v_scales + at + i));
+          const V scales = L::load_scales(p.cache.v_scales + at + i);
+          L::store(value_scales + j + i, scales), nothing = L::fma(scales, L::zero(), nothing);
         }
       }
     }
+    const bool scales_finite = !kCodes || L::sum(nothing) == 0;
     by_rows([&]<int kRows>(int64_t r) {
       if constexpr (kCodes) some_code_scores<kRows>(r, begin, end);
       else some_scores<kRows>(r, begin, end);
@@ -441,7 +497,9 @@ struct Chunks {
       for (int64_t j = 0; j < begin; j++) row[j] = -INFINITY;
       for (int64_t j = end; j < whole_end; j++) row[j] = -INFINITY;
     }
-    for (int64_t r = 0; r < rows; r++) weigh(r, whole_end);
+    if constexpr (kCodes)
+      if (!scales_finite) hide_bad_scales(0, whole_end);
+    by_rows([&]<int kRows>(int64_t r) { weigh<kRows>(r, whole_end); });
     if constexpr (!kCodes)
       if (hides && !values_finite(begin, end)) {
         for (int64_t r = 0; r < rows; r++) add_visible_values(r, begin, end);
@@ -494,7 +552,8 @@ struct Chunks {
       last = std::max(last, end_key(p.rules, position_of(r), length));
     }
     first = std::max({first, chunk * kChunk, int64_t{0}}), last = std::min({last, chunk * kChunk + kChunk, length});
-    for (int64_t r = 0; r < rows; r++) most[r] = kLowest, total[r] = 0;
+    for (int64_t r = 0; r < rows; r++) most[r] = kLowest;
+    std::memset(totals, 0, rows * kWidth * sizeof(float));
     if (first < last) {
       for (int64_t r = 0; r < rows; r++) std::memset(sums + r * kRowFloats, 0, value_width * sizeof(float));
       if (!loaded) load_queries(), loaded = true;
@@ -507,7 +566,7 @@ struct Chunks {
     }
     float *partial_most = partial + kMostRows * p.Dv, *partial_total = partial_most + kMostRows;
     for (int64_t r = 0; r < rows; r++) {
-      partial_most[r] = most[r], partial_total[r] = total[r];
+      partial_most[r] = most[r], partial_total[r] = total[r] = L::sum(L::load(totals + r * kWidth));
       if (total[r] == 0) continue;
       for (int64_t d = 0; d < p.Dv; d++)
         partial[r * p.Dv + d] = sums[r * kRowFloats + (kCodes ? d : d / kUnit * kUnit + position_in_unit<kFormat>(d % kUnit, kWidth))];

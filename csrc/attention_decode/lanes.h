@@ -1,5 +1,5 @@
 // What a register is on each ISA for the loops of chunks.h, beside what attention_prefill's loops need of it: numbers of every cache
-// format as floats, and dot products of four bytes.
+// format as floats, and dot products of four bytes. ARM's are signed bytes by signed bytes: int8 keys lose the 128 they are stored with.
 #pragma once
 
 #include "common/attention_lanes.h"
@@ -15,10 +15,14 @@ constexpr int64_t position_in_unit(int64_t i, int64_t width) {
   return kFormat == KvFormat::kBFloat16 ? i / 2 + i % 2 * width : i;
 }
 
+#if defined(__AVX2__)
 struct Avx2 : Avx2Lanes {
   using I = __m256i;
   static constexpr int kUnit = 16;
-  static constexpr int kKeyVectors = 1, kValueVectors = 1;  // registers of codes that share a broadcast
+  static constexpr int kSums = 8, kKeysTogether = 1;  // of floats: how many sums of keys and rows at a time, and how many keys are read together
+  static constexpr int kValueVectors = 1;             // registers of codes that share a broadcast
+  static constexpr int key_vectors(bool /* int4 */, int /* sums a register */) { return 1; }
+  static constexpr int kKeyCodeZero = 128;  // what an int8 key of 0 is to dot
 
   template <KvFormat kFormat>
   static TAUT_INLINE void load_unit(const uint8_t* p, V& a, V& b) {
@@ -51,6 +55,7 @@ struct Avx2 : Avx2Lanes {
     }
     return add(_mm256_permute2f128_ps(quads[0], quads[1], 0x20), _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
   }
+  static TAUT_INLINE void store_sums(float* out, const V (&a)[8]) { store(out, sums_of(a)); }
 
   static TAUT_INLINE float sum(V a) {
     const __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)), y = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -63,6 +68,8 @@ struct Avx2 : Avx2Lanes {
 
   static TAUT_INLINE I no_codes() { return _mm256_setzero_si256(); }
   static TAUT_INLINE I load_codes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const I*>(p)); }
+  static TAUT_INLINE I load_key_codes(const uint8_t* p) { return load_codes(p); }
+  static constexpr bool kLanes = false;  // whether four bytes come from a lane of a register, or fill one
   static TAUT_INLINE I four_bytes(const void* p) {
     int32_t bytes;
     std::memcpy(&bytes, p, 4);
@@ -96,11 +103,14 @@ struct Avx2 : Avx2Lanes {
   }
 };
 
+#endif
+
 #if defined(__AVX512F__)
 struct Avx512 : Avx512Lanes {
   using I = __m512i;
-  static constexpr int kUnit = 32;
-  static constexpr int kKeyVectors = 2, kValueVectors = 2;
+  static constexpr int kUnit = 32, kSums = 16, kKeysTogether = 1, kValueVectors = 2;
+  static constexpr int key_vectors(bool int4, int /* sums a register */) { return int4 ? 2 : 1; }  // WHY: one block of int8 keys after the other is one stream
+  static constexpr int kKeyCodeZero = 128;
 
   template <KvFormat kFormat>
   static TAUT_INLINE void load_unit(const uint8_t* p, V& a, V& b) {
@@ -133,12 +143,15 @@ struct Avx512 : Avx512Lanes {
       halves[i] = add(_mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0x88), _mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0xdd));
     return add(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88), _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
   }
+  static TAUT_INLINE void store_sums(float* out, const V (&a)[16]) { store(out, sums_of(a)); }
 
   static TAUT_INLINE float sum(V a) { return Avx2::sum(_mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1))); }
   static TAUT_INLINE float highest(V a) { return Avx2::highest(_mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1))); }
 
   static TAUT_INLINE I no_codes() { return _mm512_setzero_si512(); }
   static TAUT_INLINE I load_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static TAUT_INLINE I load_key_codes(const uint8_t* p) { return load_codes(p); }
+  static constexpr bool kLanes = false;
   static TAUT_INLINE I four_bytes(const void* p) {
     int32_t bytes;
     std::memcpy(&bytes, p, 4);
@@ -164,6 +177,100 @@ struct Avx512 : Avx512Lanes {
     sum = _mm512_add_epi32(sum, whole);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 7)));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm512_cvtepi32_epi8(_mm512_and_si512(whole, _mm512_set1_epi32(127))));
+  }
+};
+#endif
+
+#if defined(__aarch64__)
+struct Neon : NeonLanes {
+  using I = int32x4_t;
+  static constexpr int kUnit = 8, kSums = 16, kKeysTogether = 4, kValueVectors = 2;
+  static constexpr int key_vectors(bool /* int4 */, int sums) { return sums <= 4 ? 4 : 2; }  // 16 sums at most
+  static constexpr int kKeyCodeZero = 0;
+
+  template <KvFormat kFormat>
+  static TAUT_INLINE void load_unit(const uint8_t* p, V& a, V& b) {
+    if constexpr (kFormat == KvFormat::kFloat32) {
+      a = load(reinterpret_cast<const float*>(p)), b = load(reinterpret_cast<const float*>(p) + 4);
+    } else if constexpr (kFormat == KvFormat::kBFloat16) {
+      const uint32x4_t words = vreinterpretq_u32_u8(vld1q_u8(p));
+      a = vreinterpretq_f32_u32(vshlq_n_u32(words, 16)), b = vreinterpretq_f32_u32(vandq_u32(words, vdupq_n_u32(0xffff0000u)));
+    } else if constexpr (kFormat == KvFormat::kFloat16) {
+      const float16x8_t halves = vreinterpretq_f16_u8(vld1q_u8(p));
+      a = vcvt_f32_f16(vget_low_f16(halves)), b = vcvt_high_f32_f16(halves);
+    } else {  // as in Avx2
+      const uint16x8_t wide = vmovl_u8(vld1_u8(p)), magnitude = vandq_u16(wide, vdupq_n_u16(0x7f));
+      const uint16x8_t sign = vshlq_n_u16(vandq_u16(wide, vdupq_n_u16(0x80)), 8);
+      const uint16x8_t nan = vandq_u16(vceqq_u16(magnitude, vdupq_n_u16(0x7f)), vdupq_n_u16(0x7e00));
+      const float16x8_t halves = vreinterpretq_f16_u16(vorrq_u16(vorrq_u16(vshlq_n_u16(magnitude, 7), sign), nan));
+      a = mul(vcvt_f32_f16(vget_low_f16(halves)), set1(256.0f)), b = mul(vcvt_high_f32_f16(halves), set1(256.0f));
+    }
+  }
+  static TAUT_INLINE V load_scales(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+
+  static TAUT_INLINE void store_sums(float* out, const V (&a)[16]) {
+    TAUT_FOR (int i = 0; i < 16; i += 4) store(out + i, vpaddq_f32(vpaddq_f32(a[i], a[i + 1]), vpaddq_f32(a[i + 2], a[i + 3])));
+  }
+  static TAUT_INLINE float sum(V a) { return vaddvq_f32(a); }
+  static TAUT_INLINE float highest(V a) { return vmaxnmvq_f32(a); }
+
+  static TAUT_INLINE I no_codes() { return vdupq_n_s32(0); }
+  static TAUT_INLINE I load_codes(const uint8_t* p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
+  static TAUT_INLINE I load_key_codes(const uint8_t* p) { return vreinterpretq_s32_u8(veorq_u8(vld1q_u8(p), vdupq_n_u8(0x80))); }
+  static TAUT_INLINE I low_halves(I codes) { return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(codes), vdupq_n_u8(15))); }
+  static TAUT_INLINE I high_halves(I codes) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(codes), 4)); }
+
+  static constexpr bool kLanes = true;
+  // sum += a * the four bytes of b's lane, by fours. WHY a switch: the lane is an immediate, and a constant in every loop that is unrolled
+#if defined(__ARM_FEATURE_DOTPROD)
+  static TAUT_INLINE I dot_lane(I sum, I a, I b, int lane) {
+    const int8x16_t x = vreinterpretq_s8_s32(a), y = vreinterpretq_s8_s32(b);
+    switch (lane) {
+      case 0: return vdotq_laneq_s32(sum, x, y, 0);
+      case 1: return vdotq_laneq_s32(sum, x, y, 1);
+      case 2: return vdotq_laneq_s32(sum, x, y, 2);
+      default: return vdotq_laneq_s32(sum, x, y, 3);
+    }
+  }
+#else
+  static TAUT_INLINE int8x16_t everywhere(I b, int lane) {
+    switch (lane) {
+      case 0: return vreinterpretq_s8_s32(vdupq_laneq_s32(b, 0));
+      case 1: return vreinterpretq_s8_s32(vdupq_laneq_s32(b, 1));
+      case 2: return vreinterpretq_s8_s32(vdupq_laneq_s32(b, 2));
+      default: return vreinterpretq_s8_s32(vdupq_laneq_s32(b, 3));
+    }
+  }
+  static TAUT_INLINE I dot_lane(I sum, I a, I b, int lane) {  // two products fit 16 bits, as in Avx2
+    const int8x16_t x = vreinterpretq_s8_s32(a), y = everywhere(b, lane);
+    return vpadalq_s16(sum, vpaddq_s16(vmull_s8(vget_low_s8(x), vget_low_s8(y)), vmull_high_s8(x, y)));
+  }
+#endif
+  // sum[row][byte][i] += a[i] * the four bytes from `b` on of each row and byte.
+  template <int kRows, int kBytes, int kVectors>
+  static TAUT_INLINE void dot_lanes(I (&sum)[kRows][kBytes][kVectors], const I (&a)[kVectors], const uint8_t* b) {
+    constexpr int kFours = kRows * kBytes;
+    I fours[(kFours + 3) / 4];
+    if constexpr (kFours <= 2) fours[0] = vcombine_s32(vreinterpret_s32_u8(vld1_u8(b)), vdup_n_s32(0));
+    else
+      TAUT_FOR (int n = 0; n < kFours; n += 4) fours[n / 4] = load_codes(b + n * 4);
+    TAUT_FOR (int n = 0; n < kFours; n++)
+      TAUT_FOR (int i = 0; i < kVectors; i++) sum[n / kBytes][n % kBytes][i] = dot_lane(sum[n / kBytes][n % kBytes][i], a[i], fours[n / 4], n % 4);
+  }
+  static TAUT_INLINE I times_128_plus(I high, I low) { return vaddq_s32(vshlq_n_s32(high, 7), low); }
+  static TAUT_INLINE I minus(I a, int32_t b) { return vsubq_s32(a, vdupq_n_s32(b)); }
+  static TAUT_INLINE V to_float(I a) { return vcvtq_f32_s32(a); }
+  static TAUT_INLINE int32_t sum_of_lanes(I a) { return vaddvq_s32(a); }
+  static TAUT_INLINE void split(V x, uint8_t* high, uint8_t* low, I& sum) {
+    const I whole = vcvtnq_s32_f32(x);
+    sum = vaddq_s32(sum, whole);
+    const auto store4 = [](uint8_t* p, I lanes) __attribute__((always_inline)) {
+      const int16x4_t words = vmovn_s32(lanes);
+      const uint32_t bytes = vget_lane_u32(vreinterpret_u32_s8(vmovn_s16(vcombine_s16(words, words))), 0);
+      std::memcpy(p, &bytes, 4);
+    };
+    store4(high, vshrq_n_s32(whole, 7));
+    store4(low, vandq_s32(whole, vdupq_n_s32(127)));
   }
 };
 #endif

@@ -15,6 +15,8 @@ constexpr const char* kOp = "attention_decode";
 
 #if defined(__x86_64__)
 const char* needs_codes(const Params& p) { return has_codes(p.cache.format) ? needs_avx512vnni(p) : "only int8 and int4 caches have codes to multiply"; }
+#elif defined(__aarch64__)
+const char* needs_codes(const Params& p) { return has_codes(p.cache.format) ? needs_neondot(p) : "only int8 and int4 caches have codes to multiply"; }
 #endif
 
 constexpr Impl<Params> kImpls[] = {
@@ -22,6 +24,9 @@ constexpr Impl<Params> kImpls[] = {
     {"cpu_avx512vnni", needs_codes, always, cpu_avx512vnni::run},
     {"cpu_avx512bw", needs_avx512bw, always, cpu_avx512bw::run},
     {"cpu_avx2", needs_avx2, always, cpu_avx2::run},
+#elif defined(__aarch64__)
+    {"cpu_neondot", needs_codes, always, cpu_neondot::run},
+    {"cpu_neon", needs_neon, always, cpu_neon::run},
 #endif
     {"cpu_scalar", always, always, cpu_scalar::run},
 };

@@ -49,5 +49,11 @@ void run(const Params&);
 namespace cpu_avx512vnni {
 void run(const Params&);
 }
+namespace cpu_neon {
+void run(const Params&);
+}
+namespace cpu_neondot {
+void run(const Params&);
+}
 
 }  // namespace taut::attention_decode

@@ -49,6 +49,9 @@ void run(const Params&);
 namespace cpu_avx512bf16 {
 void run(const Params&);
 }
+namespace cpu_neon {
+void run(const Params&);
+}
 
 // ---- CUDA -------------------------------------------------------------------------------------------------------------
 

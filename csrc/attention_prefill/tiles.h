@@ -45,21 +45,6 @@ struct Tiles {
 
   // ---- Products ----
 
-  // sum[c] += over n steps: a[t][kRows] * b[c * column_stride + t * step_stride]
-  template <int kVec>
-  static TAUT_INLINE void multiply(V (&sum)[kColumns][kVec], const float* a, const float* b, int64_t column_stride, int64_t step_stride, int64_t n) {
-    for (int64_t t = 0; t < n; t++) {
-      V rows[kVec];
-      TAUT_FOR (int i = 0; i < kVec; i++) rows[i] = L::load(a + i * kWidth);
-      TAUT_FOR (int c = 0; c < kColumns; c++) {
-        const V one = L::set1(b[c * column_stride]);
-        TAUT_FOR (int i = 0; i < kVec; i++) sum[c][i] = L::dot(rows[i], one, sum[c][i]);
-      }
-      a += kRows;
-      b += step_stride;
-    }
-  }
-
   static int64_t steps(int64_t count) { return (count + kPack - 1) / kPack; }
 
   // What makes q . k an exponent of 2, or an argument of tanh.
@@ -71,7 +56,7 @@ struct Tiles {
     V sum[kColumns][kVec];
     TAUT_FOR (int c = 0; c < kColumns; c++)
       TAUT_FOR (int i = 0; i < kVec; i++) sum[c][i] = L::zero();
-    multiply<kVec>(sum, q, keys, stride, 1, n);
+    multiply_columns<L, kVec>(sum, q, kRows, keys, stride, 1, n);
     TAUT_FOR (int i = 0; i < kVec; i++) {
       V highest = L::load(most + i * kWidth);
       TAUT_FOR (int c = 0; c < kColumns; c++) {
@@ -89,7 +74,7 @@ struct Tiles {
     V sum[kColumns][kVec];
     TAUT_FOR (int c = 0; c < kColumns; c++)
       TAUT_FOR (int i = 0; i < kVec; i++) sum[c][i] = L::mul(L::load(shrink + i * kWidth), L::load(sums + c * kRows + i * kWidth));
-    multiply<kVec>(sum, weights, values, 1, 8, n);
+    multiply_columns<L, kVec>(sum, weights, kRows, values, 1, 8, n);
     TAUT_FOR (int c = 0; c < kColumns; c++)
       TAUT_FOR (int i = 0; i < kVec; i++) L::store(sums + c * kRows + i * kWidth, sum[c][i]);
   }
@@ -429,7 +414,7 @@ struct Tiles {
         Panel& panel = block.panels[i];
         if (panel.vectors == 1) tile<1>(block, panel, first_row + i * kRows, key, n);
         else if (panel.vectors == 2) tile<2>(block, panel, first_row + i * kRows, key, n);
-        else tile<3>(block, panel, first_row + i * kRows, key, n);
+        else tile<L::kVectors>(block, panel, first_row + i * kRows, key, n);
       }
     }
     for (int64_t i = 0; i < block.num_panels; i++) finish_panel(block, first_row + i * kRows, block.panels[i]);

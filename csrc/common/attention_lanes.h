@@ -1,7 +1,11 @@
-// What a register of floats is on each ISA, for the tiles of attention ops.
+// What a register of floats is on each ISA, for the tiles of attention ops; and the product at the heart of a tile.
 #pragma once
 
+#if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 #include "common/row_math.h"
 
@@ -18,6 +22,7 @@ namespace {
                 f, L::set1(6.931472028550421e-1f)),                                                                                                    \
          f, L::set1(1.0f))
 
+#if defined(__AVX2__)
 struct Avx2Lanes {
   using V = __m256;
   static constexpr int kWidth = 8, kVectors = 3, kColumns = 4;  // 12 sums, 3 of a, 1 of b: all 16 registers
@@ -46,6 +51,7 @@ struct Avx2Lanes {
     return _mm256_and_ps(counts, _mm256_castsi256_ps(power));
   }
 };
+#endif
 
 #if defined(__AVX512F__)
 struct Avx512Lanes {
@@ -88,7 +94,105 @@ struct Avx512Bf16Lanes : Avx512Lanes {
 };
 #endif
 
+#if defined(__aarch64__)
+struct NeonLanes {
+  using V = float32x4_t;
+  static constexpr int kWidth = 4, kVectors = 2, kColumns = 8;  // 16 sums, 2 of a, 8 of b (4 steps each): 26 of 32 registers
+  static constexpr int kPack = 1;
+  static TAUT_INLINE V zero() { return vdupq_n_f32(0); }
+  static TAUT_INLINE V set1(float x) { return vdupq_n_f32(x); }
+  static TAUT_INLINE V load(const float* p) { return vld1q_f32(p); }
+  static TAUT_INLINE void store(float* p, V v) { vst1q_f32(p, v); }
+  static TAUT_INLINE V fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
+  static TAUT_INLINE V dot(V a, V b, V c) { return fma(a, b, c); }
+  // c + a * b[lane]. WHY a switch: the lane is an immediate, and a constant in every loop that is unrolled
+  static TAUT_INLINE V fma_lane(V a, V b, int lane, V c) {
+    switch (lane) {
+      case 0: return vfmaq_laneq_f32(c, a, b, 0);
+      case 1: return vfmaq_laneq_f32(c, a, b, 1);
+      case 2: return vfmaq_laneq_f32(c, a, b, 2);
+      default: return vfmaq_laneq_f32(c, a, b, 3);
+    }
+  }
+  static TAUT_INLINE V add(V a, V b) { return vaddq_f32(a, b); }
+  static TAUT_INLINE V sub(V a, V b) { return vsubq_f32(a, b); }
+  static TAUT_INLINE V mul(V a, V b) { return vmulq_f32(a, b); }
+  static TAUT_INLINE V max(V a, V b) { return vmaxnmq_f32(a, b); }  // the number where one is NaN
+  static TAUT_INLINE V abs(V a) { return vabsq_f32(a); }
+  static TAUT_INLINE V between(V at, V low, V high, V x, V otherwise) { return vbslq_f32(vandq_u32(vcgeq_f32(at, low), vcleq_f32(at, high)), x, otherwise); }
+  static TAUT_INLINE V exp2(V x) {
+    const V magic = set1(12582912.0f), shifted = add(x, magic), f = sub(x, sub(shifted, magic));
+    const int32x4_t power = vaddq_s32(vreinterpretq_s32_f32(TAUT_EXP2_POLYNOMIAL(NeonLanes, f)), vshlq_n_s32(vreinterpretq_s32_f32(shifted), 23));
+    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_s32(power), vcltq_f32(x, set1(-126.0f))));
+  }
+};
+#endif
+
+// sum[c] += over n steps: a[t * a_stride][kVec registers] * b[c * column_stride + t * step_stride], one of these two strides being 1.
+template <class L, int kVec>
+TAUT_INLINE void multiply_columns(typename L::V (&sum)[L::kColumns][kVec], const float* a, int64_t a_stride, const float* b, int64_t column_stride,
+                                  int64_t step_stride, int64_t n) {
+  using V = typename L::V;
+#if defined(__aarch64__)
+  // WHY not a number of b at a time: on ARM a load that fills a register with it (ld1r) takes the pipe of an fma besides, and fma takes a lane.
+  constexpr int kWidth = L::kWidth, kColumns = L::kColumns;
+  const auto step = [&](const float* rows, const V* lanes /* [kColumns] */, int lane) __attribute__((always_inline)) {
+    V row[kVec];
+    TAUT_FOR (int i = 0; i < kVec; i++) row[i] = L::load(rows + i * kWidth);
+    TAUT_FOR (int c = 0; c < kColumns; c++)
+      TAUT_FOR (int i = 0; i < kVec; i++) sum[c][i] = L::fma_lane(row[i], lanes[c], lane, sum[c][i]);
+  };
+  if (step_stride == 1) {  // lanes are steps
+    V lanes[kColumns];
+    for (; n >= kWidth; n -= kWidth, b += kWidth) {
+      TAUT_FOR (int c = 0; c < kColumns; c++) lanes[c] = L::load(b + c * column_stride);
+      TAUT_FOR (int t = 0; t < kWidth; t++, a += a_stride) step(a, lanes, t);
+    }
+    for (; n > 0; n--, a += a_stride, b++) {
+      TAUT_FOR (int c = 0; c < kColumns; c++) lanes[c] = L::set1(b[c * column_stride]);
+      step(a, lanes, 0);
+    }
+    return;
+  }
+  for (; n > 0; n--, a += a_stride, b += step_stride) {  // lanes are columns
+    V row[kVec], lanes[kColumns / kWidth];
+    TAUT_FOR (int i = 0; i < kColumns / kWidth; i++) lanes[i] = L::load(b + i * kWidth);
+    TAUT_FOR (int i = 0; i < kVec; i++) row[i] = L::load(a + i * kWidth);
+    TAUT_FOR (int c = 0; c < kColumns; c++)
+      TAUT_FOR (int i = 0; i < kVec; i++) sum[c][i] = L::fma_lane(row[i], lanes[c / kWidth], c % kWidth, sum[c][i]);
+  }
+#else
+  for (int64_t t = 0; t < n; t++, a += a_stride, b += step_stride) {
+    V rows[kVec];
+    TAUT_FOR (int i = 0; i < kVec; i++) rows[i] = L::load(a + i * L::kWidth);
+    TAUT_FOR (int c = 0; c < L::kColumns; c++) {
+      const V one = L::set1(b[c * column_stride]);
+      TAUT_FOR (int i = 0; i < kVec; i++) sum[c][i] = L::dot(rows[i], one, sum[c][i]);
+    }
+  }
+#endif
+}
+
 // rows[i][j] to rows[j][i]
+#if defined(__aarch64__)
+TAUT_INLINE void transpose8(FloatLanes (&rows)[8]) {
+  float32x4_t x[8][2];
+  std::memcpy(x, rows, sizeof x);
+  TAUT_FOR (int half = 0; half < 2; half++)  // each quarter, in place
+    TAUT_FOR (int i = 0; i < 8; i += 4) {
+      const float64x2_t a = vreinterpretq_f64_f32(vtrn1q_f32(x[i][half], x[i + 1][half])), b = vreinterpretq_f64_f32(vtrn2q_f32(x[i][half], x[i + 1][half]));
+      const float64x2_t c = vreinterpretq_f64_f32(vtrn1q_f32(x[i + 2][half], x[i + 3][half])),
+                        d = vreinterpretq_f64_f32(vtrn2q_f32(x[i + 2][half], x[i + 3][half]));
+      x[i][half] = vreinterpretq_f32_f64(vtrn1q_f64(a, c)), x[i + 1][half] = vreinterpretq_f32_f64(vtrn1q_f64(b, d));
+      x[i + 2][half] = vreinterpretq_f32_f64(vtrn2q_f64(a, c)), x[i + 3][half] = vreinterpretq_f32_f64(vtrn2q_f64(b, d));
+    }
+  TAUT_FOR (int i = 0; i < 4; i++) {
+    float *upper = reinterpret_cast<float*>(&rows[i]), *lower = reinterpret_cast<float*>(&rows[i + 4]);
+    vst1q_f32(upper, x[i][0]), vst1q_f32(upper + 4, x[i + 4][0]);
+    vst1q_f32(lower, x[i][1]), vst1q_f32(lower + 4, x[i + 4][1]);
+  }
+}
+#else
 TAUT_INLINE void transpose8(FloatLanes (&rows)[8]) {
   FloatLanes a[8], b[8];
   TAUT_FOR (int i = 0; i < 8; i += 2) {
@@ -105,6 +209,7 @@ TAUT_INLINE void transpose8(FloatLanes (&rows)[8]) {
     rows[i + 4] = __builtin_shuffle(b[i], b[i + 4], IntLanes{4, 5, 6, 7, 12, 13, 14, 15});
   }
 }
+#endif
 
 }  // namespace
 }  // namespace taut

@@ -30,5 +30,13 @@ template <class Params>
 const char* needs_avx512vnni(const Params&) {
   return cpu_features().avx512vnni ? nullptr : "this processor has no AVX-512 VNNI";
 }
+template <class Params>
+const char* needs_neon(const Params&) {
+  return cpu_features().neon ? nullptr : "this processor has no NEON";
+}
+template <class Params>
+const char* needs_neondot(const Params&) {
+  return cpu_features().neondot ? nullptr : "this processor has no sdot (dotprod)";
+}
 
 }  // namespace taut

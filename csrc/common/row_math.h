@@ -82,6 +82,10 @@ TAUT_INLINE void store_lanes(const FloatLanes& v, void* base, int64_t index, int
     } else {
 #if defined(__F16C__)
       _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+      float32x4_t halves[2];
+      std::memcpy(halves, &v, 32);
+      vst1q_u16(p, vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(halves[0]), halves[1])));
 #else
       for (int i = 0; i < 8; i++) p[i] = float_to_fp16(v[i]);
 #endif

@@ -15,6 +15,8 @@ constexpr const char* kOp = "split_rope";
 constexpr Impl<Params> kImpls[] = {
 #if defined(__x86_64__)
     {"cpu_avx2", needs_avx2, always, cpu_avx2::run},
+#elif defined(__aarch64__)
+    {"cpu_neon", needs_neon, always, cpu_neon::run},
 #endif
     {"cpu_scalar", always, always, cpu_scalar::run},
 };

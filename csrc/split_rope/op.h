@@ -27,5 +27,8 @@ void run(const Params&);
 namespace cpu_avx2 {
 void run(const Params&);
 }
+namespace cpu_neon {
+void run(const Params&);
+}
 
 }  // namespace taut::split_rope

@@ -29,14 +29,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "sanitize"))
+SHARED = HERE.parent / "sanitize"
+sys.path.insert(0, str(SHARED))
 
-from build import ROOT, compiler, impl_rows, isa_flags, isa_of, isas_of, kernel_sources
+from build import ROOT, TABLES, compiler, impl_lines, impl_rows, isa_flags, isa_of, isas_of, kernel_sources
 
 FLAGS = ("-std=c++20", "-O2", "-ffp-contract=off", "-fno-math-errno", "-w")  # warnings are the affair of the library's build
 # No exceptions, no red zone, which an interrupt would overwrite; roundss instead of a call of the C library.
 BARE = ("-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-fno-stack-protector", "-fno-pic",
-        "-mno-red-zone", "-msse4.1", "-fno-asynchronous-unwind-tables", "-U_FORTIFY_SOURCE", "-fcf-protection=none")  # fmt: skip
+        "-mno-red-zone", "-msse4.1", "-fno-asynchronous-unwind-tables", "-U_FORTIFY_SOURCE", "-fcf-protection=none",
+        "-DTAUT_BARE", "-D_GLIBCXX_EXTERN_TEMPLATE=0")  # fmt: skip
 # ISAs whose impls must run on each emulated processor; what it cannot run is passed over, and the program says so.
 ARM_PROCESSORS = {"max": ("neon", "neondot", "i8mm"), "cortex-a76": ("neon", "neondot"), "cortex-a72": ("neon",)}
 X86_PROCESSORS = {
@@ -47,7 +49,8 @@ X86_PROCESSORS = {
 
 
 def required_impls(machine: str, isas: tuple[str, ...]) -> str:
-    return ",".join(name for name, _ in impl_rows("quant_linear", machine) if name.split(".")[0].removeprefix("cpu_") in isas)
+    rows = [(op, row[0]) for op in ("quant_linear", *TABLES["attention"]) for row in impl_rows(op, machine)]
+    return ",".join(f"{op}:{name}" for op, name in rows if name.split(".")[0].removeprefix("cpu_") in isas)
 
 
 def table() -> str:
@@ -59,14 +62,15 @@ def table() -> str:
 def build(folder: Path, cxx: str, machine: str, flags: tuple[str, ...], main: list[Path], link: list[str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.inc").write_text(table())
-    sources = [path for path in kernel_sources(machine) if path.parent.name == "quant_linear"]
-    sources += [ROOT / "csrc/common/cpu_features.cpp", HERE / "program.cpp", *main]
+    (folder / "attention.inc").write_text("".join(f"{line}\n" for op in TABLES["attention"] for line in impl_lines(op, machine)))
+    sources = [path for path in kernel_sources(machine) if path.parent.name in ("quant_linear", *TABLES["attention"])]
+    sources += [ROOT / "csrc/common/cpu_features.cpp", SHARED / "attention.cpp", HERE / "program.cpp", *main]
 
     def compile_one(source: Path) -> str:
         target = folder / f"{source.parent.name}-{source.stem}.o"
         own = ("-fno-builtin", "-fno-tree-loop-distribute-patterns") if source.stem == "main_bare" else ()
         own += tuple(isa_flags().get(isa_of(source) or "", []))
-        subprocess.run([cxx, *FLAGS, *flags, *own, f"-I{ROOT / 'csrc'}", f"-I{folder}", "-c", str(source), "-o", str(target)], check=True)
+        subprocess.run([cxx, *FLAGS, *flags, *own, f"-I{ROOT / 'csrc'}", f"-I{SHARED}", f"-I{HERE}", f"-I{folder}", "-c", str(source), "-o", str(target)], check=True)
         return str(target)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -19,8 +19,8 @@ void* allocate(size_t bytes) {
   void* piece = arena + arena_used;
   arena_used += (bytes + 63) / 64 * 64;
   if (arena_used > sizeof(arena)) {
-    taut::other_isas::print("FAILED: out of memory\nEND 1\n");
-    for (;;) asm volatile("hlt");
+    taut::other_isas::print("FAILED: out of memory\n");
+    taut::other_isas::end(1);
   }
   pieces++;
   return piece;
@@ -43,6 +43,11 @@ namespace taut::other_isas {
 void print(const char* text) {
   while (*text) out_byte(0xe9, static_cast<uint8_t>(*text++));
 }
+void end(int status) {
+  print(status ? "END 1\n" : "END 0\n");
+  for (const char* p = "Shutdown"; *p; p++) out_byte(0x8900, static_cast<uint8_t>(*p));  // Bochs obeys
+  for (;;) asm volatile("hlt");
+}
 }  // namespace taut::other_isas
 
 void* operator new(size_t bytes) { return allocate(bytes); }
@@ -56,6 +61,8 @@ void __throw_length_error(const char* what) {
   taut::other_isas::print(what);
   __builtin_trap();
 }
+void __throw_logic_error(const char* what) { __throw_length_error(what); }
+void __throw_out_of_range_fmt(const char* what, ...) { __throw_length_error(what); }
 void __throw_bad_alloc() { __builtin_trap(); }
 void __throw_bad_array_new_length() { __builtin_trap(); }
 }  // namespace std
@@ -99,13 +106,42 @@ double ldexp(double value, int exponent) {
   return value;
 }
 
+// The x87 unit has what the C library would compute, in 64 bits of mantissa.
+static long double power_of_2(long double x) {
+  const long double whole = __builtin_rintl(x);
+  long double power;
+  asm("f2xm1; fld1; faddp; fscale" : "=t"(power) : "0"(x - whole), "u"(whole));
+  return power;
+}
+static long double times_log2(long double x, long double factor) {
+  long double result;
+  asm("fyl2x" : "=t"(result) : "0"(x), "u"(factor) : "st(1)");
+  return result;
+}
+static constexpr long double kLn2 = 0.693147180559945309417232121458L;
+double exp2(double x) { return x > 1100 ? __builtin_inf() : x < -1100 ? 0 : static_cast<double>(power_of_2(x)); }
+double exp(double x) { return x > 720 ? __builtin_inf() : x < -760 ? 0 : static_cast<double>(power_of_2(x / kLn2)); }
+double log2(double x) { return static_cast<double>(times_log2(x, 1)); }
+double log(double x) { return static_cast<double>(times_log2(x, kLn2)); }
+double tanh(double x) {
+  if (__builtin_fabs(x) > 20) return x > 0 ? 1 : -1;
+  if (__builtin_fabs(x) < 1e-3) return x - x * x * x / 3;
+  const long double e = power_of_2(2 * x / kLn2);
+  return static_cast<double>((e - 1) / (e + 1));
+}
+float exp2f(float x) { return static_cast<float>(exp2(x)); }
+float expf(float x) { return static_cast<float>(exp(x)); }
+float log2f(float x) { return static_cast<float>(log2(x)); }
+float logf(float x) { return static_cast<float>(log(x)); }
+float tanhf(float x) { return static_cast<float>(tanh(x)); }
+
+extern void (*constructors_begin[])();  // link.ld
+extern void (*constructors_end[])();
 void kmain() {
   enable_vector_state();
   taut::other_isas::print("\nBEGIN\n");
-  const int failures = taut::other_isas::run_all(false, TAUT_REQUIRED);
-  taut::other_isas::print(failures ? "END 1\n" : "END 0\n");
-  for (const char* p = "Shutdown"; *p; p++) out_byte(0x8900, static_cast<uint8_t>(*p));  // Bochs obeys
-  for (;;) asm volatile("hlt");
+  for (auto* constructor = constructors_begin; constructor != constructors_end; constructor++) (*constructor)();
+  taut::other_isas::end(taut::other_isas::run_all(false, TAUT_REQUIRED) != 0);
 }
 
 }  // extern "C"

@@ -10,10 +10,11 @@ namespace taut::other_isas {
 void print(const char* text) {
   for (size_t left = std::strlen(text); left > 0;) {
     const ssize_t written = write(1, text, left);
-    if (written <= 0) _exit(3);
+    if (written <= 0) end(3);
     text += written, left -= static_cast<size_t>(written);
   }
 }
+void end(int status) { _exit(status); }
 
 }  // namespace taut::other_isas
 

@@ -9,6 +9,7 @@ namespace taut::other_isas {
 
 // What the platform gives: main_hosted.cpp, main_bare.cpp.
 void print(const char* text);
+[[noreturn]] void end(int status);
 
 // Every case (`thorough`), or those few that an interpreter of instructions has time for. Prints a table of what was checked.
 // Returns the number of failures, of planted faults that no one noticed, and of impls in `required` that did not run.

@@ -63,23 +63,24 @@ def kernel_sources(machine: str = MACHINE) -> list[Path]:
     return [path for path in files if isa_of(path) in (None, *isas_of(machine))]
 
 
-def impl_rows(op: str, machine: str = MACHINE) -> list[tuple[str, str]]:
-    """(name, run function) of each row of the op's table in op.cpp, of those that can be compiled for this architecture."""
-    rows = re.findall(r'\{"(cpu_\w+(?:\.\w+)?)", \w+, \w+, (\w+::\w+)\}', (ROOT / "csrc" / op / "op.cpp").read_text())
+def impl_rows(op: str, machine: str = MACHINE) -> list[tuple[str, str, str]]:
+    """(name, `supported`, run function) of each row of the op's table in op.cpp, of those that can be compiled for this architecture."""
+    rows = re.findall(r'\{"(cpu_\w+(?:\.\w+)?)", (\w+), \w+, (\w+::\w+)\}', (ROOT / "csrc" / op / "op.cpp").read_text())
     if not rows:
         raise ValueError(f"csrc/{op}/op.cpp: no row of the form {{name, supported, preferred, namespace::run}} was found")
     here = {*isas_of(machine), "scalar"}
-    return [(name, run) for name, run in rows if name.split(".")[0].removeprefix("cpu_") in here]
+    return [(name, supported, run) for name, supported, run in rows if name.split(".")[0].removeprefix("cpu_") in here]
 
 
 def impl_lines(op: str, machine: str = MACHINE) -> list[str]:
-    """The op's table as TAUT_IMPL_<op>(name, run, activations it takes, whether this processor can)."""
+    """The op's table as TAUT_IMPL_<op>(name, run, what it takes: activations, or caches; whether this processor can)."""
     lines = []
-    for name, run in impl_rows(op, machine):
+    for name, supported, run in impl_rows(op, machine):
         isa = name.split(".")[0].removeprefix("cpu_")
         can_run = "true" if isa == "scalar" else f"cpu_features().{isa}"
-        takes = [mode for mode in ("float", "int8") if f".{mode}" in name] or ["any"]
-        lines.append(f'TAUT_IMPL_{op}("{name}", {op}::{run}, {takes[0]}, {can_run})')
+        takes = {"needs_codes": "codes", "needs_pairs": "bf16"}.get(supported, "any")
+        takes = next((mode for mode in ("float", "int8") if f".{mode}" in name), takes)
+        lines.append(f'TAUT_IMPL_{op}("{name}", {op}::{run}, {takes}, {can_run})')
     return lines
 
 

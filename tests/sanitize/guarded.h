@@ -1,8 +1,13 @@
 // Memory that ends at a page no one may touch. Inline assembly escapes AddressSanitizer, which checks only the loads and
 // stores that the compiler emits: past the end of a block, the processor itself stops it. What lies before a block, and in
 // the gap that an alignment leaves behind it, is poisoned for AddressSanitizer.
+//
+// Without an operating system (TAUT_BARE, see tests/other_isas) there are no such pages: bytes around it, which must not change.
 #pragma once
 
+#ifdef TAUT_BARE
+#include "bare_guarded.h"
+#else
 #include <sanitizer/asan_interface.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -53,3 +58,4 @@ class GuardedBlock {
 };
 
 }  // namespace taut
+#endif
