@@ -407,7 +407,7 @@ struct Chunks {
       uint8_t* codes = weight_codes + r * 2 * kTile;
       I sum_of_codes = L::no_codes();
       for (int64_t j = 0; j < end; j += kWidth) L::split(L::mul(L::load(row + j), inverse), codes + j, codes + kTile + j, sum_of_codes);
-      weight_sum[r] = kInt4 ? L::sum_of_lanes(sum_of_codes) * 8 : 0;
+      weight_sum[r] = kInt4 && not_finite == 0 ? L::sum_of_lanes(sum_of_codes) * 8 : 0;
     }
   }
 

@@ -171,9 +171,7 @@ struct Avx512 : Avx512Lanes {
   static TAUT_INLINE I times_128_plus(I high, I low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 7), low); }
   static TAUT_INLINE I minus(I a, int32_t b) { return _mm512_sub_epi32(a, _mm512_set1_epi32(b)); }
   static TAUT_INLINE V to_float(I a) { return _mm512_cvtepi32_ps(a); }
-  static TAUT_INLINE int32_t sum_of_lanes(I a) {  // WHY not _mm512_reduce_add_epi32: its overflow, of codes that a NaN makes, is undefined
-    return Avx2::sum_of_lanes(_mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1)));
-  }
+  static TAUT_INLINE int32_t sum_of_lanes(I a) { return _mm512_reduce_add_epi32(a); }
   static TAUT_INLINE void split(V x, uint8_t* high, uint8_t* low, I& sum) {
     const I whole = _mm512_cvtps_epi32(x);
     sum = _mm512_add_epi32(sum, whole);
