@@ -617,8 +617,8 @@ std::string table_of(const char* op, const Impls& impls, const char* required) {
     line.resize(std::max<size_t>(line.size(), 38), ' ');
     if (!impl.can_run) line += "not on this processor";
     else
-      line += std::to_string(impl.cases) + " checks, " + std::to_string(impl.planted) + " planted faults found, at most " + text(impl.worst) +
-              " of the error that is allowed";
+      line += std::to_string(impl.cases) + " checks, worst share of allowed " + text(impl.worst) +
+              (impl.planted ? ", planted faults found " + std::to_string(impl.planted) : "");
     table += line + "\n";
   }
   return table;
