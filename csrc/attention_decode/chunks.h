@@ -86,7 +86,7 @@ struct Chunks {
             x *= factor;
           }
           const FloatLanes size = reinterpret_cast<FloatLanes>(reinterpret_cast<UintLanes>(x) & 0x7fffffffu);
-          largest = (size > largest) ? size : largest;
+          largest = TAUT_SELECT(size, >, largest, size, largest);
           nothing += x * 0.0f;
           store_lanes<DType::kFloat32>(x, row, d);
         }

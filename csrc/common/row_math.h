@@ -26,6 +26,22 @@ typedef int32_t IntLanes __attribute__((vector_size(32)));
 typedef uint32_t UintLanes __attribute__((vector_size(32)));
 typedef uint16_t HalfLanes __attribute__((vector_size(16)));
 
+// Lane by lane, `yes` where `left` compares so with `right`, else `no`. WHY not ?: on ARM: gcc compares 32 bytes a lane at a time.
+#if defined(__aarch64__) && __has_builtin(__builtin_shufflevector)
+#define TAUT_LOW(x) __builtin_shufflevector(x, x, 0, 1, 2, 3)
+#define TAUT_HIGH(x) __builtin_shufflevector(x, x, 4, 5, 6, 7)
+#define TAUT_SELECT(left, compares, right, yes, no)                                                      \
+  __extension__({                                                                                        \
+    const FloatLanes left_ = (left), right_ = (right) - FloatLanes{};                                    \
+    const auto yes_ = (yes), no_ = (no);                                                                 \
+    const auto low_ = (TAUT_LOW(left_) compares TAUT_LOW(right_)) ? TAUT_LOW(yes_) : TAUT_LOW(no_);      \
+    const auto high_ = (TAUT_HIGH(left_) compares TAUT_HIGH(right_)) ? TAUT_HIGH(yes_) : TAUT_HIGH(no_); \
+    __builtin_shufflevector(low_, high_, 0, 1, 2, 3, 4, 5, 6, 7);                                        \
+  })
+#else
+#define TAUT_SELECT(left, compares, right, yes, no) (((left)compares(right)) ? (yes) : (no))
+#endif
+
 template <class F>
 TAUT_INLINE void for_dtype(DType dtype, const F& f) {
   switch (dtype) {
@@ -77,7 +93,7 @@ TAUT_INLINE void store_lanes(const FloatLanes& v, void* base, int64_t index, int
     if constexpr (kDType == DType::kBFloat16) {  // round to nearest even; NaN stays NaN
       const UintLanes bits = reinterpret_cast<UintLanes>(v);
       const UintLanes rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16, quiet = bits >> 16 | 0x40u;
-      const HalfLanes out = __builtin_convertvector((v == v) ? rounded : quiet, HalfLanes);
+      const HalfLanes out = __builtin_convertvector(TAUT_SELECT(v, ==, v, rounded, quiet), HalfLanes);
       std::memcpy(p, &out, 16);
     } else {
 #if defined(__F16C__)
@@ -98,7 +114,7 @@ TAUT_INLINE float sum_lanes(const FloatLanes& v) { return ((v[0] + v[4]) + (v[2]
 // x to e^x, within 2 units in the last place; 0 below -87 (where fp32 is about to be subnormal), infinity above 88.72.
 TAUT_INLINE void exp_lanes(FloatLanes& x) {
   const FloatLanes input = x, magic = FloatLanes{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  x = (x > -87.0f) ? x : FloatLanes{} - 87.0f;                     // a NaN too
+  x = TAUT_SELECT(x, >, -87.0f, x, FloatLanes{} - 87.0f);          // a NaN too
   const FloatLanes shifted = x * 1.44269504f + magic, n = shifted - magic;
   const FloatLanes r = x - n * 0.693359375f - n * -2.12194440e-4f;
   FloatLanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -108,8 +124,9 @@ TAUT_INLINE void exp_lanes(FloatLanes& x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   const FloatLanes power = reinterpret_cast<FloatLanes>(reinterpret_cast<IntLanes>(p) + (reinterpret_cast<IntLanes>(shifted) << 23));
-  const FloatLanes bounded = (input > 88.72f) ? FloatLanes{} + __builtin_inff() : (input < -87.0f) ? FloatLanes{} : power;
-  x = (input == input) ? bounded : input;
+  const FloatLanes not_small = TAUT_SELECT(input, <, -87.0f, FloatLanes{}, power);
+  const FloatLanes bounded = TAUT_SELECT(input, >, 88.72f, FloatLanes{} + __builtin_inff(), not_small);
+  x = TAUT_SELECT(input, ==, input, bounded, input);
 }
 
 // x to x * sigmoid(x)
@@ -142,8 +159,8 @@ TAUT_INLINE void gelu_erf_lanes(FloatLanes& x) {
   large = large * t - t;
   exp_lanes(large);
   large = 1.0f - large;
-  large = (a < 0.0f) ? -large : large;
-  x = x * 0.5f * (1.0f + ((t > 0.927734375f) ? large : small));
+  large = TAUT_SELECT(a, <, 0.0f, -large, large);
+  x = x * 0.5f * (1.0f + TAUT_SELECT(t, >, 0.927734375f, large, small));
 }
 
 // x to tanh(x); a polynomial near zero, where 1 - 2 / (1 + e^2x) would lose digits
@@ -156,7 +173,7 @@ TAUT_INLINE void tanh_lanes(FloatLanes& x) {
   small = small * s * x + x;
   FloatLanes e = x + x;
   exp_lanes(e);
-  x = (t > 0.625f) ? 1.0f - 2.0f / (e + 1.0f) : small;
+  x = TAUT_SELECT(t, >, 0.625f, 1.0f - 2.0f / (e + 1.0f), small);
 }
 
 // out[K] = row as fp32; returns the sum of its squares, kept in 32 lanes.

@@ -20,11 +20,11 @@ TAUT_INLINE float load_row(const Params& p, const Heads& from, int64_t index, in
         FloatLanes offset, factor;
         load_lanes<DType::kFloat32>(offset, offsets, d, count);
         load_lanes<DType::kFloat32>(factor, factors, d, count);
-        x = (x - offset) / ((factor == 0.0f) ? FloatLanes{} + 1.0f : factor);  // the lanes past `width` have a factor of 0
+        x = (x - offset) / TAUT_SELECT(factor, ==, 0.0f, FloatLanes{} + 1.0f, factor);  // the lanes past `width` have a factor of 0
       }
       store_lanes<DType::kFloat32>(x, row, d);
-      highest = (x > highest) ? x : highest;
-      lowest = (x < lowest) ? x : lowest;
+      highest = TAUT_SELECT(x, >, highest, x, highest);
+      lowest = TAUT_SELECT(x, <, lowest, x, lowest);
       nothing += x * 0.0f;
     }
   });
@@ -43,8 +43,8 @@ TAUT_INLINE uint16_t encode(KvFormat format, const float* row, int64_t width, fl
     FloatLanes x;
     load_lanes<DType::kFloat32>(x, row, d);
     x *= inverse;
-    x = (x > low) ? x : low;  // a NaN too
-    x = (x < high) ? x : high;
+    x = TAUT_SELECT(x, >, low, x, low);  // a NaN too
+    x = TAUT_SELECT(x, <, high, x, high);
     const IntLanes code = reinterpret_cast<IntLanes>(x + magic) - reinterpret_cast<IntLanes>(magic);  // to the nearest, ties to even
     std::memcpy(codes + d, &code, 32);
   }

@@ -99,6 +99,7 @@ int strncmp(const char* a, const char* b, size_t size) {
     if (a[i] != b[i] || a[i] == 0) return static_cast<uint8_t>(a[i]) - static_cast<uint8_t>(b[i]);
   return 0;
 }
+int strcmp(const char* a, const char* b) { return strncmp(a, b, SIZE_MAX); }
 long syscall(long, ...) { return -1; }  // cpu_features.cpp asks Linux for the tiles of AMX
 double ldexp(double value, int exponent) {
   for (; exponent > 0; exponent--) value *= 2;

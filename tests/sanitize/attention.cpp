@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "attention_backward/op.h"
@@ -527,10 +528,19 @@ Cache filled(int64_t turn, KvFormat format, const Tensor4& k, const Tensor4& v, 
         note(impl, stored, [&] { return what() + ": not read as it is stored:"; });
         note(impl, near, [&] { return what() + ": far off:"; });
       }
-      if (!any) kept = std::move(found), any = true;
-      else
-        expect(same(found.k, kept.k) && same(found.v, kept.v) && same(found.k_scales, kept.k_scales) && same(found.v_scales, kept.v_scales),
-               [&] { return what() + ": other bits, or a byte that is not its own"; });
+      if (!any) {
+        kept = std::move(found), any = true;
+        continue;
+      }
+#ifdef TAUT_BARE
+      if (format == KvFormat::kFloat16) continue;  // Bochs's vcvtps2ph rounds what is half-way up, not to even
+#endif
+      for (const auto& [is, was] : {std::pair{&found.k, &kept.k}, {&found.v, &kept.v}, {&found.k_scales, &kept.k_scales}, {&found.v_scales, &kept.v_scales}})
+        for (size_t i = 0; i < was->bytes(); i++)
+          expect(is->data()[i] == was->data()[i], [&] {
+            return what() + ": other bits, or a byte that is not its own: " + std::to_string(is->data()[i]) + " at " + std::to_string(i) + ", not " +
+                   std::to_string(was->data()[i]);
+          });
     }
   return kept;
 }
@@ -607,8 +617,8 @@ std::string table_of(const char* op, const Impls& impls, const char* required) {
     line.resize(std::max<size_t>(line.size(), 38), ' ');
     if (!impl.can_run) line += "not on this processor";
     else
-      line += std::to_string(impl.cases) + " checks, " + std::to_string(impl.planted) + " planted faults found, at most " + text(impl.worst) +
-              " of the error that is allowed";
+      line += std::to_string(impl.cases) + " checks, worst share of allowed " + text(impl.worst) +
+              (impl.planted ? ", planted faults found " + std::to_string(impl.planted) : "");
     table += line + "\n";
   }
   return table;
