@@ -49,9 +49,9 @@ def attention_forward(
     if held is not None and held.exact is not None:
         key, value = held.exact
         keys, held = key.shape[2], None
-        if mask is not None and mask.shape[3] > keys:  # made for all that a static cache may come to hold
+        if mask is not None and mask.shape[-1] > keys:  # made for all that a static cache may come to hold
             mask = mask[..., :keys]
-        if position_bias is not None and position_bias.shape[3] > keys:
+        if position_bias is not None and position_bias.shape[-1] > keys:
             position_bias = position_bias[..., :keys]
     ends = None if cu_seq_lens_q is None or cu_seq_lens_k is None else (_ends(cu_seq_lens_q), _ends(cu_seq_lens_k))
     if ends is not None:
