@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -20,12 +21,15 @@ from tiny_models import FAMILIES, tiny
 SIZES = {"vocab_size": 200, "max_position_embeddings": 64, "initializer_range": 0.2}
 
 
+OWN = ("attend", "attend_cache", "attend_sequences")
+
+
 class Calls:
     """Counts what the function's calls end in: taut's ops by name, and torch."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.own = self.torch = 0
-        for module, names, kind in ((own, ("attend", "attend_cache"), "own"), (attention, ("_plain", "sdpa_attention_forward"), "torch")):
+        for module, names, kind in ((own, OWN, "own"), (attention, ("_plain", "sdpa_attention_forward"), "torch")):
             for name in names:
                 monkeypatch.setattr(module, name, self.counting(getattr(module, name), kind))
 
@@ -203,14 +207,11 @@ def test_is_what_sdpa_gives(arguments, calls):
 
 
 REFUSED = {
-    "gradients": ({}, lambda q, k, v: (q.requires_grad_(), k, v)),
-    "gradients of values": ({}, lambda q, k, v: (q, k, v.requires_grad_())),
     "gradients of a bias": ({"position_bias": heads(1, 4, 9, 9).requires_grad_()}, None),
     "float64": ({}, lambda q, k, v: (q.double(), k.double(), v.double())),
     "a head dim of 288": ({}, lambda q, k, v: (q.repeat(1, 1, 1, 18), k.repeat(1, 1, 1, 18), v.repeat(1, 1, 1, 18))),
     "more queries than keys": ({}, lambda q, k, v: (q, k[:, :, :5], v[:, :, :5])),
     "a mask of three dimensions": ({"attention_mask": torch.ones(4, 9, 9, dtype=torch.bool).tril()}, None),
-    "recorded weights": ({"output_attentions": True}, None),
 }
 
 
@@ -226,12 +227,18 @@ def test_what_the_ops_do_not_take_is_computed_by_torch(arguments, change, calls)
     assert found.requires_grad == expected.requires_grad
 
 
-def test_autocast_and_dropout_are_torchs(calls):
+def test_autocast_is_what_it_is_for_sdpa(calls):
     q, k, v = inputs()
+    exact, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module(), q, k, v, None)
     with torch.autocast("cpu", torch.bfloat16):
         expected, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module(), q, k, v, None)
-        found, _ = attention.attention_forward(module(), q, k, v, None)
-    assert torch.equal(found, expected) and calls.take() == (0, 1)
+        found, _ = attention.attention_forward(module(), q, k, v.bfloat16(), None)
+    assert found.dtype == expected.dtype == torch.bfloat16 and calls.take() == (1, 0)
+    assert (found - exact).abs().max() <= 1.5 * (expected - exact).abs().max()
+
+
+def test_dropout_is_torchs(calls):
+    q, k, v = inputs()
     found = []
     for function in (ALL_ATTENTION_FUNCTIONS["sdpa"], attention.attention_forward):
         torch.manual_seed(3)
@@ -242,17 +249,137 @@ def test_autocast_and_dropout_are_torchs(calls):
 @pytest.mark.parametrize("mask", ["none", "bool", "additive"])
 @pytest.mark.parametrize("arguments", [{"softcap": 2.0}, {"s_aux": heads(4)}, {"softcap": 2.0, "s_aux": heads(4)}, {"sliding_window": 3}])
 def test_softcap_sinks_and_windows_by_the_ops_and_by_torch(arguments, mask, calls):
-    """Both ways give the same, so that training and inference see one model."""
-    q, k, v = inputs()
+    """Both ways give the same, and so do their gradients: who looks at the weights, or drops some, sees the same model."""
+    q, k, v = (t.requires_grad_() for t in inputs())
     given = {"none": None, "bool": heads(2, 1, 9, 9) > -1.0, "additive": heads(2, 1, 9, 9)}[mask]
-    found, _ = attention.attention_forward(module(), q, k, v, given, **arguments)
-    assert calls.take() == (1, 0)
-    expected, _ = attention.attention_forward(module(), q.clone().requires_grad_(), k, v, given, **arguments)
+    with torch.no_grad():
+        found, _ = attention.attention_forward(module(), q, k, v, given, **arguments)
+    trained, _ = attention.attention_forward(module(), q, k, v, given, **arguments)
+    assert calls.take() == (2, 0)
+    expected, weights = attention.attention_forward(module(), q, k, v, given, output_attentions=True, **arguments)
     assert calls.take() == (0, 1)
+    assert torch.equal(found, trained)
     torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close((weights @ v.repeat_interleave(2, 1)).transpose(1, 2), expected, atol=1e-5, rtol=1e-5)
+    for one, other in zip(
+        *(torch.autograd.grad((out * heads(*out.shape, seed=5)).sum(), (q, k, v)) for out in (trained, expected)), strict=True
+    ):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
     if "sliding_window" in arguments and mask == "none":
         every, _ = attention.attention_forward(module(), q, k, v, None)
         assert not torch.allclose(found, every)
+
+
+def ends(*lengths: int) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+# Lengths of queries and keys, rows of the batch, tokens that belong to no sequence.
+PACKED = {
+    "three": ((4, 1, 6), (4, 1, 6), 1, 0), "longer keys": ((4, 1, 3), (4, 9, 5), 1, 0), "an empty one": ((4, 0, 6), (4, 0, 6), 1, 0),
+    "padding": ((4, 5), (4, 5), 1, 3), "two rows": ((4, 6, 10), (4, 6, 10), 2, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("with_mask", ["no mask", "the mask that says the same", "a mask of its own", "additive"])
+@pytest.mark.parametrize("arguments", [{}, {"is_causal": False}, {"sliding_window": 3, "s_aux": heads(4)}, {"softcap": 2.0}], ids=str)
+@pytest.mark.parametrize(("lengths_q", "lengths_k", "batch", "padding"), PACKED.values(), ids=PACKED)
+def test_sequences_laid_end_to_end(lengths_q, lengths_k, batch, padding, arguments, with_mask, calls):
+    """cu_seq_lens_q and cu_seq_lens_k, in place of a mask and beside one: each sequence is as it is alone."""
+    queries, keys = sum(lengths_q) // batch + padding, sum(lengths_k) // batch + padding
+    q, k, v = (heads(batch, count, length, 16, seed=seed) for seed, (count, length) in enumerate(((4, queries), (2, keys), (2, keys))))
+    allowed = heads(batch, 1, queries, keys, seed=9) > -1.0
+    flat = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]
+    expected, seen = torch.zeros(batch * queries, 4, 16), torch.zeros(batch * queries, batch * keys, dtype=torch.bool)
+    ends_q, ends_k = ends(*lengths_q), ends(*lengths_k)
+    for (a, b), (c, d) in zip(itertools.pairwise(ends_q.tolist()), itertools.pairwise(ends_k.tolist()), strict=True):
+        one = [t[begin:end].transpose(0, 1)[None] for t, (begin, end) in zip(flat, ((a, b), (c, d), (c, d)), strict=True)]
+        rows, columns = torch.arange(b - a)[:, None] + (d - c) - (b - a), torch.arange(d - c)
+        sees = (rows - columns).abs() < arguments.get("sliding_window", 99)
+        sees = sees & (columns <= rows) if arguments.get("is_causal", True) else sees
+        seen[a:b, c:d] = sees
+        if with_mask in ("a mask of its own", "additive"):
+            row = a // queries
+            own_mask = allowed[row, 0, a - row * queries : b - row * queries, c - row * keys : d - row * keys]
+            own_mask |= rows == columns  # so that no query sees nothing
+            sees = sees & own_mask
+        if b > a:
+            rest = {key: value for key, value in arguments.items() if key in ("s_aux", "softcap")}
+            expected[a:b] = attention.attention_forward(module(), *one, sees[None, None], **rest)[0][0]
+    calls.take()
+    mask = {
+        "no mask": None, "a mask of its own": allowed, "additive": torch.zeros(allowed.shape).masked_fill(~allowed, -1e9),
+        "the mask that says the same": torch.stack([seen.view(batch, queries, batch, keys)[i, :, i] for i in range(batch)])[:, None],
+    }[with_mask]  # fmt: skip
+    given = {"cu_seq_lens_q": ends_q, "cu_seq_lens_k": ends_k, "max_length_q": 6, "max_length_k": 6, **arguments}
+    found, weights = attention.attention_forward(module(), q, k, v, mask, **given)
+    assert weights is None and found.is_contiguous() and calls.take() == (1, 0)
+    inside = torch.arange(batch * queries) < ends_q[-1]
+    torch.testing.assert_close(found.view(batch * queries, 4, 16)[inside], expected[inside], atol=1e-5, rtol=1e-5)
+    if batch == 1 and "s_aux" not in arguments:
+        mask = mask.double() if with_mask == "additive" else mask
+        by_torch, _ = attention.attention_forward(module(), q.double(), k.double(), v.double(), mask, **given)
+        assert calls.take() == (0, 1)
+        torch.testing.assert_close(by_torch[0, inside].float(), expected[inside], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fuse", [None, "auto"])
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3"])
+def test_a_packed_batch_is_each_text_alone(name, use_cache, fuse):
+    """What a collator without padding gives a model, whose own mask knows nothing of it where there is a cache."""
+    model, ids, lengths = tiny(name), prompt(1, 27), (7, 9, 11)
+    model.set_attn_implementation("taut")
+    if fuse is not None:
+        taut.swap(model, "int8", activations="float", fuse=fuse, attention=True)
+    bounds = ends(*lengths).int()
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    packed = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 11, "max_length_k": 11, "position_ids": positions}
+    with torch.set_grad_enabled(fuse is None):
+        found = model(ids, use_cache=use_cache, **packed).logits
+        expected = torch.cat([model(part, use_cache=use_cache).logits for part in ids.split(lengths, 1)], 1)
+    torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.detach().abs().max()), rtol=0)
+    if fuse is None:
+        weight = model.model.layers[0].self_attn.k_proj.weight
+        grads = [torch.autograd.grad((logits * heads(*logits.shape)).sum(), weight)[0] for logits in (found, expected)]
+        torch.testing.assert_close(*grads, atol=1e-4 * float(grads[1].abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("make", [lambda: tiny("llama"), lambda: tiny("gemma2"), lambda: tiny("gemma3"), gpt_oss, bert, modern_bert])
+def test_recorded_weights_are_those_of_eager(make):
+    model, (ids, mask) = make(), padded()
+    found = []
+    with torch.no_grad():
+        for function in ("eager", "taut"):
+            model.set_attn_implementation(function)
+            found.append(model(ids, attention_mask=mask, output_attentions=True).attentions)
+    assert len(found[0]) == len(found[1]) == 2
+    rows = mask.bool()[:, None, :, None]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one * rows, other * rows, atol=1e-5, rtol=1e-4)
+
+
+def test_continuous_batching(monkeypatch, calls):
+    """``generate_batch``: requests of any length in one row of tokens, their keys gathered from pages."""
+    texts = [prompt(1, length, length)[0].tolist() for length in (5, 17, 9, 30)]
+    rules = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    batching = transformers.ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=48)
+    for family, fuse in (("llama", None), ("gemma3", None), ("gemma2", None), ("gemma3", "auto")):
+        model = tiny(family)
+        model.set_attn_implementation("eager")
+        if fuse is not None:
+            taut.swap(model, "int8", activations="float", fuse=fuse)
+        alone = [
+            generate(model, torch.tensor([text]), torch.ones(1, len(text)), max_new_tokens=8)[0, len(text) :].tolist() for text in texts
+        ]
+        model.set_attn_implementation("taut")
+        calls.take()
+        answers = model.generate_batch(
+            texts, generation_config=transformers.GenerationConfig(**rules), continuous_batching_config=batching, progress_bar=False
+        )
+        found = sorted(answers.items(), key=lambda pair: int(pair[0].rpartition("_")[2]))
+        assert [answer.generated_tokens for _, answer in found] == alone
+        assert calls.take()[1] == 0 and model.config._attn_implementation == "taut"
 
 
 def test_a_hidden_query_gets_zeros():
@@ -274,7 +401,7 @@ def test_a_static_cache_of_transformers(calls):
     assert torch.equal(*found)
 
 
-def test_training_goes_through_torch():
+def test_training_goes_through_the_op(calls):
     grads = []
     for function in ("eager", "taut"):
         model = tiny("gemma2")
@@ -283,6 +410,7 @@ def test_training_goes_through_torch():
         ids = prompt()
         model(ids, labels=ids, use_cache=False).loss.backward()
         grads.append([p.grad for p in model.parameters()])
+    assert calls.take() == (2, 0)
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
@@ -303,6 +431,8 @@ def test_from_pretrained_and_swap(tmp_path):
     packed.save_pretrained(tmp_path / "packed")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     assert again.config._attn_implementation == "taut"
+    eager = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed", attn_implementation="eager")
+    assert eager.config._attn_implementation == "eager" and not eager.taut_report.attention
     ids, mask = padded()
     expected = generate(swapped, ids, mask)
     assert torch.equal(generate(packed, ids, mask), expected)

@@ -324,7 +324,7 @@ class TautQuantizer(HfQuantizer):
         self.chosen = {}
         if self.quantization_config.fuse is not False:
             self.report.fused = fusing.fuse_model(model)
-        if self.quantization_config.attention:
+        if self.quantization_config.attention and _attends_by_default(model):
             set_attention(model, self.report)
         model.taut_report = self.report
         record_modules(model)
@@ -370,6 +370,11 @@ class TautQuantizer(HfQuantizer):
         for embeddings, head in shared.items():
             model.get_submodule(head).weight = model.get_submodule(embeddings).weight
         return model
+
+
+def _attends_by_default(model: PreTrainedModel) -> bool:
+    """Whether nobody has asked for another attention function: ``from_pretrained(attn_implementation="eager")``, say."""
+    return model.config._attn_implementation in ("taut", model.get_correct_attn_implementation(None))
 
 
 # The C library keeps freed blocks of up to 32 MB for itself. A float weight lives for a moment only, and what it leaves

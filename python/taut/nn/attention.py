@@ -58,7 +58,8 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """``attention_prefill``'s attention of what ``takes`` and ``takes_mask`` let pass, as ``[B, Lq, Hq, Dv]``, by the faster op."""
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
-    if rows_of(q, k.shape[1]) >= _FEWEST_PREFILL_ROWS:
+    followed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, s_aux))
+    if followed or rows_of(q, k.shape[1]) >= _FEWEST_PREFILL_ROWS:  # attention_decode has no backward
         out, _ = torch.ops.taut.attention_prefill(q, k, v, scale, causal, window, softcap, mask, s_aux, None, True)
     else:
         out, _ = torch.ops.taut.attention_decode(
@@ -66,6 +67,18 @@ def attend(
             mask, s_aux, None, True,
         )  # fmt: skip
     return out.transpose(1, 2)
+
+
+def attend_sequences(
+    q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, scale: float, causal: bool = False, window: int = 0,
+    softcap: float = 0.0, s_aux: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``attention_prefill_varlen``'s attention of what ``takes`` lets pass, row of the batch after row, as ``[B, Lq, Hq, Dv]``."""
+    batch, heads, queries, _ = q.shape
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+    q, k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (q, k, v))
+    out, _ = torch.ops.taut.attention_prefill_varlen(q, k, v, ends_q, ends_k, scale, causal, window, softcap, s_aux, None)
+    return out.view(batch, queries, heads, v.shape[2])
 
 
 def attend_cache(

@@ -305,7 +305,7 @@ def run_layer(
     q, k, v = ops.split_rope(heads, cos, sin, plan.q_heads, plan.kv_heads, plan.head_dim, plan.q_norm, plan.k_norm, plan.qk_eps, offset)
     cache = past_key_values if cache is None else cache
     if cache is not None:
-        k, v = cache.update(k, v, attention.layer_idx)
+        k, v = cache.update(k, v, attention.layer_idx, **({"kwargs": kwargs} if _is_paged(cache) else {}))
     function = plan.interfaces.get_interface(attention.config._attn_implementation, plan.default_attention)
     found = own_attention(plan, function, q, k, v, attention_mask, kwargs)
     if found is None:
@@ -321,6 +321,11 @@ def run_layer(
     return ops.rms_norm(
         ops.fused_linear(wide, down.packed, down.bias, *down.sizes, plan.glu, None, 0.0, 0.0, None), mlp_post, eps, offset, x
     )
+
+
+def _is_paged(cache: Any) -> bool:
+    """Whether this is the cache of transformers' continuous batching, which changes what the attention function is called with."""
+    return type(cache).__name__ == "PagedAttentionCache"
 
 
 def own_attention(
