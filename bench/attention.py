@@ -1,4 +1,5 @@
-"""Attention: many queries at once (attention_prefill), and few against a cache (attention_decode), beside torch's SDPA and FlexAttention.
+"""Attention: many queries at once (attention_prefill), those with their gradients (attention_backward: both ways, as a training step goes
+them), and few against a cache (attention_decode), beside torch's SDPA and FlexAttention.
 
 A case is ``B<batch>_H<query heads>.<key heads>_L<queries>.<keys>_D<head dim>``, causal. A format is the dtype of q, k and v
 (``fp32``, ``bf16``, ``fp16``), or for decoding what the cache holds (``kv_<format>``, q in fp32; ``kv_bf16`` with q in bf16). Cold: each
@@ -7,7 +8,7 @@ call reads another cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -64,11 +65,11 @@ class AttentionCase:
 
     @property
     def formats(self) -> tuple[str, ...]:
-        return _PREFILL_FORMATS if self.op == "attention_prefill" else _DECODE_FORMATS
+        return _DECODE_FORMATS if self.op == "attention_decode" else _PREFILL_FORMATS
 
     @property
     def bound_by_arithmetic(self) -> bool:
-        return self.op == "attention_prefill"
+        return self.op != "attention_decode"
 
     @property
     def float_bytes(self) -> int:
@@ -104,12 +105,27 @@ class AttentionProblem:
         difference = (out[:, :, self._checked()].double() - self.exact).abs().max()
         return float(difference / self.exact.abs().max())
 
-    def prepared(self, format: str, call, out: Tensor, nbytes: int) -> Prepared:
+    @cached_property
+    def exact_gradients(self) -> tuple[Tensor, ...]:
+        """Of the first key head and the queries that share it, where the gradient of out is ``ones``."""
+        case = self.case
+        group = case.q_heads // case.kv_heads
+        leaves = [t[:1, :heads].double().requires_grad_() for t, heads in ((self.q, group), (self.k, 1), (self.v, 1))]
+        attention_rules.reference(*leaves, case.head_dim**-0.5, causal=True)[0].sum().backward()
+        return tuple(leaf.grad for leaf in leaves)
+
+    def gradient_error(self, gradients: list[Tensor]) -> float:
+        pairs = zip(gradients, self.exact_gradients, strict=True)
+        return max(float((found[:1, : exact.shape[1]].double() - exact).abs().max() / exact.abs().max()) for found, exact in pairs)
+
+    def prepared(self, format: str, call, out: Tensor, nbytes: int, gradients: list[Tensor] | None = None) -> Prepared:
         case = self.case
         flops = attention_prefill.cost(
             case.batch, case.q_heads, case.kv_heads, case.queries, case.keys, case.head_dim, case.head_dim, causal=True
         )["flops"]
         error = self.error(out)
+        if gradients:
+            error, flops = max(error, self.gradient_error(gradients)), flops * 7 / 2  # two products forward, five backward
         wrong = None if error <= _TOLERANCE[format] else f"off by {error:.2g} of the largest result"
         arithmetic = "a8" if format in ("kv_int8", "kv_int4") else format
         return Prepared(call, nbytes, *split_flops(flops, arithmetic), error, wrong)
@@ -117,10 +133,9 @@ class AttentionProblem:
 
 def own_entry(case: AttentionCase, format: str) -> Entry:
     """taut's entry: the impl that the table picks."""
-    code = 0 if case.op == "attention_prefill" else _kv_format(format).code
-    sizes = {"dtype": _DTYPES[format]} if case.op == "attention_prefill" else {"kv_format": code}
+    sizes = {"kv_format": _kv_format(format).code} if case.op == "attention_decode" else {"dtype": _DTYPES[format]}
     impl = next(verdict.impl for verdict in taut.explain(case.op, **sizes) if verdict.chosen)
-    prepare = _prepare_prefill if case.op == "attention_prefill" else _prepare_decode
+    prepare = {"attention_prefill": _prepare_prefill, "attention_backward": _prepare_training, "attention_decode": _prepare_decode}[case.op]
     return Entry(case, format, impl, False, lambda problem, cold_bytes: prepare(problem, format, cold_bytes))
 
 
@@ -137,6 +152,26 @@ def _prepare_prefill(problem: AttentionProblem, format: str, cold_bytes: int) ->
         return op(q, k, v, scale, True, 0, 0.0, None, None, None, False)[0]
 
     return problem.prepared(format, call, call(), (q.nbytes * 2 + k.nbytes * 2))
+
+
+def _prepare_training(problem: AttentionProblem, format: str, cold_bytes: int) -> Prepared:
+    scale = problem.case.head_dim**-0.5
+    return _both_ways(
+        problem, format, lambda q, k, v: torch.ops.taut.attention_prefill(q, k, v, scale, True, 0, 0.0, None, None, None, False)[0]
+    )
+
+
+def _both_ways(problem: AttentionProblem, format: str, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Prepared:
+    """``attend(q, k, v)`` and the gradients of the sum of its result: a training step's share."""
+    leaves = [t.to(_DTYPES[format]).requires_grad_() for t in (problem.q, problem.k, problem.v)]
+    ones = torch.ones_like(leaves[0])
+
+    def call() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(attend(*leaves), leaves, ones)
+
+    with torch.no_grad():
+        out = attend(*leaves)
+    return problem.prepared(format, call, out, sum(leaf.nbytes for leaf in leaves) * 2, list(call()))
 
 
 def _prepare_decode(problem: AttentionProblem, format: str, cold_bytes: int) -> Prepared:
@@ -161,6 +196,8 @@ def sdpa_entry(case: AttentionCase, format: str) -> Entry:
     """torch's scaled_dot_product_attention in one dtype, the heads of a group sharing k and v as it lets them."""
 
     def prepare(problem: AttentionProblem, cold_bytes: int) -> Prepared:
+        if case.op == "attention_backward":
+            return _both_ways(problem, format, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
         q, k, v = (t.to(_DTYPES[format]) for t in (problem.q, problem.k, problem.v))
         queries, keys = case.queries, case.keys
         mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries) if 1 < queries < keys else None
@@ -204,6 +241,9 @@ def races(grid: bool) -> Iterator[list[Entry]]:
         for queries in (128, 512, 1024, 2048, 4096, 8192):
             yield _race(AttentionCase("attention_prefill", 1, 32, 8, queries, queries, 128))
         yield _race(AttentionCase("attention_prefill", 1, 9, 3, 512, 512, 64))
+        for queries in (512, 1024, 2048, 4096):
+            yield _race(AttentionCase("attention_backward", 1, 32, 8, queries, queries, 128))
+        yield _race(AttentionCase("attention_backward", 1, 9, 3, 512, 512, 64))
         for batch, keys in ((1, 128), (1, 512), (1, 1024), (1, 4096), (1, 16384), (1, 32768), (4, 1024), (16, 1024), (64, 1024)):
             yield _race(AttentionCase("attention_decode", batch, 32, 8, 1, keys, 128))
         yield _race(AttentionCase("attention_decode", 1, 9, 3, 1, 1024, 64))
@@ -219,7 +259,9 @@ def races(grid: bool) -> Iterator[list[Entry]]:
 
 
 def _race(case: AttentionCase) -> list[Entry]:
-    peers = [entry(case, format) for entry in (sdpa_entry, flex_entry) for format in ("fp32", "bf16")]
+    # WHY no FlexAttention: it has no backward on the CPU
+    entries = (sdpa_entry,) if case.op == "attention_backward" else (sdpa_entry, flex_entry)
+    peers = [entry(case, format) for entry in entries for format in ("fp32", "bf16")]
     return [*(own_entry(case, format) for format in case.formats), *peers]
 
 
