@@ -163,7 +163,7 @@ def _prepare_training(problem: AttentionProblem, format: str, cold_bytes: int) -
 
 def _both_ways(problem: AttentionProblem, format: str, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Prepared:
     """``attend(q, k, v)`` and the gradients of the sum of its result: a training step's share."""
-    leaves = [t.to(_DTYPES[format]).requires_grad_() for t in (problem.q, problem.k, problem.v)]
+    leaves = [t.to(_DTYPES[format], copy=True).requires_grad_() for t in (problem.q, problem.k, problem.v)]
     ones = torch.ones_like(leaves[0])
 
     def call() -> tuple[Tensor, ...]:

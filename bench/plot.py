@@ -88,7 +88,11 @@ def draw_attention(lines: Sequence[Line], target: Path) -> None:
                 linestyle="-" if ours else "--", marker="o", markersize=4,
             )  # fmt: skip
         lengths = sorted({length for points in found.values() for length in points})
-        axes.set(xscale="log", yscale="log", xlabel="tokens of the prompt" if op == "attention_prefill" else "keys in the cache")
+        axes.set(
+            xscale="log",
+            yscale="linear" if op == "attention_prefill" else "log",
+            xlabel="tokens of the prompt" if op == "attention_prefill" else "keys in the cache",
+        )
         axes.set_ylabel("GFLOP/s" if op == "attention_prefill" else "ms a token")
         axes.set_xticks(lengths, [str(length) for length in lengths])
         axes.minorticks_off()

@@ -211,7 +211,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             progress.advance(task)
             if rows:
                 console.print(_show(rows))
-                _append(args.json, rows, context, "sweep" if sweep else None)
+                grid = f"{entries[0].case.op}_grid" if args.attention and args.never_slower else None
+                _append(args.json, rows, context, "sweep" if sweep else grid)
                 slower += attention.where_slower(rows) if args.attention else where_slower(rows)
     console.print(_ceilings_in_words(ceilings), highlight=False)
     for line in sorted(skipped):

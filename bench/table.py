@@ -32,7 +32,9 @@ _OWN = {"int4_g32_a8": "**taut int4**", "int8_row_a8": "**taut int8**"}
 _NEEDED = ("op", "case", "format", "impl", "peer", "threads", "median_us", "cold", "commit", "machine", "torch", "run")
 
 _ATTENTION_CASES = {
-    "attention_prefill/B1_H32.8_L1024.1024_D128": "prompt of 1024", "attention_decode/B1_H32.8_L1.4096_D128": "1 token, 4096 keys",
+    "attention_prefill/B1_H32.8_L1024.1024_D128": "prompt of 1024",
+    "attention_backward/B1_H32.8_L1024.1024_D128": "1024 tokens and gradients",
+    "attention_decode/B1_H32.8_L1.4096_D128": "1 token, 4096 keys",
     "attention_decode/B1_H32.8_L1.32768_D128": "1 token, 32768 keys", "attention_decode/B16_H32.8_L1.1024_D128": "16 x 1 token, 1024 keys",
 }  # fmt: skip
 _ATTENTION = {
