@@ -402,8 +402,8 @@ def test_attention_is_shown_beside_torch_in_the_same_precision() -> None:
     ]
     rows = table.render_attention(lines).splitlines()
     assert rows[2:6] == [
-        "| **taut fp32** |  | 1 |  |  |", "| **taut, int8 cache** |  | 0.25 |  |  |", "| torch SDPA fp32 |  | 3 (3.0x) |  |  |",
-        "| torch FlexAttention bf16 |  | 5 |  |  |",
+        "| **taut fp32** |  |  | 1 |  |  |", "| **taut, int8 cache** |  |  | 0.25 |  |  |", "| torch SDPA fp32 |  |  | 3 (3.0x) |  |  |",
+        "| torch FlexAttention bf16 |  |  | 5 |  |  |",
     ]  # fmt: skip
     assert "2026-11-02" in rows[-1]
     assert "Not measured yet" in table.render_attention(_full_run("2026-11-02T10:00:00+00:00"))
