@@ -70,7 +70,8 @@ def build(folder: Path, cxx: str, machine: str, flags: tuple[str, ...], main: li
         target = folder / f"{source.parent.name}-{source.stem}.o"
         own = ("-fno-builtin", "-fno-tree-loop-distribute-patterns") if source.stem == "main_bare" else ()
         own += tuple(isa_flags().get(isa_of(source) or "", []))
-        subprocess.run([cxx, *FLAGS, *flags, *own, f"-I{ROOT / 'csrc'}", f"-I{SHARED}", f"-I{HERE}", f"-I{folder}", "-c", str(source), "-o", str(target)], check=True)
+        include = [f"-I{path}" for path in (ROOT / "csrc", SHARED, HERE, folder)]
+        subprocess.run([cxx, *FLAGS, *flags, *own, *include, "-c", str(source), "-o", str(target)], check=True)
         return str(target)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
