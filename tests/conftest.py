@@ -17,6 +17,7 @@ import taut
 from cases import EMULATED_PRODUCTS
 from emulator import build, emulated
 from on_gpu import on_gpu
+from taut.formats import WeightFormat
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,7 +43,7 @@ def never_runs(callspec) -> bool:
     if callspec is None or not str(callspec.params.get("impl", "")).startswith("cuda"):
         return False
     format = callspec.params.get("format") or getattr(callspec.params.get("case"), "format", None)
-    return format is not None and not format.kind.cuda
+    return isinstance(format, WeightFormat) and not format.kind.cuda
 
 
 def emulated_impls(op: str) -> list[str]:

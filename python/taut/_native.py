@@ -139,10 +139,10 @@ def explain(op: str, device: str = "cpu", **sizes: Any) -> list[Verdict]:
 
 _EXPLAIN_SIZES = {
     "attention_backward": ("B", "Hq", "Hkv", "Lq", "Lk", "D", "Dv", "dtype"),
-    "attention_decode": ("kv_format",),
+    "attention_decode": ("kv_format", "device_index"),
     "attention_prefill": ("B", "Hq", "Hkv", "Lq", "Lk", "D", "Dv", "dtype", "device_index"),
     "decoder_layers": ("head_dim",),
-    "kv_append": (),
+    "kv_append": ("device_index",),
     "quant_linear": ("M", "N", "K", "format", "group_size", "zeros", "activations", "dtype", "device_index"),
     "quant_embedding": (),
     "quantize_weight": (),
