@@ -10,6 +10,7 @@ from typing import Any
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 MODELS_BEGIN, MODELS_END = "<!-- bench-models:begin -->", "<!-- bench-models:end -->"
+ATTENTION_BEGIN, ATTENTION_END = "<!-- bench-attention:begin -->", "<!-- bench-attention:end -->"
 SHAPE = "N14336_K4096"
 COLUMNS = (1, 4, 32, 512)
 NAMES = {
@@ -30,6 +31,15 @@ _MODELS = {
 _OWN = {"int4_g32_a8": "**taut int4**", "int8_row_a8": "**taut int8**"}
 _NEEDED = ("op", "case", "format", "impl", "peer", "threads", "median_us", "cold", "commit", "machine", "torch", "run")
 
+_ATTENTION_CASES = {
+    "attention_prefill/B1_H32.8_L1024.1024_D128": "prompt of 1024", "attention_decode/B1_H32.8_L1.4096_D128": "1 token, 4096 keys",
+    "attention_decode/B1_H32.8_L1.32768_D128": "1 token, 32768 keys", "attention_decode/B16_H32.8_L1.1024_D128": "16 x 1 token, 1024 keys",
+}  # fmt: skip
+_ATTENTION = {
+    "fp32": "**taut fp32**", "bf16": "**taut bf16**", "kv_float32": "**taut fp32**", "kv_bf16": "**taut bf16**",
+    "kv_fp8": "**taut, fp8 cache**", "kv_int8": "**taut, int8 cache**", "kv_int4": "**taut, int4 cache**",
+}  # fmt: skip
+
 Line = dict[str, Any]
 
 
@@ -42,8 +52,10 @@ def read_lines(paths: Iterable[Path]) -> list[Line]:
                 continue
             try:
                 line = json.loads(text)
+                if line.get("op") == "perplexity":  # nothing was timed
+                    continue
                 missing = [name for name in _NEEDED if name not in line]
-            except (json.JSONDecodeError, TypeError) as error:
+            except (json.JSONDecodeError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path}:{number}: not a JSON object: {error}") from None
             if missing:
                 raise ValueError(f"{path}:{number}: has no {missing[0]!r}")
@@ -146,6 +158,30 @@ def render_models(found: dict[str, list[Line]]) -> str:
     return "\n".join([*rows, "", note])
 
 
+def render_attention(lines: Sequence[Line]) -> str:
+    """Milliseconds of attention in Markdown, and SDPA's over taut's of the same precision; of each case's newest run."""
+    cells: dict[str, dict[str, float]] = {}
+    first: Line | None = None
+    for key in _ATTENTION_CASES:
+        found = [line for line in lines if f"{line['op']}/{line['case']}" == key]
+        newest = max((line["run"] for line in found), default="")
+        for line in (line for line in found if line["run"] == newest):
+            name = f"torch SDPA {line['format']}" if line["peer"] else _ATTENTION[line["format"]]
+            cells.setdefault(name, {})[key] = line["median_us"] / 1e3
+            first = first or line
+    if first is None:
+        return "Not measured yet: `python bench/run.py --attention`."
+    rows = ["| ms (SDPA: times taut of the same precision) | " + " | ".join(_ATTENTION_CASES.values()) + " |", "|---|" + "---:|" * len(_ATTENTION_CASES)]
+    for name in [*dict.fromkeys(_ATTENTION.values()), "torch SDPA fp32", "torch SDPA bf16"]:
+        ours = cells.get(f"**taut {name.rpartition(' ')[2]}**", {}) if name.startswith("torch") else {}
+        rows.append(f"| {name} | " + " | ".join(_cell(cells.get(name, {}).get(key), ours.get(key)) for key in _ATTENTION_CASES) + " |")
+    note = (
+        f"Causal, 32 query and 8 key heads of 128; caches come from memory. {first['machine']}, {first['threads']} threads, torch {first['torch']}, "
+        f"commit {first['commit']}, {first['run'][:10]}. Reproduce: `python bench/run.py --attention`."
+    )
+    return "\n".join([*rows, "", note])
+
+
 def pictures(results: Iterable[Path]) -> str:
     """Markdown of the plots that lie beside the results, newest name last; empty where there is none."""
     found = sorted({path for result in results for path in result.parent.glob("*-int[48].png")})
@@ -162,7 +198,7 @@ def update_readme(readme: Path, results: Sequence[Path]) -> None:
     """Puts the tables between the marker comments of ``readme``; the rest stays as it is.
 
     Raises ``ValueError`` where the markers are not there once each, in order, or no result fits the layers' table. A file
-    without markers for the models' table gets none.
+    without markers for the tables of models and attention gets none.
     """
     text = readme.read_text()
     _check_markers(readme, text, BEGIN, END)
@@ -172,6 +208,9 @@ def update_readme(readme: Path, results: Sequence[Path]) -> None:
     if MODELS_BEGIN in text or MODELS_END in text:
         _check_markers(readme, text, MODELS_BEGIN, MODELS_END)
         text = _between(text, MODELS_BEGIN, MODELS_END, render_models(newest_models(lines)))
+    if ATTENTION_BEGIN in text or ATTENTION_END in text:
+        _check_markers(readme, text, ATTENTION_BEGIN, ATTENTION_END)
+        text = _between(text, ATTENTION_BEGIN, ATTENTION_END, render_attention(lines))
     temporary = readme.with_name(f".{readme.name}.new")
     try:
         temporary.write_text(text)

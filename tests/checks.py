@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cases import LinearCase, LinearInputs
 from taut.formats import Canonical
+from taut.ops import attention_backward as backward_op
 from taut.ops import attention_rules as attention_op
 from taut.ops import quant_linear as linear_op
 from taut.ops import quantize_weight as weight_op
@@ -181,6 +182,85 @@ def softmax_rounding(weights: Tensor, values: Tensor, dtype: torch.dtype) -> Ten
     relative, tiny = ROUNDING[dtype]
     moves = torch.where(weights == 0, 0.0, torch.clamp(relative * weights, min=tiny))
     return torch.minimum(moves @ values, 5 / math.sqrt(3) * (moves**2 @ values**2).sqrt())
+
+
+def assert_attention_gradients(
+    found: tuple[Tensor, ...], grad_out: Tensor, grad_lse: Tensor | None, arguments: dict, *, impl: str, context: str
+) -> None:
+    """dq, dk, dv and ds_aux of attention_backward against autograd in float64. Call it after the kernel has run.
+
+    A score's gradient is p (dp - shift) slope scale, and the terms of the sums are that times k or q. Its error, in units of the
+    last place: of dp and shift, what their products come to; and of p, |dp - shift| times the error of a score, as ``assert_attention``
+    has it. In bf16 and fp16 shift is made of an ``out`` that was rounded, which no kernel can undo: that comes on top.
+    """
+    rules = {name: value for name, value in arguments.items() if name not in ("q", "k", "v")}
+    q, k, v = (arguments[name].double() for name in "qkv")
+    reference = backward_op.reference(grad_out, grad_lse, *(arguments[name] for name in "qkv"), **rules)
+    plain = AttentionTerms(arguments, grad_out, grad_lse, torch.float32).gradients()
+    terms = AttentionTerms(arguments, grad_out, grad_lse, torch.float64)
+    group, grad = q.shape[1] // k.shape[1], grad_out.double().abs()
+    keys, values = (t.abs().repeat_interleave(group, 1) for t in (k, v))
+    at = torch.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2] - torch.arange(k.shape[2])
+    of_score = q.abs() @ keys.mT * abs(rules["softmax_scale"]) + 4.0 + terms.lse.abs().nan_to_num(posinf=0.0)[..., None]
+    if rules["alibi_slopes"] is not None:
+        of_score = of_score + rules["alibi_slopes"].double().abs()[:, None, None] * at.abs()
+    if rules["mask"] is not None and rules["mask"].dtype != torch.bool:
+        of_score = of_score + rules["mask"].double().nan_to_num(neginf=0.0).abs()
+    of_weight = terms.weights * (1 + of_score)
+    of_shift = (grad * (of_weight @ values)).sum(-1, keepdim=True) + (0.0 if grad_lse is None else grad_lse.double().abs()[..., None])
+    off = (terms.grad_weights - terms.shift).abs()
+    slope_error = 4.0 if rules["softcap"] else 0.0
+    scale = abs(rules["softmax_scale"])
+    of_grad = scale * terms.weights * ((grad @ values.mT + of_shift) * terms.slope + off * (terms.slope * of_score + slope_error))
+    of_grad = of_grad + terms.grad_scores.abs()
+    out_rounding = 0.0 if grad_out.dtype == torch.float32 else ROUNDING[grad_out.dtype][0]
+    moved = scale * terms.weights * terms.slope * out_rounding * (grad * terms.out.abs()).sum(-1, keepdim=True)
+    per_key = lambda t: t.unflatten(1, (-1, group)).sum(2)  # noqa: E731
+    rows, count = q.abs(), group * q.shape[2]
+    bounds = [
+        (of_grad @ keys, (k.shape[2] * (terms.grad_scores**2 @ keys**2)).sqrt(), moved @ keys),
+        (per_key(of_grad.mT @ rows), (count * per_key((terms.grad_scores**2).mT @ rows**2)).sqrt(), per_key(moved.mT @ rows)),
+        (per_key(of_weight.mT @ grad), (count * per_key((terms.weights**2).mT @ grad**2)).sqrt(), None),
+    ]
+    if rules["s_aux"] is not None:
+        sinks = torch.exp(rules["s_aux"].double()[:, None] - terms.lse)[..., None]
+        of_sink = sinks * (of_shift + terms.shift.abs() * (rules["s_aux"].double().abs()[:, None, None] + 4 + terms.lse.abs()[..., None]))
+        walk = (q.shape[0] * q.shape[2] * ((sinks * terms.shift) ** 2).sum((0, 2))).sqrt()
+        bounds.append((of_sink.sum((0, 2)), walk, (sinks * out_rounding * (grad * terms.out.abs()).sum(-1, keepdim=True)).sum((0, 2))))
+    for i, (expected, by_torch, (magnitude, walk, extra)) in enumerate(zip(reference, plain, bounds, strict=True)):
+        one, name = found[i], ("dq", "dk", "dv", "ds_aux")[i]
+        shape = (-1, one.shape[-1])
+        assert_matches(
+            one.reshape(shape), expected.reshape(shape), by_torch.reshape(shape), magnitude.reshape(shape), walk.reshape(shape),
+            dtype=one.dtype, depth=count + k.shape[2] + q.shape[3] + v.shape[3], independent=False,
+            weight_error=None if extra is None else extra.reshape(shape), context=f"{impl} on {context}, {name}",
+        )  # fmt: skip
+
+
+class AttentionTerms:
+    """The steps of the backward by its formula, in plain torch: in float32 a peer, in float64 the sizes of what is added up."""
+
+    def __init__(self, arguments: dict, grad_out: Tensor, grad_lse: Tensor | None, dtype: torch.dtype) -> None:
+        self.q, grad = arguments["q"].to(dtype), grad_out.to(dtype)
+        self.group = self.q.shape[1] // arguments["k"].shape[1]
+        self.k, v = (arguments[name].to(dtype).repeat_interleave(self.group, 1) for name in "kv")
+        scale, cap, s_aux = arguments["softmax_scale"], arguments["softcap"], arguments["s_aux"]
+        eye = torch.eye(self.k.shape[2]).expand(*arguments["k"].shape[:2], -1, -1)
+        rules = {name: value for name, value in arguments.items() if name not in "qkv"}
+        attend = plain_attention if dtype == torch.float32 else attention_op.reference
+        self.weights, self.lse = attend(arguments["q"], arguments["k"], eye, **rules)
+        self.out, self.grad_out, self.s_aux = self.weights @ v, grad, s_aux
+        self.slope = 1 - torch.tanh(self.q @ self.k.mT * scale / cap) ** 2 if cap else torch.ones_like(self.weights)
+        self.grad_weights = grad @ v.mT
+        self.shift = (grad * self.out).sum(-1, keepdim=True) - (0.0 if grad_lse is None else grad_lse.to(dtype)[..., None])
+        self.grad_scores = self.weights * (self.grad_weights - self.shift) * self.slope * scale
+
+    def gradients(self) -> list[Tensor]:
+        per_key = lambda t: t.unflatten(1, (-1, self.group)).sum(2)  # noqa: E731
+        found = [self.grad_scores @ self.k, per_key(self.grad_scores.mT @ self.q), per_key(self.weights.mT @ self.grad_out)]
+        if self.s_aux is not None:
+            found.append(-(torch.exp(self.s_aux.to(self.lse.dtype)[:, None] - self.lse)[..., None] * self.shift).sum((0, 2))[:, 0])
+        return found
 
 
 def attention_weights(q: Tensor, k: Tensor, lse: Tensor, rules: dict) -> Tensor:

@@ -26,6 +26,12 @@
 namespace taut::attention_prefill {
 namespace {
 
+// WHY in shared memory: what a thread wants once a tile, or at the end, must not take registers from the sums.
+struct Shared {
+  Block block;
+  const unsigned char *k, *v;  // of the first key
+};
+
 // kWidth: the numbers of a row of q, k and v in shared memory, which D and Dv do not exceed.
 template <int kWidth_, int kWarps_, int kRowTiles_, int kKeys_, bool kKeepQ_>
 struct Tile {
@@ -35,7 +41,7 @@ struct Tile {
   static constexpr bool kKeepQ = kKeepQ_;  // in registers
   static constexpr int kChunks = kWidth / 8, kRowBytes = kWidth * 2;
   static constexpr int kTileBytes = kKeys * kRowBytes, kStageBytes = 2 * kTileBytes, kQueryBytes = kRows * kRowBytes;
-  static constexpr int kSmemBytes = kQueryBytes + kStages * kStageBytes + kRows * static_cast<int>(sizeof(RowRules));
+  static constexpr int kSmemBytes = kQueryBytes + kStages * kStageBytes + kRows * static_cast<int>(sizeof(RowRules)) + static_cast<int>(sizeof(Shared));
   static_assert(kKeys % 16 == 0 && kKeys <= 64 && kWidth % 32 == 0);
 
   // Where chunk c of a row is. WHY the second: rows of an odd number of half lines (96 numbers) lie in turn in either half.
@@ -89,7 +95,7 @@ struct Warp {
   static constexpr int kRowTiles = Tile::kRowTiles, kSteps = Tile::kWidth / 16, kColumns8 = Tile::kWidth / 8, kKeys8 = Tile::kKeys / 8;
   float sums[kRowTiles][kColumns8][4];
   float most[kRowTiles][2], total[kRowTiles][2];  // total: of this lane's keys, and the sink
-  uint32_t queries[Tile::kKeepQ ? kSteps : 1][kRowTiles][4];
+  uint32_t queries[Tile::kKeepQ ? kSteps : 1][kRowTiles][4];  // if they are not kept, the step's
   int lane;
 
   TAUT_DEVICE void start(const Args& args, const Block& block, int first_row) {
@@ -120,7 +126,7 @@ struct Warp {
   }
 
   // Which of this lane's scores count: bit 4 n + i of word m.
-  TAUT_DEVICE void find_visible(uint32_t (&visible)[kRowTiles], const Args& args, const Block& block, const RowRules* s_rules, int key) const {
+  TAUT_DEVICE void find_visible(uint32_t (&visible)[kRowTiles], const Args& args, int keys, const RowRules* s_rules, int key) const {
     const AttentionMask& mask = args.rules.mask;
 #pragma unroll
     for (int m = 0; m < kRowTiles; m++) {
@@ -128,7 +134,7 @@ struct Warp {
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const RowRules row = s_rules[16 * m + 8 * h + lane / 4];
-        const int first = static_cast<int>(first_key(args.rules, row.position)), end = static_cast<int>(end_key(args.rules, row.position, block.Lk));
+        const int first = static_cast<int>(first_key(args.rules, row.position)), end = static_cast<int>(end_key(args.rules, row.position, keys));
 #pragma unroll
         for (int n = 0; n < kKeys8; n++)
 #pragma unroll
@@ -152,12 +158,8 @@ struct Warp {
         for (int i = 0; i < 4; i++) s[m][n][i] = 0;
 #pragma unroll
     for (int step = 0; step < kSteps; step++) {
-      uint32_t loaded[kRowTiles][4];
-      if constexpr (!Tile::kKeepQ) load_queries(loaded, s_q, warp_row, step);
-      auto& a = [&]() -> uint32_t (&)[kRowTiles][4] {
-        if constexpr (Tile::kKeepQ) return queries[step];
-        else return loaded;
-      }();
+      uint32_t(&a)[kRowTiles][4] = queries[Tile::kKeepQ ? step : 0];
+      if constexpr (!Tile::kKeepQ) load_queries(a, s_q, warp_row, step);
 #pragma unroll
       for (int n = 0; n < kKeys8; n += 2) {
         uint32_t b[4];
@@ -172,8 +174,9 @@ struct Warp {
   }
 
   // Scores to weights; what was summed before shrinks where the maximum grew.
-  TAUT_DEVICE void weigh(float (&s)[kRowTiles][kKeys8][4], const Args& args, float scale, const RowRules* s_rules, int key, bool hides,
+  TAUT_DEVICE void weigh(float (&s)[kRowTiles][kKeys8][4], const Args& args, const RowRules* s_rules, int key, bool hides,
                          const uint32_t (&visible)[kRowTiles]) {
+    const float scale = first_scale(args.rules);
     float shrink[kRowTiles][2];
     bool grew = false;
 #pragma unroll
@@ -248,7 +251,7 @@ struct Warp {
   }
 
   // Divides by the totals, rounds, turns rows through s_rows (this warp's part of q, which it has read), and stores 16 bytes a lane.
-  TAUT_DEVICE void finish(const Args& args, const Block& block, unsigned char* s_rows, int first_row, int* flag) {
+  TAUT_DEVICE void finish(const Args& args, const Block& block, unsigned char* s_rows, int first_row) {
     float nothing = 0;  // NaN, if a sum is not finite
 #pragma unroll
     for (int m = 0; m < kRowTiles; m++)
@@ -267,7 +270,8 @@ struct Warp {
         if (lane % 4 == 0 && row < block.rows) *block.lse_at(args, row) = lse_of_row(total[m][h], most[m][h]);
       }
     const bool finite = !__any_sync(0xffffffffu, nothing != 0.0f);
-    if (flag && lane == 0) *flag = finite ? 0 : 1;
+    if (args.flags && lane == 0)
+      args.flags[(int64_t{block.b} * args.kv_heads + block.kv_head) * args.flags_per_head + first_row / Tile::kWarpRows] = finite ? 0 : 1;
     __syncwarp();
     const bool aligned = args.Dv % 8 == 0;
 #pragma unroll 1
@@ -288,7 +292,7 @@ struct Warp {
 
 // kRules: softcap, ALiBi, a mask, or a scale that is not positive.
 template <int kSm, class T, bool kRules, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads) attention_mma(const Args args) {
+__global__ void __launch_bounds__(Tile::kThreads, 1) attention_mma(const Args args) {
   if constexpr (kCompiledFor<kSm>) {
     constexpr bool kAsync = kSm >= 80;
     const Block block = Block::mine(args, Tile::kRows);
@@ -296,8 +300,14 @@ __global__ void __launch_bounds__(Tile::kThreads) attention_mma(const Args args)
     TAUT_DYNAMIC_SMEM(smem);
     unsigned char *s_q = smem, *s_stages = smem + Tile::kQueryBytes;
     RowRules* s_rules = reinterpret_cast<RowRules*>(s_stages + Tile::kStages * Tile::kStageBytes);
+    Shared& s_shared = *reinterpret_cast<Shared*>(s_rules + Tile::kRows);
     const int warp = threadIdx.x / 32, warp_row = warp * Tile::kWarpRows, first_row = block.first_row + warp_row;
 
+    if (threadIdx.x == 0) {
+      const auto first = [&](const Heads& heads) { return static_cast<const unsigned char*>(heads.data) + block.keys_at(heads) * 2; };
+      s_shared = {block, first(args.k), first(args.v)};
+    }
+    for (int r = threadIdx.x; r < Tile::kRows; r += Tile::kThreads) s_rules[r] = rules_of_row(args, block, block.first_row + r);
 #pragma unroll 1
     for (int c = threadIdx.x; c < Tile::kRows * Tile::kChunks; c += Tile::kThreads) {
       const int row = block.first_row + c / Tile::kChunks, chunk = c % Tile::kChunks;
@@ -307,30 +317,30 @@ __global__ void __launch_bounds__(Tile::kThreads) attention_mma(const Args args)
       bytes.fetch(s_q + Tile::offset(c / Tile::kChunks, chunk), source, there ? 16 : 0);
       bytes.land(s_q + Tile::offset(c / Tile::kChunks, chunk));
     }
-    for (int r = threadIdx.x; r < Tile::kRows; r += Tile::kThreads) s_rules[r] = rules_of_row(args, block, block.first_row + r);
-
     const KeyRange keys(args.rules, block.position(args, block.first_row), block.position(args, block.first_row + Tile::kRows - 1), block.Lk);
-    const bool active = first_row < block.rows;
-    const KeyRange mine(args.rules, block.position(args, first_row), block.position(args, first_row + Tile::kWarpRows - 1), block.Lk);
     Warp<kSm, T, kRules, Tile> rows;
     rows.start(args, block, first_row);
-    const float scale = first_scale(args.rules);
-    const unsigned char* g_k = static_cast<const unsigned char*>(args.k.data) + block.keys_at(args.k) * 2;
-    const unsigned char* g_v = static_cast<const unsigned char*>(args.v.data) + block.keys_at(args.v) * 2;
-    Loader<!kAsync, Tile> loader;
-    const auto fetch_k = [&](unsigned char* s_stage, int key) { loader.fetch(s_stage, g_k, args.k.row_stride * 2, key, block.Lk, args.D); };
-    const auto fetch_v = [&](unsigned char* s_stage, int key) {
-      loader.fetch(s_stage + Tile::kTileBytes, g_v, args.v.row_stride * 2, key, block.Lk, args.Dv);
-    };
+    __syncthreads();
 
+    Loader<!kAsync, Tile> loader;
+    const auto fetch_k = [&](unsigned char* s_stage, int key) {
+      loader.fetch(s_stage, s_shared.k, args.k.row_stride * 2, key, s_shared.block.Lk, args.D);
+    };
+    const auto fetch_v = [&](unsigned char* s_stage, int key) {
+      loader.fetch(s_stage + Tile::kTileBytes, s_shared.v, args.v.row_stride * 2, key, s_shared.block.Lk, args.Dv);
+    };
     // WHY tiles begin at multiples of kKeys: then a row's sums do not depend on the rows around it.
     int key = keys.first / Tile::kKeys * Tile::kKeys, slot = 0;
-    bool first = true;
     if (key < keys.end) {
       fetch_k(s_stages, key), loader.land(s_stages);
       fetch_v(s_stages, key), loader.land(s_stages + Tile::kTileBytes);
     }
     if constexpr (kAsync) ptx::cp_async_commit();
+    if constexpr (Tile::kKeepQ) {
+      if constexpr (kAsync) ptx::cp_async_wait<0>();
+      __syncthreads();
+      rows.keep_queries(s_q, warp_row);
+    }
 #pragma unroll 1
     for (; key < keys.end; key += Tile::kKeys) {
       unsigned char *s_k = s_stages + slot * Tile::kStageBytes, *s_v = s_k + Tile::kTileBytes, *s_next = s_stages + (slot ^ 1) * Tile::kStageBytes;
@@ -344,14 +354,13 @@ __global__ void __launch_bounds__(Tile::kThreads) attention_mma(const Args args)
           ptx::cp_async_commit();
         }
       }
-      if (first) rows.keep_queries(s_q, warp_row);
-      first = false;
 
-      bool computes = active && key < mine.end && key + Tile::kKeys > mine.first;
+      const KeyRange mine(args.rules, s_rules[warp_row].position, s_rules[warp_row + Tile::kWarpRows - 1].position, s_shared.block.Lk);
+      bool computes = first_row < s_shared.block.rows && key < mine.end && key + Tile::kKeys > mine.first;
       const bool hides = (kRules && args.rules.mask.kind != MaskKind::kNone) || key < mine.all_from || key + Tile::kKeys > mine.all_to;
       uint32_t visible[Tile::kRowTiles] = {};
       if (computes && hides) {
-        rows.find_visible(visible, args, block, s_rules + warp_row, key);
+        rows.find_visible(visible, args, s_shared.block.Lk, s_rules + warp_row, key);
         uint32_t any = 0;
 #pragma unroll
         for (int m = 0; m < Tile::kRowTiles; m++) any |= visible[m];
@@ -363,7 +372,7 @@ __global__ void __launch_bounds__(Tile::kThreads) attention_mma(const Args args)
         if (more) loader.land(s_next), fetch_v(s_next, key + Tile::kKeys);
       }
       if (computes) {
-        rows.weigh(s, args, scale, s_rules + warp_row, key, hides, visible);
+        rows.weigh(s, args, s_rules + warp_row, key, hides, visible);
         rows.add_values(s, s_v);
       }
       if constexpr (!kAsync) {
@@ -373,8 +382,7 @@ __global__ void __launch_bounds__(Tile::kThreads) attention_mma(const Args args)
     }
     if constexpr (kAsync) ptx::cp_async_wait<0>();
     __syncthreads();  // where there was no tile, q may be still on its way to where rows are turned
-    int* flag = args.flags ? args.flags + (int64_t{block.b} * args.kv_heads + block.kv_head) * args.flags_per_head + first_row / Tile::kWarpRows : nullptr;
-    if (active) rows.finish(args, block, s_q + warp_row * Tile::kRowBytes, first_row, flag);
+    if (first_row < s_shared.block.rows) rows.finish(args, s_shared.block, s_q + warp_row * Tile::kRowBytes, first_row);
   }
 }
 
@@ -433,7 +441,7 @@ struct Tiles<75> {  // 64 KB of shared memory, and registers that hold a tile of
   using W96 = Tile<96, 4, 1, 32, false>;
   using W128 = Tile<128, 4, 1, 32, false>;
   using W192 = Tile<192, 4, 1, 16, false>;
-  using W256 = Tile<256, 2, 1, 16, false>;
+  using W256 = Tile<256, 3, 1, 16, false>;
 };
 
 // Calls f.template operator()<Tile>() for the tile of this call.

@@ -33,7 +33,7 @@ TAUT_DEVICE void load_rows(float* s_rows, int stride, const void* data, DType dt
 
 // kColumns: fours of value columns that a lane has, 32 apart.
 template <int kColumns, int kKeys>
-__global__ void __launch_bounds__(kThreads) attention_simt(const Args args) {
+__global__ void __launch_bounds__(kThreads, 2) attention_simt(const Args args) {
 #if TAUT_ARCH_AT_LEAST(90)
   ptx::griddep_wait();  // as `repair` it begins before the kernel is done that writes the flags
 #endif

@@ -12,7 +12,7 @@ from .swap import SwapReport, swap
 
 __version__ = build_info()["version"]
 __all__ = [
-    "Config", "QuantLinear", "Roofline", "SwapReport", "WeightFormat", "batch_invariant", "build_info", "cpu_features",
+    "Cache", "Config", "QuantLinear", "Roofline", "SwapReport", "WeightFormat", "batch_invariant", "build_info", "cpu_features",
     "explain", "force_impl", "list_impls", "roofline", "save", "swap", "unfuse",
 ]  # fmt: skip
 
@@ -20,7 +20,11 @@ integrations.install()
 
 
 def __getattr__(name: str) -> Any:
-    # WHY lazy: these two need transformers, whose import takes longer than taut's own.
+    # WHY lazy: these need transformers, whose import takes longer than taut's own.
+    if name == "Cache":
+        from .integrations import kv_cache
+
+        return kv_cache.Cache
     if name in ("Config", "save"):
         from .integrations import transformers
 

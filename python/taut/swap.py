@@ -131,12 +131,14 @@ class Kept:
 @dataclass
 class SwapReport:
     """What ``swap`` did: ``swapped`` and ``kept`` modules, each kept one with its reason; sizes in bytes. ``fused``: decoder
-    layers (and stacks of them) that run as fused ops, and with a reason those that do not."""
+    layers (and stacks of them) that run as fused ops, and with a reason those that do not. ``attention``: whether the model
+    attends by taut's function now."""
 
     swapped: list[Swapped] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
     fused: list[fusing.Fused] = field(default_factory=list)
     shared: dict[str, str] = field(default_factory=dict)  # embeddings, and the head whose packed table they share
+    attention: bool = False
 
     @property
     def bytes_before(self) -> int:
@@ -154,6 +156,7 @@ class SwapReport:
             f"swapped {len(self.swapped)} linear layers{' to ' if kinds else ''}{'; '.join(kinds)}: {self.bytes_before / 1e6:.1f} MB -> "
             f"{self.bytes_after / 1e6:.1f} MB ({self.bytes_after / max(self.bytes_before, 1):.3f}); "
             f"kept {len(self.kept)} modules, {sum(entry.bytes for entry in self.kept) / 1e6:.1f} MB{fusing.summary(self.fused)}"
+            f"{'; attention by taut' if self.attention else ''}"
         )
 
     def __str__(self) -> str:
@@ -311,7 +314,7 @@ def nothing_to_swap(kept: Sequence[Kept]) -> str:
 def swap(
     model: nn.Module, weights: str = "int4", *, group_size: int | None = None, zeros: bool = False, activations: str = "auto",
     skip: Sequence[str] | None = None, rules: Mapping[str, Mapping | None] | None = None,
-    lm_head: str | None = None, fuse: bool | str = "auto", strict: bool = False,
+    lm_head: str | None = None, fuse: bool | str = "auto", strict: bool = False, attention: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> SwapReport:  # fmt: skip
     """Replaces the ``nn.Linear`` layers of ``model`` by ``QuantLinear``, in place, one at a time.
@@ -326,6 +329,7 @@ def swap(
     ``lm_head``: a format for the output head ("int8", say); embeddings that are tied to it share its packed table.
     ``fuse``: decoder layers whose linear layers are all low-bit then run as a few fused ops on the CPU (see README); "auto"
     fuses what can be, True asks for at least one, False leaves them alone. ``strict``: every decoder layer must be fused.
+    ``attention``: a transformers model then attends by taut's ops too, as after ``model.set_attn_implementation("taut")``.
     ``progress(done, total, name)`` is called before each layer. The output head is swapped only by ``lm_head``, or if a rule
     names it; one that is tied then gets low bits of its own beside the float embeddings. Other tied weights and modules taut
     does not know are kept, and named with their reason in the returned report. Raises ``ValueError`` for bad settings, a
@@ -336,6 +340,7 @@ def swap(
     fusing.check_mode(fuse, strict)
     book = RuleBook(weights, group_size, zeros, activations, skip, rules)
     record = _recorder(model)
+    check_attention(attention, model)
     chosen, kept = plan(model, book)
     fusing.check_wanted(model, {id(module): rule for _, module, rule in chosen}, fuse, strict)
     head = head_to_swap(model, lm_head, [name for name, _, _ in chosen])
@@ -363,10 +368,32 @@ def swap(
         del head
     if fuse is not False:
         report.fused = fusing.fuse_model(model)
+    if attention:
+        set_attention(model, report)
     if record is not None:
         settings = {"weights": weights, "group_size": group_size, "zeros": zeros, "activations": activations}
-        record(model, {**settings, "skip": skip, "rules": rules, "lm_head": lm_head, "fuse": fuse, "strict": strict}, report)
+        record(
+            model,
+            {**settings, "skip": skip, "rules": rules, "lm_head": lm_head, "fuse": fuse, "strict": strict, "attention": attention},
+            report,
+        )
     return report
+
+
+def check_attention(attention: bool, model: nn.Module | None = None) -> None:
+    """Raises ``ValueError`` where ``attention`` is no bool, or ``model`` cannot be given an attention function."""
+    if not isinstance(attention, bool):
+        raise ValueError(f"attention must be True or False, got {attention!r}")
+    if attention and model is not None and not getattr(model, "_can_set_attn_implementation", bool)():
+        raise ValueError(
+            f"attention=True is for transformers models that can be given an attention function; {type(model).__name__} cannot"
+        )
+
+
+def set_attention(model: nn.Module, report: SwapReport) -> None:
+    """Has a transformers model attend by taut's function, and notes it in the report."""
+    model.set_attn_implementation("taut")
+    report.attention = True
 
 
 def head_to_swap(model: nn.Module, lm_head: str | None, chosen: Sequence[str]) -> heads.Head | None:

@@ -24,8 +24,9 @@ OUT = ROOT / "build" / "sanitize"
 # -O1: -O0 would not inline what the kernels need inlined. Warnings are the library build's affair; gcc gives false ones here.
 FLAGS = ("-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-fno-math-errno", "-pthread")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
-OPS = ("quant_linear", "quantize_weight", "pack_weight")
-TABLES = ("quant_linear", "quantize_weight")  # ops that choose among impls
+OPS = ("quant_linear", "quantize_weight", "pack_weight", "attention_prefill", "attention_decode", "kv_append")
+# By program: the ops that choose among impls, whose tables it includes as <program>.inc.
+TABLES = {"impls": ("quant_linear", "quantize_weight"), "attention": ("attention_prefill", "attention_decode", "kv_append")}
 
 
 def isa_flags() -> dict[str, list[str]]:
@@ -78,17 +79,17 @@ def impl_lines(op: str, machine: str = MACHINE) -> list[str]:
 
 
 def write_impls() -> None:
-    """impls.inc: the tables of op.cpp as kernels.cpp needs them, so that a new impl is tested without being named there."""
-    lines = [line for op in TABLES for line in impl_lines(op)]
-    text = "".join(f"{line}\n" for line in lines)
-    target = OUT / "impls.inc"
-    if not target.exists() or target.read_text() != text:
-        target.write_text(text)
+    """impls.inc, attention.inc: the tables of op.cpp as the programs need them, so that a new impl is tested without being named there."""
+    for name, ops in TABLES.items():
+        text = "".join(f"{line}\n" for op in ops for line in impl_lines(op))
+        target = OUT / f"{name}.inc"
+        if not target.exists() or target.read_text() != text:
+            target.write_text(text)
 
 
 def fingerprint(command: list[str], source: Path) -> str:
     digest = hashlib.sha256(" ".join(command).encode())
-    own = [*HERE.glob("*.h"), OUT / "impls.inc"] if source.parent == HERE else []
+    own = [*HERE.glob("*.h"), *(OUT / f"{name}.inc" for name in TABLES)] if source.parent == HERE else []
     for path in [source, *sorted((ROOT / "csrc").rglob("*.h")), *own]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -116,7 +117,7 @@ def main() -> int:
         return 1
     OUT.mkdir(parents=True, exist_ok=True)
     write_impls()
-    sources = [*kernel_sources(), ROOT / "csrc/common/cpu_features.cpp", HERE / "kernels.cpp"]
+    sources = [*kernel_sources(), ROOT / "csrc/common/cpu_features.cpp", *sorted(HERE.glob("*.cpp"))]
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(lambda source: compile_one(cxx, source), sources))

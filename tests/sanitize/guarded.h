@@ -32,6 +32,7 @@ class GuardedBlock {
     ASAN_POISON_MEMORY_REGION(data_ + bytes, usable - start - bytes);
   }
   GuardedBlock(const GuardedBlock&) = delete;
+  GuardedBlock(GuardedBlock&& other) noexcept { *this = std::move(other); }
   GuardedBlock& operator=(const GuardedBlock&) = delete;
   GuardedBlock& operator=(GuardedBlock&& other) noexcept {
     std::swap(base_, other.base_), std::swap(data_, other.data_), std::swap(bytes_, other.bytes_), std::swap(mapped_, other.mapped_);

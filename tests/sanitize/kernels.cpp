@@ -23,6 +23,7 @@ namespace taut {
 
 // ---- What parallel.cpp is to the library, without torch ----
 
+int64_t check_attention();  // attention.cpp
 int num_workers = 1;
 thread_local bool inside_task = false;
 
@@ -415,4 +416,7 @@ int run_all() {
 }  // namespace
 }  // namespace taut
 
-int main() { return taut::run_all(); }
+int main() {
+  taut::check_attention();
+  return taut::run_all();
+}

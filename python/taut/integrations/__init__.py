@@ -14,7 +14,10 @@ import sys
 from types import ModuleType
 
 # A library's module -> the file here that, once imported, has registered taut with it.
-_FILES = {"transformers.quantizers.auto": f"{__name__}.transformers", "peft.tuners.lora.model": f"{__name__}.peft"}
+_FILES = {
+    "transformers.quantizers.auto": f"{__name__}.transformers", "transformers.modeling_utils": f"{__name__}.attention",
+    "peft.tuners.lora.model": f"{__name__}.peft",
+}  # fmt: skip
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

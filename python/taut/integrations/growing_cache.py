@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 # Rows of room in a new buffer. The most of them is bounded: copying the past once in so many tokens costs less than reading
 # it once does, which every token needs.
-_LEAST_ROOM, _MOST_ROOM = 64, 1024
+LEAST_ROOM, MOST_ROOM = 64, 1024
 
 
 class _Rows:
@@ -87,7 +87,7 @@ class _Rows:
             if tensor is not None and (tensor.dtype != like.dtype or (*tensor.shape[:2], tensor.shape[3]) != shape):
                 return False
         wanted = held + new
-        capacity = wanted + min(max(wanted // 2, _LEAST_ROOM), _MOST_ROOM)
+        capacity = wanted + min(max(wanted // 2, LEAST_ROOM), MOST_ROOM)
         batch, heads, width = shape
         self.key_buffer, self.value_buffer = (like.new_empty((batch, heads, capacity, width)) for _ in range(2))
         if held:
@@ -213,10 +213,14 @@ _GROWING = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLayer: GrowingSlidin
 
 
 def make_growing(cache: Cache, layers: int) -> bool:
-    """Turns the layers of ``cache`` into growing ones, in place. False if it is not a plain ``DynamicCache`` of ``layers`` layers."""
-    if type(cache) is not DynamicCache or cache.offloading:
+    """Turns the layers of ``cache`` into growing ones, in place. False if it is not a plain ``DynamicCache`` of ``layers`` layers.
+
+    A ``taut.Cache`` of the model's own dtype has such layers already, and every other one has none.
+    """
+    held = cache.layers if isinstance(cache, Cache) else []
+    ours = bool(held) and all(type(layer) in (GrowingLayer, GrowingSlidingLayer) for layer in held)
+    if (type(cache) is not DynamicCache and not ours) or cache.offloading:
         return False
-    held = cache.layers
     if cache.layer_class_to_replicate is not None:
         if cache.layer_class_to_replicate not in (DynamicLayer, GrowingLayer):
             return False

@@ -39,11 +39,13 @@ from ..swap import (
     RuleBook,
     SwapReport,
     add_head,
+    check_attention,
     check_values,
     head_to_swap,
     held_bytes,
     make_rule,
     plan,
+    set_attention,
     swapped_entry,
 )  # fmt: skip
 
@@ -55,8 +57,8 @@ logger = logging.getLogger("taut")
 METHOD = "taut"
 VERSION = 1
 _RULE_KEYS = ("weights", "group_size", "zeros", "activations")
-_ARGUMENTS = (*_RULE_KEYS, "skip", "rules", "lm_head", "fuse", "strict")
-_DEFAULTS = {"lm_head": None, "fuse": "auto", "strict": False}  # not written into config.json
+_ARGUMENTS = (*_RULE_KEYS, "skip", "rules", "lm_head", "fuse", "strict", "attention")
+_DEFAULTS = {"lm_head": None, "fuse": "auto", "strict": False, "attention": False}  # not written into config.json
 _WRITTEN = ("modules", "tied")  # by taut, not by users
 _TENSORS = (*PARTS, "bias")
 
@@ -68,7 +70,8 @@ class Config(QuantizationConfigMixin):
     ``weights``, ``group_size``, ``zeros``, ``activations``: as ``taut.swap`` takes them. ``skip``: names or patterns of
     modules to leave alone. ``rules``: pattern -> a dict of the first four, or None to leave alone (see ``taut.swap``).
     ``lm_head``: a format for the output head, None to leave it in float.
-    ``fuse``, ``strict``: whether decoder layers run as fused ops, and must (see ``taut.swap``).
+    ``fuse``, ``strict``: whether decoder layers run as fused ops, and must; ``attention``: whether the model attends by taut's
+    function (see ``taut.swap``).
     ``modules`` and ``tied`` are written by taut into the config.json of a quantized checkpoint: which layers are in which format,
     and which embeddings share the table of which head. They are not for users to give, and not looked at where a float
     checkpoint is loaded. Raises ``ValueError`` for anything else.
@@ -78,14 +81,15 @@ class Config(QuantizationConfigMixin):
         self, weights: str = "int4", group_size: int | None = None, zeros: bool = False, activations: str = "auto",
         skip: Sequence[str] | None = None, rules: Mapping[str, Mapping | None] | None = None,
         modules: Sequence[Mapping[str, Any]] | None = None, tied: Mapping[str, str] | None = None,
-        lm_head: str | None = None, fuse: bool | str = "auto", strict: bool = False,
+        lm_head: str | None = None, fuse: bool | str = "auto", strict: bool = False, attention: bool = False,
     ) -> None:  # fmt: skip
         self.quant_method = METHOD
         self.weights, self.group_size, self.zeros, self.activations = weights, group_size, zeros, activations
         self.book = RuleBook(weights, group_size, zeros, activations, skip, rules)
         fusing.check_mode(fuse, strict)
         heads.make_head_rule(lm_head)
-        self.lm_head, self.fuse, self.strict = lm_head, fuse, strict
+        check_attention(attention)
+        self.lm_head, self.fuse, self.strict, self.attention = lm_head, fuse, strict, attention
         self.skip = None if skip is None else list(skip)
         self.rules = None if rules is None else {name: None if rule is None else dict(rule) for name, rule in rules.items()}
         self.modules = None if modules is None else [dict(entry) for entry in modules]
@@ -235,6 +239,7 @@ class TautQuantizer(HfQuantizer):
     ) -> None:
         if getattr(model.config, "distributed_config", None) is not None:
             raise ValueError("taut does not load a model in parts over several processes yet (tp_plan, distributed_config)")
+        check_attention(self.quantization_config.attention, model)
         if not self.pre_quantized:
             chosen, self.report.kept = plan(model, self.quantization_config.book, dtype)
             self.chosen = {name: rule for name, _, rule in chosen}
@@ -319,6 +324,8 @@ class TautQuantizer(HfQuantizer):
         self.chosen = {}
         if self.quantization_config.fuse is not False:
             self.report.fused = fusing.fuse_model(model)
+        if self.quantization_config.attention:
+            set_attention(model, self.report)
         model.taut_report = self.report
         record_modules(model)
         _tell(self.report)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from ..formats import WeightFormat, activation_code
 from ..fuse import Family, FusedClass, family_of_layer, fused_class, grad_needed
-from ..ops import attention_prefill, rms_norm, split_rope  # noqa: F401  (they say what their ops do where shapes are only traced)
-from ..ops.attention_rules import MOST_HEAD_DIM
+from ..ops import rms_norm, split_rope  # noqa: F401  (they say what their ops do where shapes are only traced)
 from ..ops.fused_linear import PROLOGUES
+from .attention import attend, takes, takes_mask
 from .quant_linear import QuantLinear
 
 # The activation functions a gated unit may have, by the name of their module.
@@ -28,8 +28,6 @@ _UNITS = {
     "SiLU": "silu_glu", "SiLUActivation": "silu_glu", "GELUTanh": "gelu_tanh_glu", "NewGELUActivation": "gelu_tanh_glu",
     "GELUActivation": "gelu_glu",
 }  # fmt: skip
-# Queries times heads that share a key head, from which on attention_prefill is faster than SDPA, which has no vector of rows to fill.
-_FEWEST_ROWS = 12
 _RMS_NORM = PROLOGUES["rms_norm"]
 
 
@@ -328,21 +326,18 @@ def run_layer(
 def own_attention(
     plan: Plan, function: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kwargs: Mapping[str, Any]
 ) -> Tensor | None:
-    """What transformers' function for SDPA gives, ``[B, Lq, Hq, D]``, by ``attention_prefill``; None where that is not what is asked."""
+    """What transformers' function for SDPA gives, ``[B, Lq, Hq, D]``, by taut's ops; None where that is not what is asked."""
     sdpa = sys.modules.get("transformers.integrations.sdpa_attention")
     if sdpa is None or function is not sdpa.sdpa_attention_forward or plan.extra.get("softcap") is not None:
         return None
-    if any(kwargs.get(name) is not None for name in ("is_causal", "position_bias", "s_aux")) or q.shape[-1] > MOST_HEAD_DIM:
+    if any(kwargs.get(name) is not None for name in ("is_causal", "position_bias", "s_aux")):
         return None
-    if q.shape[2] * q.shape[1] < _FEWEST_ROWS * k.shape[1]:
+    if not isinstance(k, Tensor) or not takes(q, k, v) or not takes_mask(mask, q, k.shape[2]):
         return None
     causal = mask is None and q.shape[2] > 1 and plan.attention.is_causal
     if causal and k.shape[2] != q.shape[2]:
         return None  # SDPA aligns its causal mask to the first key
-    if mask is not None and (mask.dim() != 4 or mask.dtype not in (torch.bool, q.dtype)):
-        return None
-    scale = plan.attention.scaling
-    return torch.ops.taut.attention_prefill(q, k, v, scale, causal, 0, 0.0, mask, None, None, True)[0].transpose(1, 2)
+    return attend(q, k, v, plan.attention.scaling, causal, mask=mask)
 
 
 def fuse_layer(layer: nn.Module) -> None:

@@ -210,7 +210,7 @@ def write(
     plan = _ready_plan(stack, cache)
     if plan is None or not 0 < tokens <= MOST_TOKENS:
         return None
-    if config.num_hidden_layers != plan.count or config._attn_implementation not in ("sdpa", "eager"):
+    if config.num_hidden_layers != plan.count or config._attn_implementation not in ("sdpa", "eager", "taut"):
         return None
     if config.output_attentions or config.output_hidden_states or not config.return_dict:
         return None
