@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import taut
-from taut.ops import attention_decode, attention_prefill, attention_rules
+from taut.ops import attention_prefill, attention_rules
 from taut.ops.kv_append import KvCache, kv_append, kv_channels
 
 from .contenders import Entry, Prepared, copies_for, rotation
@@ -25,9 +25,21 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PREFILL_FORMATS = ("fp32", "bf16")
 _DECODE_FORMATS = ("kv_float32", "kv_bf16", "kv_fp8", "kv_int8", "kv_int4")
 # Of the largest result, against float64 attention of the unrounded k and v.
-_TOLERANCE = {"fp32": 2e-5, "bf16": 2e-2, "fp16": 5e-3, "kv_float32": 2e-5, "kv_bf16": 2e-2, "kv_fp8": 2e-1, "kv_int8": 3e-2, "kv_int4": 3e-1}
+_TOLERANCE = {
+    "fp32": 2e-5,
+    "bf16": 2e-2,
+    "fp16": 5e-3,
+    "kv_float32": 2e-5,
+    "kv_bf16": 2e-2,
+    "kv_fp8": 2e-1,
+    "kv_int8": 3e-2,
+    "kv_int4": 3e-1,
+}
 _CHECKED_QUERIES = 4
-_HEADS = {(9, 3, 64): "SmolLM2-135M", (32, 8, 64): "Llama 1B", (32, 8, 128): "Llama 8B", (14, 2, 64): "Qwen2 0.5B", (12, 12, 64): "BERT base", (4, 1, 256): "Gemma 3 270M"}  # fmt: skip
+_HEADS = {
+    (9, 3, 64): "SmolLM2-135M", (32, 8, 64): "Llama 1B", (32, 8, 128): "Llama 8B", (14, 2, 64): "Qwen2 0.5B",
+    (12, 12, 64): "BERT base", (4, 1, 256): "Gemma 3 270M",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,7 +106,9 @@ class AttentionProblem:
 
     def prepared(self, format: str, call, out: Tensor, nbytes: int) -> Prepared:
         case = self.case
-        flops = attention_prefill.cost(case.batch, case.q_heads, case.kv_heads, case.queries, case.keys, case.head_dim, case.head_dim, causal=True)["flops"]
+        flops = attention_prefill.cost(
+            case.batch, case.q_heads, case.kv_heads, case.queries, case.keys, case.head_dim, case.head_dim, causal=True
+        )["flops"]
         error = self.error(out)
         wrong = None if error <= _TOLERANCE[format] else f"off by {error:.2g} of the largest result"
         integers = format in ("kv_int8", "kv_int4")

@@ -131,9 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="PATH", help="append one JSON object a line")
     parser.add_argument("--rounds", type=int, default=12, help="turns of each contender [default: 12]")
     weights = parser.add_mutually_exclusive_group()
-    weights.add_argument(
-        "--cold", action="store_true", help=f"only cold weights [default: both; only warm where M is above {WARM_ONLY_M}]"
-    )
+    weights.add_argument("--cold", action="store_true", help=f"only cold weights [default: both; only warm where M is above {WARM_ONLY_M}]")
     weights.add_argument("--warm", action="store_true", help="only warm weights")
     parser.add_argument(
         "--model", action="append", metavar="NAME",

@@ -171,13 +171,16 @@ def render_attention(lines: Sequence[Line]) -> str:
             first = first or line
     if first is None:
         return "Not measured yet: `python bench/run.py --attention`."
-    rows = ["| ms (SDPA: times taut of the same precision) | " + " | ".join(_ATTENTION_CASES.values()) + " |", "|---|" + "---:|" * len(_ATTENTION_CASES)]
+    rows = [
+        "| ms (SDPA: times taut of the same precision) | " + " | ".join(_ATTENTION_CASES.values()) + " |",
+        "|---|" + "---:|" * len(_ATTENTION_CASES),
+    ]
     for name in [*dict.fromkeys(_ATTENTION.values()), "torch SDPA fp32", "torch SDPA bf16"]:
         ours = cells.get(f"**taut {name.rpartition(' ')[2]}**", {}) if name.startswith("torch") else {}
         rows.append(f"| {name} | " + " | ".join(_cell(cells.get(name, {}).get(key), ours.get(key)) for key in _ATTENTION_CASES) + " |")
     note = (
-        f"Causal, 32 query and 8 key heads of 128; caches come from memory. {first['machine']}, {first['threads']} threads, torch {first['torch']}, "
-        f"commit {first['commit']}, {first['run'][:10]}. Reproduce: `python bench/run.py --attention`."
+        f"Causal, 32 query and 8 key heads of 128; caches come from memory. {first['machine']}, {first['threads']} threads, "
+        f"torch {first['torch']}, commit {first['commit']}, {first['run'][:10]}. Reproduce: `python bench/run.py --attention`."
     )
     return "\n".join([*rows, "", note])
 

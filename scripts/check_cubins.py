@@ -38,6 +38,7 @@ EXPECTED = (
     Rule("cuda_sm75", "unpack_kernel|dequantize_kernel", (LOAD,)),
     Rule("cuda_sm75_quantize_rows", "quantize_rows", (LOAD, STORE)),
     Rule("cuda_sm75_simt", "simt", (LOAD, r"FFMA")),
+    Rule("cuda_sm75_simt", "attention_simt", (r"LDS\b", r"FFMA"), range(80)),  # nvcc makes shorter loads of it
     Rule("cuda_sm75_simt", "attention_simt", (r"LDS\.128", r"FFMA")),
     Rule("cuda_sm75_mma", "mma_kernel", (r"HMMA\.1688\.F32", "LDSM", LOAD)),
     Rule("cuda_sm75_mma", "attention_mma", (r"HMMA\.1688\.F32", "LDSM", r"LDSM\S*\.MT88", LOAD, STORE, r"MUFU\.EX2")),

@@ -115,11 +115,27 @@ LONG = (
     AttentionCase((2, 2), (400, 900), (64, 64), torch.bfloat16, False, mask="left_padding", batch=2),
 )
 # For the emulator, where long cases take too long: every setting again, with at most two row blocks and up to seven tiles of keys.
-_SHORT_HEADS, _SHORT_LENGTHS = ((1, 1), (4, 2), (5, 1), (3, 3)), ((1, 1), (3, 3), (1, 200), (40, 20), (19, 100), (27, 140), (24, 221), (30, 30))
+_SHORT_HEADS, _SHORT_LENGTHS = (
+    ((1, 1), (4, 2), (5, 1), (3, 3)),
+    ((1, 1), (3, 3), (1, 200), (40, 20), (19, 100), (27, 140), (24, 221), (30, 30)),
+)
 SHORT = tuple(
     AttentionCase(*row)
     for row in covering_set(
-        (_SHORT_HEADS, _SHORT_LENGTHS, _DIMS, DTYPES, (False, True), (0, 1, 16, 90), (0.0, 5.0), MASKS, (False, True), (False, True), ORDERS, (1, 2))
+        (
+            _SHORT_HEADS,
+            _SHORT_LENGTHS,
+            _DIMS,
+            DTYPES,
+            (False, True),
+            (0, 1, 16, 90),
+            (0.0, 5.0),
+            MASKS,
+            (False, True),
+            (False, True),
+            ORDERS,
+            (1, 2),
+        )
     )
 )
 # Scores of ten thousand, and of all the same: no overflow, and one key takes all, or none.

@@ -91,7 +91,9 @@ def forced(request: pytest.FixtureRequest):
 def enter_emulator(stack: contextlib.ExitStack, request: pytest.FixtureRequest, impl: str, mode: str, sizes: dict[str, int]) -> None:
     if reason := build.unavailable():
         pytest.skip(reason)
-    products = math.prod(sizes.get(name, 1) for name in ("M", "N", "K", "B", "Hq", "Lq", "Lk")) * max(sizes.get("D", 0) + sizes.get("Dv", 0), 1)
+    products = math.prod(sizes.get(name, 1) for name in ("M", "N", "K", "B", "Hq", "Lq", "Lk")) * max(
+        sizes.get("D", 0) + sizes.get("Dv", 0), 1
+    )
     if products > EMULATED_PRODUCTS[mode]:
         pytest.skip(f"{impl}: {products} products are too many for the {mode} emulator, which takes {EMULATED_PRODUCTS[mode]}")
     # Another order of threads and blocks in each test, and the same one each time.

@@ -75,7 +75,7 @@ def test_fuzz(impl, forced):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_exact_mode(impl, dtype, forced):
-    """Small integers, and one key that takes all: weights are 1 and 0, dv is a sum of integers, bit for bit, and no score gets a gradient."""
+    """Small integers, and one key that takes all: weights are 1 and 0, dv is a sum of integers bit for bit, no score has a gradient."""
     forced(impl, dtype=DTYPE_CODES[dtype], D=64)
     generator = torch.Generator().manual_seed(5)
     grad_out, v = (torch.randint(-2, 3, (1, heads, 40, 24), generator=generator).to(dtype) for heads in (4, 2))

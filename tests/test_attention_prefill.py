@@ -22,6 +22,8 @@ OP = "attention_prefill"
 
 def dtype_of(impl: str) -> torch.dtype:
     """float32, or a dtype that an impl takes which has no float32."""
+    if impl.startswith("cpu_avx512bf16"):
+        return torch.bfloat16
     return torch.float16 if impl.startswith(ROUND_SOFTMAX) else torch.float32
 
 
@@ -135,7 +137,9 @@ def test_what_is_hidden_does_not_matter(impl, how, dtype, value, forced):
         for one, other in zip(found, expected, strict=True):
             # Two last places of the dtype: another order of sums. 2^-23 is two steps of fp16's subnormal numbers.
             rtol = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[one.dtype if one.dim() == 4 else torch.float32]
-            assert torch.allclose(one[:, :, queries].float(), other[:, :, queries].float(), rtol=rtol, atol=tolerance(impl, dtype)), f"{impl}: {name}"
+            assert torch.allclose(one[:, :, queries].float(), other[:, :, queries].float(), rtol=rtol, atol=tolerance(impl, dtype)), (
+                f"{impl}: {name}"
+            )
         if how == "causal" and name == "v":
             assert bool(found[0][:, :, -1].isnan().all() if value != value else found[0][:, :, -1].isinf().all())
 

@@ -41,7 +41,7 @@ struct Chunks {
 
   // By row.
   float most[kMostRows], total[kMostRows], shrink[kMostRows], sum_scale[kMostRows];
-  float q_scale[kMostRows], q_offset[kMostRows];  // of codes: a unit of q; what the channels' offsets add to every score
+  float q_scale[kMostRows], q_offset[kMostRows];    // of codes: a unit of q; what the channels' offsets add to every score
   int32_t q_sum[kMostRows], weight_sum[kMostRows];  // times what the codes of keys, and of values, are more than what they stand for
   // [row][...]
   float *q, *scores, *bias, *sums;
@@ -140,7 +140,8 @@ struct Chunks {
       // WHY key by key: the processor finds a stream of its own only where loads follow each other in memory
       TAUT_FOR (int i = 0; i < kKeys; i++)
         for (int64_t d = 0; d < whole; d += kUnit) {
-          if (r == 0) TAUT_FOR (int at = 0; at < kUnit * kElement; at += 64) ask_for(value[i] + d * kElement + at);
+          if (r == 0)
+            TAUT_FOR (int at = 0; at < kUnit * kElement; at += 64) ask_for(value[i] + d * kElement + at);
           V low, high;
           L::template load_unit<kFormat>(row[i] + d * kElement, low, high);
           TAUT_FOR (int t = 0; t < kRows; t++) {
@@ -175,8 +176,8 @@ struct Chunks {
   template <int kRows>
   __attribute__((noinline)) void some_code_scores(int64_t r, int64_t begin, int64_t end) {
     constexpr int kVectors = kInt4 ? L::kKeyVectors : 1;  // WHY: one block of int8 keys after the other is one stream
-    constexpr int64_t kLine = 4 * kWidth;  // so much of the values for a step: as much as it reads of the keys
-    const int64_t steps = key_width / (kInt4 ? 8 : 4), value_bytes = value_block_bytes(kFormat, p.Dv);
+    constexpr int64_t kLine = 4 * kWidth;                 // so much of the values for a step: as much as it reads of the keys
+    const int64_t steps = key_block_bytes(kFormat, p.D) / 64, value_bytes = value_block_bytes(kFormat, p.Dv);
     const uint8_t* code = q_codes + r / kQGroup * kRowFloats * kQGroup * kQBytes + r % kQGroup * kQBytes * 4;
     for (int64_t j = begin / kKvBlock * kKvBlock; j < end; j += kVectors * kWidth) {
       const uint8_t *block[kVectors], *value[kVectors];
@@ -190,7 +191,8 @@ struct Chunks {
         TAUT_FOR (int s = 0; s < kQBytes; s++)
           TAUT_FOR (int i = 0; i < kVectors; i++) sum[t][s][i] = L::no_codes();
       for (int64_t step = 0; step < steps; step++) {
-        if (r == 0 && step * kLine < value_bytes * kWidth / kKvBlock) TAUT_FOR (int i = 0; i < kVectors; i++) ask_for(value[i] + step * kLine);
+        if (r == 0 && step * kLine < value_bytes * kWidth / kKvBlock)
+          TAUT_FOR (int i = 0; i < kVectors; i++) ask_for(value[i] + step * kLine);
         I k[kVectors];
         TAUT_FOR (int i = 0; i < kVectors; i++) k[i] = L::load_codes(block[i] + step * 64);
         if constexpr (kInt4) {

@@ -57,8 +57,7 @@ void attend(const Params& p, int64_t b, int64_t h, int64_t i) {
 void run(const Params& p) {
   const int64_t rows = p.B * p.Hq * p.Lq;
   parallel_tasks(p.num_threads, [&](int64_t task) {
-    for (int64_t row = rows * task / p.num_threads; row < rows * (task + 1) / p.num_threads; row++)
-      attend(p, row / p.Lq / p.Hq, row / p.Lq % p.Hq, row % p.Lq);
+    for (int64_t row = rows * task / p.num_threads; row < rows * (task + 1) / p.num_threads; row++) attend(p, row / p.Lq / p.Hq, row / p.Lq % p.Hq, row % p.Lq);
   });
 }
 

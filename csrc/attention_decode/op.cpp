@@ -7,9 +7,7 @@ namespace taut::attention_decode {
 namespace {
 
 #if defined(__x86_64__)
-const char* needs_codes(const Params& p) {
-  return has_codes(p.cache.format) ? needs_avx512vnni(p) : "only int8 and int4 caches have codes to multiply";
-}
+const char* needs_codes(const Params& p) { return has_codes(p.cache.format) ? needs_avx512vnni(p) : "only int8 and int4 caches have codes to multiply"; }
 #endif
 
 constexpr Impl<Params> kImpls[] = {

@@ -22,9 +22,9 @@ constexpr int64_t kChunk = 512;
 struct Params {
   Heads q;  // [B,Hq,Lq,D]
   KvCache cache;
-  Heads out;               // [B,Hq,Lq,Dv]: written to
-  float* lse;              // [B,Hq,Lq] contiguous
-  DType dtype;             // of q and out
+  Heads out;    // [B,Hq,Lq,Dv]: written to
+  float* lse;   // [B,Hq,Lq] contiguous
+  DType dtype;  // of q and out
   int64_t B, Hq, Hkv, Lq, D, Dv;
   int64_t keys;            // how many of the cache count
   const int32_t* lengths;  // [B], each at most `keys`; nullptr: `keys` for all

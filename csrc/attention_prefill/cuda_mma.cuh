@@ -94,7 +94,7 @@ template <int kSm, class T, bool kRules, class Tile>
 struct Warp {
   static constexpr int kRowTiles = Tile::kRowTiles, kSteps = Tile::kWidth / 16, kColumns8 = Tile::kWidth / 8, kKeys8 = Tile::kKeys / 8;
   float sums[kRowTiles][kColumns8][4];
-  float most[kRowTiles][2], total[kRowTiles][2];  // total: of this lane's keys, and the sink
+  float most[kRowTiles][2], total[kRowTiles][2];              // total: of this lane's keys, and the sink
   uint32_t queries[Tile::kKeepQ ? kSteps : 1][kRowTiles][4];  // if they are not kept, the step's
   int lane;
 
@@ -158,7 +158,7 @@ struct Warp {
         for (int i = 0; i < 4; i++) s[m][n][i] = 0;
 #pragma unroll
     for (int step = 0; step < kSteps; step++) {
-      uint32_t(&a)[kRowTiles][4] = queries[Tile::kKeepQ ? step : 0];
+      uint32_t (&a)[kRowTiles][4] = queries[Tile::kKeepQ ? step : 0];
       if constexpr (!Tile::kKeepQ) load_queries(a, s_q, warp_row, step);
 #pragma unroll
       for (int n = 0; n < kKeys8; n += 2) {
@@ -233,7 +233,7 @@ struct Warp {
       uint32_t a[kRowTiles][4];
 #pragma unroll
       for (int m = 0; m < kRowTiles; m++) {
-        const float(&low)[4] = s[m][2 * step], (&high)[4] = s[m][2 * step + 1];
+        const float (&low)[4] = s[m][2 * step], (&high)[4] = s[m][2 * step + 1];
         a[m][0] = pack<T>(low[0], low[1]), a[m][1] = pack<T>(low[2], low[3]);
         a[m][2] = pack<T>(high[0], high[1]), a[m][3] = pack<T>(high[2], high[3]);
       }
@@ -323,9 +323,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) attention_mma(const Args ar
     __syncthreads();
 
     Loader<!kAsync, Tile> loader;
-    const auto fetch_k = [&](unsigned char* s_stage, int key) {
-      loader.fetch(s_stage, s_shared.k, args.k.row_stride * 2, key, s_shared.block.Lk, args.D);
-    };
+    const auto fetch_k = [&](unsigned char* s_stage, int key) { loader.fetch(s_stage, s_shared.k, args.k.row_stride * 2, key, s_shared.block.Lk, args.D); };
     const auto fetch_v = [&](unsigned char* s_stage, int key) {
       loader.fetch(s_stage + Tile::kTileBytes, s_shared.v, args.v.row_stride * 2, key, s_shared.block.Lk, args.Dv);
     };
@@ -387,8 +385,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) attention_mma(const Args ar
 }
 
 // Rows that cannot be copied 16 bytes at a time, moved to where they can: [all heads][rows][aligned_width]; padding is 0.
-__global__ void __launch_bounds__(256) attention_align(const Heads from, int heads, int64_t rows, int64_t all_rows, int width, uint16_t* aligned,
-                                                       int aligned_width) {
+__global__ void __launch_bounds__(256)
+    attention_align(const Heads from, int heads, int64_t rows, int64_t all_rows, int width, uint16_t* aligned, int aligned_width) {
   for (int64_t i = blockIdx.x * 256ll + threadIdx.x; i < all_rows * aligned_width; i += gridDim.x * 256ll) {
     const int64_t row = i / aligned_width, head = row / rows;
     const int d = static_cast<int>(i - row * aligned_width);

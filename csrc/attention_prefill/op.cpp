@@ -5,8 +5,16 @@
 namespace taut::attention_prefill {
 namespace {
 
+#if defined(__x86_64__)
+const char* needs_pairs(const Params& p) {
+  if (!cpu_features().avx512bf16) return "this processor has no AVX-512 BF16";
+  return p.dtype == DType::kBFloat16 ? nullptr : "only bfloat16 q, k and v";
+}
+#endif
+
 constexpr Impl<Params> kImpls[] = {
 #if defined(__x86_64__)
+    {"cpu_avx512bf16", needs_pairs, always, cpu_avx512bf16::run},
     {"cpu_avx512bw", needs_avx512bw, always, cpu_avx512bw::run},
     {"cpu_avx2", needs_avx2, always, cpu_avx2::run},
 #endif

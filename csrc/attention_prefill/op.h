@@ -45,6 +45,10 @@ void run(const Params&);
 namespace cpu_avx512bw {
 void run(const Params&);
 }
+// bf16 q, k and v
+namespace cpu_avx512bf16 {
+void run(const Params&);
+}
 
 // ---- CUDA -------------------------------------------------------------------------------------------------------------
 

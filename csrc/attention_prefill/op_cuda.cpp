@@ -45,8 +45,12 @@ void run(const CudaCall& cuda, const char* op, const Params& params, int64_t q_r
 std::tuple<Tensor, Tensor> attention_prefill(const Tensor& q, const Tensor& k, const Tensor& v, double softmax_scale, bool causal, int64_t window,
                                              double softcap, const std::optional<Tensor>& mask, const std::optional<Tensor>& s_aux,
                                              const std::optional<Tensor>& alibi_slopes, bool tokens_first) {
-  check_one_device(kOp, "q", q, {{"k", &k}, {"v", &v}, {"mask", mask ? &*mask : nullptr}, {"s_aux", s_aux ? &*s_aux : nullptr},
-                                 {"alibi_slopes", alibi_slopes ? &*alibi_slopes : nullptr}});
+  check_one_device(kOp, "q", q,
+                   {{"k", &k},
+                    {"v", &v},
+                    {"mask", mask ? &*mask : nullptr},
+                    {"s_aux", s_aux ? &*s_aux : nullptr},
+                    {"alibi_slopes", alibi_slopes ? &*alibi_slopes : nullptr}});
   const CudaCall cuda(q);
   const Call call = make_call(q, k, v, softmax_scale, causal, window, softcap, mask, s_aux, alibi_slopes, tokens_first, check_cuda_tensor);
   if (call.empty()) return call.results();
@@ -84,7 +88,8 @@ std::tuple<Tensor, Tensor> attention_prefill_varlen(const Tensor& q, const Tenso
 std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
   const auto index = sizes.find("device_index");
   const Params params = params_of_sizes<Params>(kOp, sizes);
-  return explain_table(kOp, kImpls, CudaParams{params, params.Lq, params.Lk, &device(index == sizes.end() ? 0 : static_cast<int>(index->second)), nullptr, nullptr});
+  return explain_table(kOp, kImpls,
+                       CudaParams{params, params.Lq, params.Lk, &device(index == sizes.end() ? 0 : static_cast<int>(index->second)), nullptr, nullptr});
 }
 
 const bool registered = register_table(kOp, TAUT_CUDA_DEVICE, kImpls, explain);

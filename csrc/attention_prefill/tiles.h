@@ -6,6 +6,9 @@
 // across lanes, and k is read as it lies.
 //
 // A block has up to kPanels panels, which go together over tiles of kKeys keys: v (and k in 16 bits) is made fp32 once a tile.
+//
+// Where the ISA multiplies pairs of bf16 (kPack 2), what is a float below is a pair, in q [d/2][row] of two d, in weights and values
+// [key/2] of two keys, and k in bf16 is read as it lies. Scores and sums are fp32; weights are rounded to bf16, their total is not.
 #pragma once
 
 #include "attention_prefill/op.h"
@@ -17,12 +20,12 @@ namespace {
 template <class L>
 struct Tiles {
   using V = typename L::V;
-  static constexpr int kWidth = L::kWidth, kRows = L::kVectors * kWidth, kColumns = L::kColumns;
+  static constexpr int kWidth = L::kWidth, kRows = L::kVectors * kWidth, kColumns = L::kColumns, kPack = L::kPack;
   static constexpr int64_t kKeys = 128, kPanels = 192 / kRows;
-  static constexpr int64_t kValueStride = (kKeys + 2) * 8;  // of v's tile, by 8 columns. WHY + 2: not a multiple of 4096 bytes
+  static constexpr int64_t kValueStride = (kKeys / kPack + 2) * 8;  // of v's tile, by 8 columns. WHY + 2: not a multiple of 4096 bytes
 
   struct Panel {
-    float* q;               // [D][kRows], times softmax_scale and what makes scores exponents of 2 (or arguments of tanh)
+    float* q;               // [D][kRows], times score_scale; of pairs [D/2][kRows], as they are
     float* sums;            // [Dv up to 8][kRows]
     int64_t rows, vectors;  // rows in use, and registers they fill
     int64_t first_token, last_token;
@@ -36,7 +39,7 @@ struct Tiles {
     int64_t num_panels;
     Panel panels[kPanels];
     float *scores, *bias;  // [kKeys + 8][kRows]
-    float *keys, *values;  // [kKeys + 8][D]; [Dv/8][kKeys + 2][8]
+    float *keys, *values;  // [kKeys + 8][steps of D]; [Dv/8][kKeys + 2][8], of pairs [Dv/8][kKeys/2 + 2][8]
     bool values_finite;    // of the tile at hand
   };
 
@@ -50,23 +53,29 @@ struct Tiles {
       TAUT_FOR (int i = 0; i < kVec; i++) rows[i] = L::load(a + i * kWidth);
       TAUT_FOR (int c = 0; c < kColumns; c++) {
         const V one = L::set1(b[c * column_stride]);
-        TAUT_FOR (int i = 0; i < kVec; i++) sum[c][i] = L::fma(rows[i], one, sum[c][i]);
+        TAUT_FOR (int i = 0; i < kVec; i++) sum[c][i] = L::dot(rows[i], one, sum[c][i]);
       }
       a += kRows;
       b += step_stride;
     }
   }
 
+  static int64_t steps(int64_t count) { return (count + kPack - 1) / kPack; }
+
+  // What makes q . k an exponent of 2, or an argument of tanh.
+  static float score_scale(const AttentionRules& rules) { return rules.softmax_scale * (rules.softcap > 0 ? 1 / rules.softcap : kLog2E); }
+
   // scores[kColumns][kRows] of as many keys, and the maximum so far.
   template <int kVec>
-  static __attribute__((noinline)) void some_scores(const float* q, int64_t D, const float* keys, int64_t stride, float* scores, float* most) {
+  static __attribute__((noinline)) void some_scores(const float* q, int64_t n, const float* keys, int64_t stride, float scale, float* scores, float* most) {
     V sum[kColumns][kVec];
     TAUT_FOR (int c = 0; c < kColumns; c++)
       TAUT_FOR (int i = 0; i < kVec; i++) sum[c][i] = L::zero();
-    multiply<kVec>(sum, q, keys, stride, 1, D);
+    multiply<kVec>(sum, q, keys, stride, 1, n);
     TAUT_FOR (int i = 0; i < kVec; i++) {
       V highest = L::load(most + i * kWidth);
       TAUT_FOR (int c = 0; c < kColumns; c++) {
+        if constexpr (kPack > 1) sum[c][i] = L::mul(sum[c][i], L::set1(scale));
         L::store(scores + c * kRows + i * kWidth, sum[c][i]);
         highest = L::max(sum[c][i], highest);
       }
@@ -74,7 +83,7 @@ struct Tiles {
     }
   }
 
-  // sums[kColumns][kRows] = sums * shrink + weights . values, over n keys
+  // sums[kColumns][kRows] = sums * shrink + weights . values, over n keys or pairs of keys
   template <int kVec>
   static __attribute__((noinline)) void some_values(const float* weights, const float* values, int64_t n, const float* shrink, float* sums) {
     V sum[kColumns][kVec];
@@ -87,19 +96,26 @@ struct Tiles {
 
   // ---- Softmax ----
 
-  // scores[n][kRows] to weights 2^(score - most); their sums are added to total, which shrinks first.
-  template <int kVec>
+  // scores[n][kRows] to weights 2^(score - most), in place, and with kTogether 2 to [n/2][kRows] of pairs, the last with a 0;
+  // their sums are added to total, which shrinks first.
+  template <int kVec, int kTogether>
   static __attribute__((noinline)) void weigh(float* scores, int64_t n, const float* before, const float* most, float* shrink, float* total) {
     V highest[kVec], sum[kVec];
     TAUT_FOR (int i = 0; i < kVec; i++) {
       highest[i] = L::load(most + i * kWidth), sum[i] = L::zero();
       L::store(shrink + i * kWidth, L::exp2(L::sub(L::load(before + i * kWidth), highest[i])));
     }
-    for (int64_t j = 0; j < n; j++, scores += kRows)
+    float* weights = scores;
+    for (int64_t j = 0; j < n; j += kTogether, scores += kTogether * kRows, weights += kRows)
       TAUT_FOR (int i = 0; i < kVec; i++) {
-        const V weight = L::exp2(L::sub(L::load(scores + i * kWidth), highest[i]));
-        L::store(scores + i * kWidth, weight);
+        V weight = L::exp2(L::sub(L::load(scores + i * kWidth), highest[i]));
         sum[i] = L::add(sum[i], weight);
+        if constexpr (kTogether == 2) {
+          const V second = j + 1 < n ? L::exp2(L::sub(L::load(scores + kRows + i * kWidth), highest[i])) : L::zero();
+          sum[i] = L::add(sum[i], second);
+          weight = L::pack(weight, second);
+        }
+        L::store(weights + i * kWidth, weight);
       }
     TAUT_FOR (int i = 0; i < kVec; i++) L::store(total + i * kWidth, L::fma(L::load(total + i * kWidth), L::load(shrink + i * kWidth), sum[i]));
   }
@@ -176,19 +192,33 @@ struct Tiles {
 
   static int64_t value_columns(const Params& p) { return (p.Dv + 7) / 8 * 8; }
   static size_t scratch_floats(const Params& p) {
-    return kPanels * kRows * (p.D + value_columns(p) + 8) + 2 * (kKeys + 8) * kRows + (kKeys + 8) * p.D + value_columns(p) / 8 * kValueStride + 64;
+    return kPanels * kRows * (p.D + value_columns(p) + 8) + 2 * (kKeys + 8) * kRows + (kKeys + 8) * steps(p.D) + value_columns(p) / 8 * kValueStride + 64;
   }
 
-  // q of a panel's rows, transposed and scaled; rows that are not there are 0.
+  // q of a panel's rows, transposed and scaled; rows that are not there are another's.
   static void load_queries(const Block& block, int64_t first_row, Panel& panel) {
     const Params& p = block.p;
-    const float cap = p.rules.softcap, scale = p.rules.softmax_scale * (cap > 0 ? 1 / cap : kLog2E);
+    const float scale = score_scale(p.rules);
     for_dtype(p.dtype, [&]<DType kDType>() {
       for (int64_t r = 0; r < panel.vectors * kWidth; r += 8) {
         int64_t at[8];
         for (int64_t i = 0; i < 8; i++) {
           const int64_t row = first_row + std::min(r + i, panel.rows - 1);
           at[i] = row_of(p.q, block.b, block.kv_head * block.group + row % block.group, block.s.first_q + row / block.group);
+        }
+        if constexpr (kPack == 2) {
+          for (int64_t d = 0; d < p.D; d += 16) {
+            const int64_t count = std::min<int64_t>(16, p.D - d);
+            FloatLanes x[8] = {};
+            for (int i = 0; i < 8; i++) {
+              const uint16_t* from = static_cast<const uint16_t*>(p.q.data) + at[i] + d;
+              if (count == 16) std::memcpy(&x[i], from, 32);
+              else std::memcpy(&x[i], from, 2 * count);
+            }
+            transpose8(x);
+            for (int64_t i = 0; i < steps(count); i++) store_lanes<DType::kFloat32>(x[i], panel.q, (d / 2 + i) * kRows + r);
+          }
+          continue;
         }
         for (int64_t d = 0; d < p.D; d += 8) {
           const int64_t count = std::min<int64_t>(8, p.D - d);
@@ -243,8 +273,52 @@ struct Tiles {
     });
   }
 
+  // k of a tile, where a product can read it as it lies; else nullptr.
+  static const float* keys_in_place(const Block& block, int64_t key) {
+    const Params& p = block.p;
+    const int64_t at = row_of(p.k, block.b, block.kv_head, block.s.first_k + key);
+    if constexpr (kPack == 1) return p.dtype == DType::kFloat32 ? static_cast<const float*>(p.k.data) + at : nullptr;
+    const uint16_t* k = static_cast<const uint16_t*>(p.k.data) + at;
+    return p.D % 2 == 0 && p.k.row_stride % 2 == 0 && reinterpret_cast<uintptr_t>(k) % 4 == 0 ? reinterpret_cast<const float*>(k) : nullptr;
+  }
+
+  // The same in pairs, where p.dtype is bf16.
+  static void load_pairs(Block& block, int64_t key, int64_t n) {
+    const Params& p = block.p;
+    const auto* k = static_cast<const uint16_t*>(p.k.data) + row_of(p.k, block.b, block.kv_head, block.s.first_k + key);
+    const auto* v = static_cast<const uint16_t*>(p.v.data) + row_of(p.v, block.b, block.kv_head, block.s.first_k + key);
+    HalfLanes not_finite = {};
+    const auto load = [&](HalfLanes& x, int64_t j, int64_t d) __attribute__((always_inline)) {
+      x = HalfLanes{};
+      if (j >= n) return;
+      const uint16_t* from = v + j * p.v.row_stride + d;
+      if (p.Dv - d >= 8) std::memcpy(&x, from, 16);
+      else std::memcpy(&x, from, 2 * (p.Dv - d));
+    };
+    for (int64_t j = 0; j < n; j += 2)
+      for (int64_t d = 0; d < p.Dv; d += 8) {
+        HalfLanes first, second, low, high;
+        load(first, j, d), load(second, j + 1, d);
+        not_finite |= (HalfLanes)((first & 0x7f80) == 0x7f80) | (HalfLanes)((second & 0x7f80) == 0x7f80);
+        low = __builtin_shuffle(first, second, HalfLanes{0, 8, 1, 9, 2, 10, 3, 11});
+        high = __builtin_shuffle(first, second, HalfLanes{4, 12, 5, 13, 6, 14, 7, 15});
+        float* to = block.values + d / 8 * kValueStride + j / 2 * 8;
+        std::memcpy(to, &low, 16), std::memcpy(to + 4, &high, 16);
+      }
+    uint64_t words[2];
+    std::memcpy(words, &not_finite, 16);
+    block.values_finite = (words[0] | words[1]) == 0;
+    if (keys_in_place(block, key)) return;
+    for (int64_t j = 0; j < n; j++) {
+      float* to = block.keys + j * steps(p.D);
+      to[steps(p.D) - 1] = 0;
+      std::memcpy(to, k + j * p.k.row_stride, p.D * 2);
+    }
+  }
+
   // v of n keys from `key` on to [Dv/8][kKeys + 2][8]; k, if it is not read as it lies, to [n up to kColumns][D].
   static void load_tile(Block& block, int64_t key, int64_t n) {
+    if constexpr (kPack == 2) return load_pairs(block, key, n);
     const Params& p = block.p;
     const int64_t k_row = row_of(p.k, block.b, block.kv_head, block.s.first_k + key), v_row = row_of(p.v, block.b, block.kv_head, block.s.first_k + key);
     FloatLanes nothing = {};
@@ -268,13 +342,18 @@ struct Tiles {
     block.values_finite = sum_lanes(nothing) == 0;
   }
 
+  static float value_at(const Block& block, int64_t key, int64_t d) {
+    const float* at = block.values + d / 8 * kValueStride + key / kPack * 8 + d % 8;
+    return kPack == 1 ? *at : load_float(at, key % kPack, DType::kBFloat16);
+  }
+
   // WHY: 0 times a NaN is NaN, and a hidden key has the weight 0. One number at a time; v is seldom like that.
   static __attribute__((noinline)) void add_visible_values(const Block& block, const Panel& panel, const float* weights, int64_t skip, int64_t n) {
     for (int64_t d = 0; d < block.p.Dv; d++)
       for (int64_t r = 0; r < panel.rows; r++) {
         float sum = panel.sums[d * kRows + r] * panel.shrink[r];
         for (int64_t j = 0; j < n; j++)
-          if (weights[j * kRows + r] != 0) sum += weights[j * kRows + r] * block.values[d / 8 * kValueStride + (skip + j) * 8 + d % 8];
+          if (weights[j * kRows + r] != 0) sum += weights[j * kRows + r] * value_at(block, skip + j, d);
         panel.sums[d * kRows + r] = sum;
       }
   }
@@ -285,7 +364,7 @@ struct Tiles {
     const Params& p = block.p;
     const AttentionRules& rules = p.rules;
     const int64_t offset = block.s.Lk - block.s.Lq, early = panel.first_token + offset, late = panel.last_token + offset;
-    const int64_t begin = std::max(key, first_key(rules, early));
+    const int64_t begin = std::max(key, first_key(rules, early)) / kPack * kPack;
     int64_t end = std::min(key + n, end_key(rules, late, block.s.Lk));
     if (begin >= end) return;
     end = std::min(key + n, begin + (end - begin + kColumns - 1) / kColumns * kColumns);
@@ -300,25 +379,30 @@ struct Tiles {
     float before[kRows], most[kRows];
     std::memcpy(before, panel.most, sizeof before);
     std::memcpy(most, panel.most, sizeof most);
-    const bool in_place = p.dtype == DType::kFloat32;
-    const int64_t stride = in_place ? p.k.row_stride : p.D;
-    const float* keys =
-        in_place ? static_cast<const float*>(p.k.data) + row_of(p.k, block.b, block.kv_head, block.s.first_k + begin) : block.keys + (begin - key) * p.D;
-    for (int64_t j = 0; j < whole; j += kColumns) some_scores<kVec>(panel.q, p.D, keys + j * stride, stride, block.scores + j * kRows, most);
+    const float* keys = keys_in_place(block, key);
+    const int64_t stride = keys ? p.k.row_stride / kPack : steps(p.D);
+    keys = (keys ? keys : block.keys) + (begin - key) * stride;
+    const float scale = score_scale(rules);
+    for (int64_t j = 0; j < whole; j += kColumns) some_scores<kVec>(panel.q, steps(p.D), keys + j * stride, stride, scale, block.scores + j * kRows, most);
     if (whole < count) {  // WHY copied: the product is of kColumns keys
       float last[kColumns * 256];
-      for (int64_t j = 0; j < kColumns; j++) std::memcpy(last + j * p.D, keys + std::min(whole + j, count - 1) * stride, p.D * sizeof(float));
-      some_scores<kVec>(panel.q, p.D, last, p.D, block.scores + whole * kRows, most);
+      for (int64_t j = 0; j < kColumns; j++) std::memcpy(last + j * steps(p.D), keys + std::min(whole + j, count - 1) * stride, steps(p.D) * sizeof(float));
+      some_scores<kVec>(panel.q, steps(p.D), last, steps(p.D), scale, block.scores + whole * kRows, most);
     }
     if (hides || rules.softcap > 0 || rules.alibi_slopes) {
       std::memcpy(most, before, sizeof most);
       apply_rules(block, panel, begin, count, bias, block.scores, most);
     }
     std::memcpy(panel.most, most, sizeof most);
-    weigh<kVec>(block.scores, count, before, panel.most, panel.shrink, panel.total);
-    if (hides && !block.values_finite) return add_visible_values(block, panel, block.scores, begin - key, count);
-    for (int64_t d = 0; d < p.Dv; d += kColumns)
-      some_values<kVec>(block.scores, block.values + d / 8 * kValueStride + (begin - key) * 8 + d % 8, count, panel.shrink, panel.sums + d * kRows);
+    if (hides && !block.values_finite) {
+      weigh<kVec, 1>(block.scores, count, before, panel.most, panel.shrink, panel.total);
+      return add_visible_values(block, panel, block.scores, begin - key, count);
+    }
+    weigh<kVec, kPack>(block.scores, count, before, panel.most, panel.shrink, panel.total);
+    for (int64_t d = 0; d < p.Dv; d += kColumns) {
+      const float* values = block.values + d / 8 * kValueStride + (begin - key) / kPack * 8 + d % 8;
+      some_values<kVec>(block.scores, values, steps(count), panel.shrink, panel.sums + d * kRows);
+    }
   }
 
   static void attend(const Params& p, int64_t b, int64_t kv_head, int64_t first_row, int64_t rows, const Sequence& s) {
@@ -328,13 +412,13 @@ struct Tiles {
     block.scores = take((kKeys + 8) * kRows), block.bias = take((kKeys + 8) * kRows);
     for (int64_t i = 0; i < block.num_panels; i++) {
       Panel& panel = block.panels[i];
-      panel.q = take(p.D * kRows), panel.sums = take(value_columns(p) * kRows);
+      panel.q = take(steps(p.D) * kRows), panel.sums = take(value_columns(p) * kRows);
       for (float** row : {&panel.most, &panel.total, &panel.shrink, &panel.position, &panel.slope}) *row = take(kRows);
       panel.rows = std::min<int64_t>(kRows, rows - i * kRows), panel.vectors = (panel.rows + kWidth - 1) / kWidth;
       panel.first_token = (first_row + i * kRows) / block.group, panel.last_token = (first_row + i * kRows + panel.rows - 1) / block.group;
       start_panel(block, first_row + i * kRows, panel);
     }
-    block.keys = take((kKeys + 8) * p.D), block.values = take(value_columns(p) / 8 * kValueStride);
+    block.keys = take((kKeys + 8) * steps(p.D)), block.values = take(value_columns(p) / 8 * kValueStride);
     const int64_t offset = s.Lk - s.Lq, early = first_row / block.group + offset, late = (first_row + rows - 1) / block.group + offset;
     const int64_t end = end_key(p.rules, late, s.Lk);
     // WHY tiles begin at multiples of kKeys: then a row's sums do not depend on the rows around it

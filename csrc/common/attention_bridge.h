@@ -24,8 +24,7 @@ inline AttentionMask mask_of(const char* op, const std::optional<Tensor>& mask, 
   if (!mask) return {};
   check_place(op, "mask", *mask);
   const bool is_bool = mask->scalar_type() == ScalarType::Bool;
-  check(is_bool || mask->scalar_type() == ScalarType::Float || mask->scalar_type() == q.scalar_type(), op,
-        ": mask must be bool, float32 or of the dtype of q");
+  check(is_bool || mask->scalar_type() == ScalarType::Float || mask->scalar_type() == q.scalar_type(), op, ": mask must be bool, float32 or of the dtype of q");
   AttentionMask found{is_bool ? MaskKind::kBool : MaskKind::kAdditive, mask->const_data_ptr(), is_bool ? DType::kFloat32 : float_dtype(op, "mask", *mask)};
   int64_t strides[4] = {};
   bool fits = mask->dim() <= 4;

@@ -21,11 +21,13 @@ namespace {
 struct Avx2Lanes {
   using V = __m256;
   static constexpr int kWidth = 8, kVectors = 3, kColumns = 4;  // 12 sums, 3 of a, 1 of b: all 16 registers
+  static constexpr int kPack = 1;                               // how many products a lane adds up at once
   static TAUT_INLINE V zero() { return _mm256_setzero_ps(); }
   static TAUT_INLINE V set1(float x) { return _mm256_set1_ps(x); }
   static TAUT_INLINE V load(const float* p) { return _mm256_loadu_ps(p); }
   static TAUT_INLINE void store(float* p, V v) { _mm256_storeu_ps(p, v); }
   static TAUT_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static TAUT_INLINE V dot(V a, V b, V c) { return fma(a, b, c); }  // c plus the products of kPack numbers a lane
   static TAUT_INLINE V add(V a, V b) { return _mm256_add_ps(a, b); }
   static TAUT_INLINE V sub(V a, V b) { return _mm256_sub_ps(a, b); }
   static TAUT_INLINE V mul(V a, V b) { return _mm256_mul_ps(a, b); }
@@ -49,11 +51,13 @@ struct Avx2Lanes {
 struct Avx512Lanes {
   using V = __m512;
   static constexpr int kWidth = 16, kVectors = 3, kColumns = 8;  // 24 sums, 3 of a, 1 of b: 28 of 32 registers
+  static constexpr int kPack = 1;
   static TAUT_INLINE V zero() { return _mm512_setzero_ps(); }
   static TAUT_INLINE V set1(float x) { return _mm512_set1_ps(x); }
   static TAUT_INLINE V load(const float* p) { return _mm512_loadu_ps(p); }
   static TAUT_INLINE void store(float* p, V v) { _mm512_storeu_ps(p, v); }
   static TAUT_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  static TAUT_INLINE V dot(V a, V b, V c) { return fma(a, b, c); }
   static TAUT_INLINE V add(V a, V b) { return _mm512_add_ps(a, b); }
   static TAUT_INLINE V sub(V a, V b) { return _mm512_sub_ps(a, b); }
   static TAUT_INLINE V mul(V a, V b) { return _mm512_mul_ps(a, b); }
@@ -66,6 +70,20 @@ struct Avx512Lanes {
     const __mmask16 counts = _mm512_cmp_ps_mask(x, set1(-126.0f), _CMP_NLT_UQ);
     const V n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = sub(x, n);
     return _mm512_maskz_scalef_ps(counts, TAUT_EXP2_POLYNOMIAL(Avx512Lanes, f), n);
+  }
+};
+#endif
+
+#if defined(__AVX512BF16__)
+// Products of bf16: a lane of what is multiplied is two of them, the first in the low half.
+struct Avx512Bf16Lanes : Avx512Lanes {
+  static constexpr int kPack = 2;
+  static TAUT_INLINE V dot(V a, V b, V c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+  // lanes {bf16(first), bf16(second)}
+  static TAUT_INLINE V pack(V first, V second) {
+    alignas(64) static constexpr int16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), (__m512i)_mm512_cvtne2ps_pbh(second, first)));
   }
 };
 #endif

@@ -15,8 +15,7 @@ inline KvCache kv_cache_of(const char* op, const KvSizes& sizes, const Tensor& k
                            const std::optional<Tensor>& v_scales, const std::optional<Tensor>& channels, const std::optional<Tensor>& block_table,
                            int64_t format, CheckPlace check_place = check_cpu) {
   const auto [B, Hkv, D, Dv] = sizes;
-  check(0 <= format && format < kNumKvFormats, op,
-        ": kv_format must be 0 (float32), 1 (bfloat16), 2 (float16), 3 (fp8), 4 (int8) or 5 (int4), got ", format);
+  check(0 <= format && format < kNumKvFormats, op, ": kv_format must be 0 (float32), 1 (bfloat16), 2 (float16), 3 (fp8), 4 (int8) or 5 (int4), got ", format);
   KvCache cache{};
   cache.format = static_cast<KvFormat>(format);
   const bool codes = has_codes(cache.format);

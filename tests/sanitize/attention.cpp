@@ -1,5 +1,6 @@
-// The kernels of attention and of its caches, as kernels.cpp does it for weights: each buffer ends at a guard page, what must be
-// written starts as NaN, as does every byte of a cache past its sequence; results are checked against a plain loop.
+// The kernels of attention, of its gradients and of its caches, as kernels.cpp does it for weights: each buffer ends at a guard page, what
+// must be written starts as NaN, as does every byte of a cache past its sequence; results are checked against a plain loop.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -8,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "attention_backward/op.h"
 #include "attention_decode/op.h"
 #include "attention_prefill/op.h"
 #include "common/cpu_features.h"
@@ -29,14 +31,22 @@ struct AttentionImpl {
 };
 // attention.inc, by build.py: the rows of the tables of the ops' op.cpp, each in the macro of its op.
 #define TAUT_IMPL_attention_prefill(name, run, takes, can_run) {name, run, can_run},
+#define TAUT_IMPL_attention_backward(...)
 #define TAUT_IMPL_attention_decode(...)
 #define TAUT_IMPL_kv_append(...)
 const AttentionImpl<attention_prefill::Params> kPrefillImpls[] = {
 #include "attention.inc"
 };
 #undef TAUT_IMPL_attention_prefill
-#undef TAUT_IMPL_attention_decode
+#undef TAUT_IMPL_attention_backward
 #define TAUT_IMPL_attention_prefill(...)
+#define TAUT_IMPL_attention_backward(name, run, takes, can_run) {name, run, can_run},
+const AttentionImpl<attention_backward::Params> kBackwardImpls[] = {
+#include "attention.inc"
+};
+#undef TAUT_IMPL_attention_backward
+#undef TAUT_IMPL_attention_decode
+#define TAUT_IMPL_attention_backward(...)
 #define TAUT_IMPL_attention_decode(name, run, takes, can_run) {name, run, can_run},
 const AttentionImpl<attention_decode::Params> kDecodeImpls[] = {
 #include "attention.inc"
@@ -59,7 +69,14 @@ void expect(bool condition, const std::string& what) {
   std::exit(1);
 }
 float random_float() { return std::normal_distribution<float>()(bits); }
-bool same(const GuardedBlock& a, const GuardedBlock& b) { return a.bytes() == b.bytes() && std::memcmp(a.data(), b.data(), a.bytes()) == 0; }
+bool same(const GuardedBlock& a, const GuardedBlock& b) { return a.bytes() == b.bytes() && std::equal(a.data(), a.data() + a.bytes(), b.data()); }
+
+// 0 to count - 1: what test number `turn` has of one setting, whatever it has of others.
+int64_t pick(int64_t turn, const char* setting, int64_t count) {
+  uint64_t hash = static_cast<uint64_t>(turn) * 0x9e3779b97f4a7c15;
+  for (const char* c = setting; *c; c++) hash = (hash ^ static_cast<uint64_t>(*c)) * 0x100000001b3;
+  return static_cast<int64_t>((hash ^ hash >> 32) % static_cast<uint64_t>(count));
+}
 
 GuardedBlock floats(int64_t count, DType dtype = DType::kFloat32, float scale = 1) {
   GuardedBlock block(count * dtype_bytes(dtype), dtype_bytes(dtype));
@@ -86,48 +103,89 @@ struct Tensor4 {
   }
 };
 
-// The rules of a call, by the bits of `turn`, and the memory they point to.
+// The rules of a call, and the memory they point to.
 struct Rules {
   AttentionRules rules;
   GuardedBlock sinks, slopes, mask;
 
   Rules(int64_t turn, int64_t B, int64_t Hq, int64_t Lq, int64_t keys, int64_t D) : sinks(floats(Hq)), slopes(floats(Hq, DType::kFloat32, 0.1f)) {
     rules.softmax_scale = 1 / std::sqrt(static_cast<float>(D));
-    rules.causal = turn % 2, rules.window = turn % 3 == 1 ? 1 + turn % 70 : 0, rules.softcap = turn % 5 == 2 ? 3.0f : 0.0f;
-    if (turn % 4 == 1) rules.s_aux = reinterpret_cast<const float*>(sinks.data());
-    if (turn % 7 == 3) rules.alibi_slopes = reinterpret_cast<const float*>(slopes.data());
-    if (turn % 3 == 0) {  // bool [Lq,keys]
-      mask = GuardedBlock(Lq * keys);
-      for (int64_t i = 0; i < Lq * keys; i++) mask.data()[i] = bits() % 4 != 0;
-      rules.mask = {MaskKind::kBool, mask.data(), DType::kFloat32, 0, 0, keys, 1};
-    } else if (turn % 3 == 1) {  // bf16 [B,1,1,keys]
-      mask = floats(B * keys, DType::kBFloat16);
-      for (int64_t i = 0; i < B * keys; i += 3) store_float(mask.data(), i, DType::kBFloat16, -INFINITY);
-      rules.mask = {MaskKind::kAdditive, mask.data(), DType::kBFloat16, keys, 0, 0, 1};
+    rules.causal = pick(turn, "causal", 2);
+    rules.window = pick(turn, "window", 3) == 0 ? 1 + pick(turn, "width", 70) : 0;
+    rules.softcap = pick(turn, "softcap", 4) == 0 ? 3.0f : 0.0f;
+    if (pick(turn, "sinks", 3) == 0) rules.s_aux = reinterpret_cast<const float*>(sinks.data());
+    if (pick(turn, "slopes", 4) == 0) rules.alibi_slopes = reinterpret_cast<const float*>(slopes.data());
+    switch (pick(turn, "mask", 7)) {
+      case 0: hide(Lq * keys, {MaskKind::kBool, nullptr, DType::kFloat32, 0, 0, keys, 1}); break;             // [Lq,keys]
+      case 1: hide(Hq * keys * Lq, {MaskKind::kBool, nullptr, DType::kFloat32, 0, keys * Lq, 1, Lq}); break;  // [1,Hq,keys,Lq], transposed
+      case 2: add(B * keys, {MaskKind::kAdditive, nullptr, DType::kBFloat16, keys, 0, 0, 1}); break;          // [B,1,1,keys]
+      case 3: {                                                                                               // [B,Hq,Lq,keys], rows apart
+        const int64_t row = keys + 3, rows = B * Hq * Lq;
+        add((rows - 1) * row + keys, {MaskKind::kAdditive, nullptr, DType::kFloat32, Hq * Lq * row, Lq * row, row, 1});
+        break;
+      }
+      case 4: add(Lq, {MaskKind::kAdditive, nullptr, DType::kFloat16, 0, 0, 1, 0}); break;  // [Lq,1]
     }
+    // All keys of every third query, as low as transformers puts what it hides: of such a row only the number of keys counts.
+    if (rules.mask.kind == MaskKind::kAdditive && rules.mask.dtype == DType::kFloat32 && !rules.s_aux)
+      for (int64_t row = 0; row < B * Hq * Lq; row += 3)
+        for (int64_t j = 0; j < keys; j++) store_float(mask.data(), row * (keys + 3) + j, DType::kFloat32, -1e30f);
+  }
+
+ private:
+  void hide(int64_t count, const AttentionMask& as) {
+    mask = GuardedBlock(count);
+    for (int64_t i = 0; i < count; i++) mask.data()[i] = bits() % 4 != 0;
+    rules.mask = as, rules.mask.data = mask.data();
+  }
+  void add(int64_t count, const AttentionMask& as) {
+    mask = floats(count, as.dtype);
+    for (int64_t i = 0; i < count; i += 3) store_float(mask.data(), i, as.dtype, -INFINITY);
+    rules.mask = as, rules.mask.data = mask.data();
   }
 };
 
-// Row [b,h,i] in double: key(j, d), value(j, d); `length` keys, the query at `position`. sizes[d]: the weighted sum of |v|.
-template <class Q, class K, class V>
-double attend(const AttentionRules& rules, int64_t b, int64_t h, int64_t i, int64_t position, int64_t length, int64_t D, int64_t Dv, const Q& q, const K& key,
-              const V& value, std::vector<double>& out, std::vector<double>& sizes) {
-  double total = rules.s_aux ? std::exp(rules.s_aux[h]) : 0.0;
-  out.assign(Dv, 0.0), sizes.assign(Dv, 0.0);
+// What row [b,h,i] gives a key: its weight, and by how much the score grows with q . k.
+struct Weight {
+  double weight, slope;
+};
+// Of `length` keys, the query at `position`; key(j, d). Returns the log of the sum of exponentials; -infinity: no key is seen.
+template <class Q, class K>
+double weigh(const AttentionRules& rules, int64_t b, int64_t h, int64_t i, int64_t position, int64_t length, int64_t D, const Q& q, const K& key,
+             std::vector<Weight>& weights) {
+  double most = rules.s_aux ? rules.s_aux[h] : -INFINITY;
+  weights.assign(length, {-INFINITY, 0.0});
   for (int64_t j = 0; j < length; j++) {
     const double distance = static_cast<double>(position - j), bias = mask_value(rules.mask, b, h, i, j);
     if ((rules.causal && distance < 0) || (rules.window && std::fabs(distance) >= static_cast<double>(rules.window)) || bias == -INFINITY) continue;
-    double score = 0;
+    double score = 0, slope = rules.softmax_scale;
     for (int64_t d = 0; d < D; d++) score += q(d) * key(j, d);
     score *= rules.softmax_scale;
-    if (rules.softcap > 0) score = rules.softcap * std::tanh(score / rules.softcap);
+    if (rules.softcap > 0) {
+      const double capped = std::tanh(score / rules.softcap);
+      score = rules.softcap * capped, slope *= 1 - capped * capped;
+    }
     if (rules.alibi_slopes) score -= rules.alibi_slopes[h] * std::fabs(distance);
-    const double weight = std::exp(score + bias);
-    total += weight;
-    for (int64_t d = 0; d < Dv; d++) out[d] += weight * value(j, d), sizes[d] += weight * std::fabs(value(j, d));
+    weights[j] = {score + bias, slope};  // not a weight yet
+    most = std::max(most, weights[j].weight);
   }
-  for (int64_t d = 0; d < Dv && total > 0; d++) out[d] /= total, sizes[d] /= total;
-  return std::log(total);
+  if (most == -INFINITY) return most;
+  double total = rules.s_aux ? std::exp(rules.s_aux[h] - most) : 0.0;
+  for (const Weight& weight : weights) total += std::exp(weight.weight - most);
+  for (Weight& weight : weights) weight.weight = std::exp(weight.weight - most) / total;
+  return most + std::log(total);
+}
+
+// Row [b,h,i] in double: key(j, d), value(j, d). sizes[d]: the weighted sum of |v|.
+template <class Q, class K, class V>
+double attend(const AttentionRules& rules, int64_t b, int64_t h, int64_t i, int64_t position, int64_t length, int64_t D, int64_t Dv, const Q& q, const K& key,
+              const V& value, std::vector<double>& out, std::vector<double>& sizes) {
+  std::vector<Weight> weights;
+  const double lse = weigh(rules, b, h, i, position, length, D, q, key, weights);
+  out.assign(Dv, 0.0), sizes.assign(Dv, 0.0);
+  for (int64_t j = 0; lse != -INFINITY && j < length; j++)
+    for (int64_t d = 0; d < Dv && weights[j].weight > 0; d++) out[d] += weights[j].weight * value(j, d), sizes[d] += weights[j].weight * std::fabs(value(j, d));
+  return lse;
 }
 
 void expect_row(const Tensor4& out, double lse, int64_t b, int64_t h, int64_t i, const std::vector<double>& expected, const std::vector<double>& sizes,
@@ -147,15 +205,18 @@ void expect_row(const Tensor4& out, double lse, int64_t b, int64_t h, int64_t i,
 
 void test_prefill(int64_t turn, int64_t Lq, int64_t Lk, int64_t D, int64_t Dv) {
   constexpr int64_t kHeads[][2] = {{1, 1}, {4, 2}, {5, 1}, {6, 3}};
-  const int64_t Hq = kHeads[turn % 4][0], Hkv = kHeads[turn % 4][1], B = 1 + turn % 2;
-  const DType dtype = static_cast<DType>(turn % 3);
-  const Tensor4 q(B, Hq, Lq, D, dtype, turn % 5, turn % 2), k(B, Hkv, Lk, D, dtype, turn % 2 * 3, turn % 3 == 1), v(B, Hkv, Lk, Dv, dtype, turn % 3, turn % 2);
+  const int64_t *heads = kHeads[pick(turn, "heads", 4)], Hq = heads[0], Hkv = heads[1], B = 1 + pick(turn, "batch", 2);
+  const DType dtype = static_cast<DType>(pick(turn, "dtype", 3));
+  const bool tokens_first = pick(turn, "order", 2);
+  const Tensor4 q(B, Hq, Lq, D, dtype, pick(turn, "q", 5), tokens_first), k(B, Hkv, Lk, D, dtype, pick(turn, "k", 3), !tokens_first);
+  const Tensor4 v(B, Hkv, Lk, Dv, dtype, pick(turn, "v", 3), tokens_first);
   const Rules rules(turn, B, Hq, Lq, Lk, D);
   for (const auto& impl : kPrefillImpls) {
-    if (!impl.can_run) continue;
+    const bool pairs = std::strcmp(impl.name, "cpu_avx512bf16") == 0;  // it takes bf16 alone, and rounds the weights to it
+    if (!impl.can_run || (pairs && dtype != DType::kBFloat16)) continue;
     const std::string what = std::string("attention_prefill ") + impl.name + ": turn " + std::to_string(turn) + " Lq=" + std::to_string(Lq) +
                              " Lk=" + std::to_string(Lk) + " D=" + std::to_string(D) + " Dv=" + std::to_string(Dv);
-    Tensor4 serial(B, Hq, Lq, Dv, dtype, 0, turn % 2, false), threaded(B, Hq, Lq, Dv, dtype, 0, turn % 2, false);
+    Tensor4 serial(B, Hq, Lq, Dv, dtype, 0, tokens_first, false), threaded(B, Hq, Lq, Dv, dtype, 0, tokens_first, false);
     GuardedBlock lse(B * Hq * Lq * 4, 4), lse_threaded(B * Hq * Lq * 4, 4);
     for (Tensor4* out : {&serial, &threaded}) {
       num_workers = out == &serial ? 1 : 3;
@@ -173,8 +234,105 @@ void test_prefill(int64_t turn, int64_t Lq, int64_t Lk, int64_t D, int64_t Dv) {
       const double expected_lse = attend(
           rules.rules, b, h, i, i + Lk - Lq, Lk, D, Dv, [&](int64_t d) { return q.at(b, h, i, d); },
           [&](int64_t j, int64_t d) { return k.at(b, kv_head, j, d); }, [&](int64_t j, int64_t d) { return v.at(b, kv_head, j, d); }, expected, sizes);
-      expect_row(serial, reinterpret_cast<float*>(lse.data())[row], b, h, i, expected, sizes, expected_lse, 1e-5, what);
+      expect_row(serial, reinterpret_cast<float*>(lse.data())[row], b, h, i, expected, sizes, expected_lse, pairs ? 0x1p-8 : 1e-5, what);
     }
+  }
+}
+
+// ---- attention_backward ----
+
+// Of each element of a tensor: its gradient, and the sum of the sizes of what it is the sum of.
+struct Gradient {
+  std::vector<double> sum, size;
+  explicit Gradient(int64_t count) : sum(count), size(count) {}
+  void add(int64_t at, double value, double bound) { sum[at] += value, size[at] += bound; }
+};
+
+void expect_gradient(const Tensor4& found, const Gradient& expected, const std::string& what) {
+  const double rounding = found.dtype == DType::kFloat32 ? 0x1p-24 : found.dtype == DType::kBFloat16 ? 0x1p-8 : 0x1p-11;
+  for (int64_t i = 0; i < found.B * found.H * found.L * found.D; i++) {
+    const int64_t d = i % found.D, row = i / found.D % found.L, h = i / found.D / found.L % found.H, b = i / found.D / found.L / found.H;
+    const double is = found.at(b, h, row, d), allowed = 3e-5 * expected.size[i] + rounding * std::fabs(expected.sum[i]) + 0x1p-24;
+    expect(std::fabs(is - expected.sum[i]) <= allowed,  // false for a NaN
+           what + " [" + std::to_string(b) + ", " + std::to_string(h) + ", " + std::to_string(row) + ", " + std::to_string(d) + "] is " + std::to_string(is) +
+               ", expected " + std::to_string(expected.sum[i]));
+  }
+}
+
+void test_backward(int64_t turn, int64_t Lq, int64_t Lk, int64_t D, int64_t Dv) {
+  constexpr int64_t kHeads[][2] = {{1, 1}, {4, 2}, {5, 1}, {6, 3}};
+  const int64_t *heads = kHeads[pick(turn, "heads", 4)], Hq = heads[0], Hkv = heads[1], group = Hq / Hkv, B = 1 + pick(turn, "batch", 2);
+  const DType dtype = static_cast<DType>(pick(turn, "dtype", 3));
+  const bool tokens_first = pick(turn, "order", 2), with_grad_lse = pick(turn, "grad_lse", 2);
+  const Tensor4 q(B, Hq, Lq, D, dtype, pick(turn, "q", 5), tokens_first), k(B, Hkv, Lk, D, dtype, pick(turn, "k", 3), !tokens_first);
+  const Tensor4 v(B, Hkv, Lk, Dv, dtype, pick(turn, "v", 3), tokens_first), grad_out(B, Hq, Lq, Dv, dtype, pick(turn, "grad_out", 4), !tokens_first);
+  const Tensor4 out(B, Hq, Lq, Dv, dtype, pick(turn, "out", 3), tokens_first);
+  const GuardedBlock lse(B * Hq * Lq * 4, 4), grad_lse = floats(B * Hq * Lq);
+  const Rules rules(turn, B, Hq, Lq, Lk, D);
+
+  Gradient dq(B * Hq * Lq * D), dk(B * Hkv * Lk * D), dv(B * Hkv * Lk * Dv);
+  std::vector<double> expected, sizes;
+  std::vector<Weight> weights;
+  for (int64_t row = 0; row < B * Hq * Lq; row++) {
+    const int64_t b = row / Lq / Hq, h = row / Lq % Hq, i = row % Lq, kv_head = h / group, position = i + Lk - Lq, first_key = (b * Hkv + kv_head) * Lk;
+    const auto query = [&](int64_t d) { return q.at(b, h, i, d); };
+    const auto key = [&](int64_t j, int64_t d) { return k.at(b, kv_head, j, d); };
+    const auto value = [&](int64_t j, int64_t d) { return v.at(b, kv_head, j, d); };
+    attend(rules.rules, b, h, i, position, Lk, D, Dv, query, key, value, expected, sizes);
+    const double row_lse = weigh(rules.rules, b, h, i, position, Lk, D, query, key, weights);
+    reinterpret_cast<float*>(lse.data())[row] = static_cast<float>(row_lse);
+    double shift = with_grad_lse ? -reinterpret_cast<const float*>(grad_lse.data())[row] : 0.0, shift_size = std::fabs(shift);
+    for (int64_t d = 0; d < Dv; d++) {
+      store_float(out.memory.data(), b * out.heads.batch_stride + h * out.heads.head_stride + i * out.heads.row_stride + d, dtype,
+                  static_cast<float>(expected[d]));
+      shift += grad_out.at(b, h, i, d) * out.at(b, h, i, d), shift_size += std::fabs(grad_out.at(b, h, i, d) * out.at(b, h, i, d));
+    }
+    for (int64_t j = 0; row_lse != -INFINITY && j < Lk; j++) {
+      const auto [weight, slope] = weights[j];
+      if (weight == 0) continue;
+      double grad = 0, grad_size = 0;
+      for (int64_t d = 0; d < Dv; d++) {
+        const double one = grad_out.at(b, h, i, d);
+        grad += one * value(j, d), grad_size += std::fabs(one * value(j, d));
+        dv.add((first_key + j) * Dv + d, weight * one, weight * std::fabs(one));
+      }
+      grad = weight * (grad - shift) * slope, grad_size = weight * (grad_size + shift_size) * rules.rules.softmax_scale;
+      for (int64_t d = 0; d < D; d++) {
+        dq.add(row * D + d, grad * key(j, d), grad_size * std::fabs(key(j, d)));
+        dk.add((first_key + j) * D + d, grad * query(d), grad_size * std::fabs(query(d)));
+      }
+    }
+  }
+  for (const auto& impl : kBackwardImpls) {
+    if (!impl.can_run) continue;
+    const std::string what = std::string("attention_backward ") + impl.name + ": turn " + std::to_string(turn) + " Lq=" + std::to_string(Lq) +
+                             " Lk=" + std::to_string(Lk) + " D=" + std::to_string(D) + " Dv=" + std::to_string(Dv);
+    std::vector<Tensor4> found;
+    for (const int threads : {1, 3}) {
+      num_workers = threads;
+      for (const Tensor4* like : {&q, &k, &v}) found.emplace_back(B, like->H, like->L, like->D, dtype, 0, tokens_first, false);
+      const Tensor4* grads = &found[found.size() - 3];
+      attention_backward::Params p{};
+      p.q = q.heads, p.k = k.heads, p.v = v.heads, p.out = out.heads, p.grad_out = grad_out.heads, p.dtype = dtype, p.rules = rules.rules;
+      p.dq = grads[0].heads, p.dk = grads[1].heads, p.dv = grads[2].heads, p.num_threads = threads;
+      p.lse = reinterpret_cast<float*>(lse.data()), p.lse_head_stride = Lq, p.lse_batch_stride = Hq * Lq;
+      p.grad_lse = with_grad_lse ? reinterpret_cast<const float*>(grad_lse.data()) : nullptr;
+      p.B = B, p.Hq = Hq, p.Hkv = Hkv, p.Lq = Lq, p.Lk = Lk, p.D = D, p.Dv = Dv;
+      const int64_t rows = B * Hq * Lq;
+      const GuardedBlock dq_sum(dtype == DType::kFloat32 ? 0 : rows * D * 4, 4), space(3 * rows * 4, 4),
+          turns(B * Hkv * attention_backward::row_blocks(p) * 4, 4);
+      std::memset(turns.data(), 0, turns.bytes());
+      p.dq_sum = p.dq;
+      if (dtype != DType::kFloat32) p.dq_sum.data = dq_sum.data();
+      p.most = reinterpret_cast<float*>(space.data()), p.log_total = p.most + rows, p.shift = p.log_total + rows;
+      p.turns = reinterpret_cast<int32_t*>(turns.data());
+      impl.run(p);
+    }
+    num_workers = 1;
+    for (int i = 0; i < 3; i++) expect(same(found[i].memory, found[i + 3].memory), what + ": three threads give other bits than one");
+    expect_gradient(found[0], dq, what + ": dq");
+    expect_gradient(found[1], dk, what + ": dk");
+    expect_gradient(found[2], dv, what + ": dv");
   }
 }
 
@@ -186,10 +344,10 @@ struct Cache {
 
   // For `tokens` of each of B sequences; `turn`: pages or none, channels or none, gaps between rows of floats or none.
   Cache(int64_t turn, KvFormat format, int64_t B, int64_t Hkv, int64_t tokens, int64_t D, int64_t Dv) {
-    const bool codes = has_codes(format), paged = turn % 3 == 2;
-    const int64_t page_tokens = paged ? 16 + turn % 2 * 16 : codes ? (tokens + 15) / 16 * 16 : tokens;
+    const bool codes = has_codes(format), paged = pick(turn, "paged", 2);
+    const int64_t page_tokens = paged ? 16 + pick(turn, "page", 2) * 16 : codes ? (tokens + 15) / 16 * 16 : tokens;
     const int64_t columns = paged ? (tokens + page_tokens - 1) / page_tokens : 1, pages = paged ? B * columns + 1 : B;
-    const int64_t element = codes ? 1 : kv_element_bytes(format), gap = codes ? 0 : turn % 4 * element;
+    const int64_t element = codes ? 1 : kv_element_bytes(format), gap = codes ? 0 : pick(turn, "gap", 4) * element;
     const int64_t k_row = codes ? key_block_bytes(format, D) : D * element, v_row = codes ? value_block_bytes(format, Dv) : Dv * element;
     const int64_t rows = codes ? page_tokens / kKvBlock : page_tokens, all = pages * Hkv * rows;
     k = GuardedBlock(all ? (all - 1) * (k_row + gap) + k_row : 0, element), v = GuardedBlock(all ? (all - 1) * (v_row + gap) + v_row : 0, element);
@@ -203,7 +361,7 @@ struct Cache {
       cache.k_scales = reinterpret_cast<uint16_t*>(k_scales.data()), cache.v_scales = reinterpret_cast<uint16_t*>(v_scales.data());
       cache.scale_page_stride = Hkv * page_tokens, cache.scale_head_stride = page_tokens;
     }
-    if (turn % 4 == 1) {
+    if (pick(turn, "channels", 3) == 0) {
       channels = floats(B * Hkv * 2 * (D + Dv));
       float* values = reinterpret_cast<float*>(channels.data());
       for (int64_t i = 0; i < B * Hkv * 2 * (D + Dv); i++)
@@ -225,7 +383,7 @@ struct Cache {
 
 // k and v in a cache with room for `capacity`, in two pieces, by every impl: the same bits, and numbers near what was stored.
 Cache filled(int64_t turn, KvFormat format, const Tensor4& k, const Tensor4& v, int64_t capacity) {
-  const int64_t first = k.L * (turn % 5) / 5, D = k.D, Dv = v.D;
+  const int64_t first = k.L * pick(turn, "first", 5) / 5, D = k.D, Dv = v.D;
   Cache kept(turn, format, k.B, k.H, capacity, D, Dv);
   bool any = false;
   for (const auto& impl : kAppendImpls)
@@ -278,10 +436,12 @@ Cache filled(int64_t turn, KvFormat format, const Tensor4& k, const Tensor4& v, 
 
 void test_decode(int64_t turn, KvFormat format, int64_t keys, int64_t D, int64_t Dv) {
   constexpr int64_t kHeads[][2] = {{1, 1}, {4, 2}, {5, 1}, {9, 3}, {18, 1}};
-  const int64_t Hq = kHeads[turn % 5][0], Hkv = kHeads[turn % 5][1], B = 1 + turn % 2, Lq = 1 + turn % 3;
-  const DType dtype = static_cast<DType>(turn % 3);
-  const Tensor4 k(B, Hkv, keys, D, dtype, turn % 3, turn % 2), v(B, Hkv, keys, Dv, dtype, 0, turn % 2), q(B, Hq, Lq, D, dtype, turn % 4, turn % 2);
-  const Cache cache = filled(turn, format, k, v, keys + turn % 2 * 20);
+  const int64_t *heads = kHeads[pick(turn, "heads", 5)], Hq = heads[0], Hkv = heads[1], B = 1 + pick(turn, "batch", 2), Lq = 1 + pick(turn, "queries", 3);
+  const DType dtype = static_cast<DType>(pick(turn, "dtype", 3));
+  const bool tokens_first = pick(turn, "order", 2), has_lengths = pick(turn, "lengths", 2);
+  const Tensor4 k(B, Hkv, keys, D, dtype, pick(turn, "k", 3), tokens_first), v(B, Hkv, keys, Dv, dtype, 0, tokens_first);
+  const Tensor4 q(B, Hq, Lq, D, dtype, pick(turn, "q", 4), tokens_first);
+  const Cache cache = filled(turn, format, k, v, keys + pick(turn, "room", 2) * 20);
   const Rules rules(turn, B, Hq, Lq, keys, D);
   GuardedBlock lengths(B * 4, 4);
   for (int64_t b = 0; b < B; b++) reinterpret_cast<int32_t*>(lengths.data())[b] = static_cast<int32_t>(keys - b * keys / 3);
@@ -290,7 +450,7 @@ void test_decode(int64_t turn, KvFormat format, int64_t keys, int64_t D, int64_t
     const std::string what = std::string("attention_decode ") + impl.name + ": turn " + std::to_string(turn) + " format " +
                              std::to_string(static_cast<int>(format)) + " keys=" + std::to_string(keys) + " D=" + std::to_string(D) +
                              " Dv=" + std::to_string(Dv);
-    Tensor4 serial(B, Hq, Lq, Dv, dtype, 0, turn % 2, false), threaded(B, Hq, Lq, Dv, dtype, 0, turn % 2, false);
+    Tensor4 serial(B, Hq, Lq, Dv, dtype, 0, tokens_first, false), threaded(B, Hq, Lq, Dv, dtype, 0, tokens_first, false);
     GuardedBlock lse(B * Hq * Lq * 4, 4), lse_threaded(B * Hq * Lq * 4, 4);
     for (Tensor4* out : {&serial, &threaded}) {
       num_workers = out == &serial ? 1 : 3;
@@ -298,7 +458,7 @@ void test_decode(int64_t turn, KvFormat format, int64_t keys, int64_t D, int64_t
       p.q = q.heads, p.cache = cache.cache, p.out = out->heads, p.dtype = dtype, p.rules = rules.rules, p.num_threads = num_workers;
       p.lse = reinterpret_cast<float*>((out == &serial ? lse : lse_threaded).data());
       p.B = B, p.Hq = Hq, p.Hkv = Hkv, p.Lq = Lq, p.D = D, p.Dv = Dv, p.keys = keys;
-      p.lengths = turn % 4 >= 2 ? reinterpret_cast<const int32_t*>(lengths.data()) : nullptr;
+      p.lengths = has_lengths ? reinterpret_cast<const int32_t*>(lengths.data()) : nullptr;
       const int64_t blocks = B * Hkv * p.row_blocks();
       GuardedBlock partials(blocks * p.chunks() * p.partial_floats() * 4, 4), finished(blocks * 4, 4);
       std::memset(finished.data(), 0, finished.bytes());
@@ -313,7 +473,7 @@ void test_decode(int64_t turn, KvFormat format, int64_t keys, int64_t D, int64_t
     std::vector<double> expected, sizes;
     for (int64_t row = 0; row < B * Hq * Lq; row++) {
       const int64_t b = row / Lq / Hq, h = row / Lq % Hq, i = row % Lq, kv_head = h / (Hq / Hkv);
-      const int64_t length = turn % 4 >= 2 ? reinterpret_cast<const int32_t*>(lengths.data())[b] : keys;
+      const int64_t length = has_lengths ? reinterpret_cast<const int32_t*>(lengths.data())[b] : keys;
       const double expected_lse = attend(
           rules.rules, b, h, i, i + length - Lq, length, D, Dv, [&](int64_t d) { return q.at(b, h, i, d); },
           [&](int64_t j, int64_t d) { return cache.number(true, b, Hkv, kv_head, j, d, D, Dv); },
@@ -326,17 +486,23 @@ void test_decode(int64_t turn, KvFormat format, int64_t keys, int64_t D, int64_t
 }  // namespace
 
 int64_t check_attention() {
-  constexpr int64_t kDims[] = {1, 7, 8, 15, 16, 17, 33, 40, 64, 100, 128, 256};
-  constexpr int64_t kLengths[][2] = {{1, 1}, {1, 70}, {3, 3}, {17, 33}, {20, 5}, {70, 130}, {130, 40}};
+  constexpr int64_t kDims[] = {1, 7, 8, 15, 16, 17, 33, 40, 64, 80, 96, 112, 128, 256};
+  constexpr int64_t kLengths[][2] = {{1, 1}, {1, 70}, {3, 3}, {17, 33}, {20, 5}, {70, 131}, {131, 40}};
   constexpr int64_t kKeys[] = {1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200, 512, 530};
   int64_t turn = 0;
   for (const int64_t D : kDims) {
-    for (const auto& [Lq, Lk] : kLengths) turn++, test_prefill(turn, Lq, Lk, D, kDims[turn * 5 % 12]);
-    // The two steps share no factor with 12, nor with 6: every format meets every D, Dv and number of keys.
-    for (const int64_t keys : kKeys) turn++, test_decode(turn, static_cast<KvFormat>(turn % 6), keys, D, kDims[(turn / 6) * 7 % 12]);
+    for (const auto& [Lq, Lk] : kLengths) {
+      turn++;
+      test_prefill(turn, Lq, Lk, D, kDims[pick(turn, "Dv", 14)]);
+      test_backward(turn, Lq, Lk, D, kDims[pick(turn, "Dv", 14)]);
+    }
+    for (const int64_t keys : kKeys)
+      turn++, test_decode(turn, static_cast<KvFormat>(pick(turn, "format", kNumKvFormats)), keys, D, kDims[pick(turn, "Dv", 14)]);
   }
   std::string ran;
   for (const auto& impl : kPrefillImpls) ran += impl.can_run ? std::string(" ") + impl.name : "";
+  ran += "; attention_backward:";
+  for (const auto& impl : kBackwardImpls) ran += impl.can_run ? std::string(" ") + impl.name : "";
   ran += "; attention_decode:";
   for (const auto& impl : kDecodeImpls) ran += impl.can_run ? std::string(" ") + impl.name : "";
   ran += "; kv_append:";

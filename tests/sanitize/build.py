@@ -24,9 +24,14 @@ OUT = ROOT / "build" / "sanitize"
 # -O1: -O0 would not inline what the kernels need inlined. Warnings are the library build's affair; gcc gives false ones here.
 FLAGS = ("-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-fno-math-errno", "-pthread")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
-OPS = ("quant_linear", "quantize_weight", "pack_weight", "attention_prefill", "attention_decode", "kv_append")
+OPS = ("quant_linear", "quantize_weight", "pack_weight", "attention_prefill", "attention_backward", "attention_decode", "kv_append")
 # By program: the ops that choose among impls, whose tables it includes as <program>.inc.
-TABLES = {"impls": ("quant_linear", "quantize_weight"), "attention": ("attention_prefill", "attention_decode", "kv_append")}
+TABLES = {
+    "impls": ("quant_linear", "quantize_weight"),
+    "attention": ("attention_prefill", "attention_backward", "attention_decode", "kv_append"),
+}
+# What the program checks at a time.
+PARTS = ("weights", "attention")
 
 
 def isa_flags() -> dict[str, list[str]]:
@@ -127,7 +132,8 @@ def main() -> int:
         print(f"sanitize: {error}", file=sys.stderr)
         return 1
     options = {"ASAN_OPTIONS": "detect_stack_use_after_return=1:strict_init_order=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    return subprocess.run([str(program)], env=options | dict(os.environ), check=False).returncode
+    runs = [subprocess.Popen([str(program), part], env=options | dict(os.environ)) for part in PARTS]
+    return max(abs(run.wait()) for run in runs)
 
 
 if __name__ == "__main__":

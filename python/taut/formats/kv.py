@@ -1,8 +1,8 @@
 """What the numbers of a key-value cache are stored as. ``csrc/common/kv_cache.h`` says where each byte lies.
 
 ``float32``, ``bfloat16``, ``float16``, ``fp8`` (e4m3 of the OCP's 8-bit formats, arXiv 2209.05433; past 448 it saturates): as they are.
-``int8``: codes of -127 to 127 times a float16 scale for each token and head. ``int4``: codes of -8 to 7. Keys and values may have offsets and factors by channel (KIVI, arXiv 2402.02750, found that keys
-have channels that are large for every token).
+``int8``: codes of -127 to 127 times a float16 scale for each token and head. ``int4``: codes of -8 to 7. Keys and values may have offsets
+and factors by channel (KIVI, arXiv 2402.02750, found that keys have channels that are large for every token).
 """
 
 from __future__ import annotations

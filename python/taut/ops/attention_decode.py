@@ -22,10 +22,10 @@ def attention_decode(
     q and ``lse``, float32 ``[B, Hq, Lq]``. ``lengths``, int32 ``[B]``: how many tokens each sequence has, at most ``keys``. Query i has the
     position ``lengths[b] - Lq + i``: with ``causal``, the queries are the newest tokens, which are in the cache by then.
 
-    The rules (``softmax_scale``, ``window``, ``softcap``, ``mask`` broadcastable to ``[B, Hq, Lq, keys]``, ``s_aux``, ``alibi_slopes``), ``lse`` and
-    ``tokens_first`` are those of ``attention_prefill``. It computes with the numbers that the cache stands for. On the CPU those of
-    int8 and int4 are multiplied as integers: q is rounded to 14 bits of a row's largest element (8 beside int4), the weights to 14 bits
-    of the largest in a tile of keys. CUDA multiplies all in float32.
+    The rules (``softmax_scale``, ``window``, ``softcap``, ``mask`` broadcastable to ``[B, Hq, Lq, keys]``, ``s_aux``,
+    ``alibi_slopes``), ``lse`` and ``tokens_first`` are those of ``attention_prefill``. It computes with the numbers that the cache
+    stands for. On the CPU those of int8 and int4 are multiplied as integers: q is rounded to 14 bits of a row's largest element (8
+    beside int4), the weights to 14 bits of the largest in a tile of keys. CUDA multiplies all in float32.
     The number of threads changes no bits, and the rest of the batch none of a sequence's. Without a backward.
     Raises ``ValueError`` for wrong shapes, dtypes, strides or devices, lengths beyond ``keys``, and pages out of range, before any is read.
     On CUDA the values of ``lengths`` and of the block table stay on the device (a graph may hold the call): a length counts as the
@@ -82,11 +82,15 @@ def reference(
         if mask is not None:
             seen = mask.broadcast_to(*q.shape[:3], keys)[b : b + 1, ..., :length]
         one = slice(b, b + 1)
-        parts.append(rules.reference(q[one], k[one, :, :length], v[one, :, :length], scale, causal, window, softcap, seen, s_aux, alibi_slopes))
+        parts.append(
+            rules.reference(q[one], k[one, :, :length], v[one, :, :length], scale, causal, window, softcap, seen, s_aux, alibi_slopes)
+        )
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
-def cost(format: KvFormat, batch: int, q_heads: int, kv_heads: int, queries: int, keys: int, head_dim: int, value_dim: int) -> dict[str, int]:
+def cost(
+    format: KvFormat, batch: int, q_heads: int, kv_heads: int, queries: int, keys: int, head_dim: int, value_dim: int
+) -> dict[str, int]:
     """Counted work of one call: two flops for each element of the two products; the cache's bytes once."""
     return {
         "flops": 2 * batch * q_heads * queries * keys * (head_dim + value_dim),

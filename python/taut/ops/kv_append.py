@@ -21,8 +21,8 @@ class KvCache:
     """One layer's keys and values in memory, as the ops read and write them.
 
     Without ``block_table``: a page a sequence. With one, int32 ``[B, columns]``: tokens ``T * c`` to ``T * (c + 1)`` of sequence b are in
-    page ``block_table[b, c]``, T tokens a page, a multiple of 16. ``k [pages, Hkv, T, D]``, ``v [pages, Hkv, T, Dv]`` in the format's dtype;
-    with int8 and int4 uint8 ``[pages, Hkv, T / 16, bytes of a block]``, and ``k_scales``, ``v_scales`` float16 ``[pages, Hkv, T]``.
+    page ``block_table[b, c]``, T tokens a page, a multiple of 16. ``k [pages, Hkv, T, D]``, ``v [pages, Hkv, T, Dv]`` in the format's
+    dtype; with int8 and int4 uint8 ``[pages, Hkv, T / 16, bytes of a block]``, and ``k_scales``, ``v_scales`` float16 ``[pages, Hkv, T]``.
     ``channels``: float32 ``[B, Hkv, 2, D + Dv]`` or None: offsets, then factors; what is stored of x is ``(x - offset) / factor``.
     """
 
@@ -52,7 +52,11 @@ class KvCache:
             torch.empty(pages, kv_heads, rows, format.row_width(width, values), dtype=format.dtype, device=device)
             for width, values in ((head_dim, False), (value_dim, True))
         )
-        scales = [torch.empty(pages, kv_heads, tokens, dtype=torch.float16, device=device) for _ in range(2)] if format.has_codes else (None, None)
+        scales = (
+            [torch.empty(pages, kv_heads, tokens, dtype=torch.float16, device=device) for _ in range(2)]
+            if format.has_codes
+            else (None, None)
+        )
         return cls(format, head_dim, value_dim, k, v, *scales)
 
     @classmethod
@@ -93,7 +97,9 @@ class KvCache:
             t, last = given[name], format.row_width(width, values)
             if t.dtype != format.dtype or t.dim() != 4 or t.shape[3] != last or t.shape[:3] != self.k.shape[:3]:
                 unit = "blocks of 16 tokens" if format.has_codes else "tokens"
-                raise ValueError(f"cache.{name} must be {format.dtype} [pages, Hkv, {unit}, {last}] for {format.name}, got {t.dtype} {list(t.shape)}")
+                raise ValueError(
+                    f"cache.{name} must be {format.dtype} [pages, Hkv, {unit}, {last}] for {format.name}, got {t.dtype} {list(t.shape)}"
+                )
             if (last > 1 and t.stride(3) != 1) or (format.has_codes and t.shape[2] > 1 and t.stride(2) != last):
                 raise ValueError(f"cache.{name}'s last dimension must be contiguous (the last two of codes), got strides {t.stride()}")
             scales, shape = given[f"{name}_scales"], (*self.k.shape[:2], self.page_tokens)
@@ -125,7 +131,9 @@ def kv_append(k_new: Tensor, v_new: Tensor, cache: KvCache, start: int = 0, star
     """
     for name, t in (("k_new", k_new), ("v_new", v_new)):
         if t.dim() != 4 or t.dtype not in FLOAT_DTYPES or t.dtype != k_new.dtype:
-            raise ValueError(f"{name} must be [B, Hkv, L, head dim], float32, bfloat16 or float16, one dtype for both, got {t.dtype} {list(t.shape)}")
+            raise ValueError(
+                f"{name} must be [B, Hkv, L, head dim], float32, bfloat16 or float16, one dtype for both, got {t.dtype} {list(t.shape)}"
+            )
         if t.shape[3] > 1 and t.stride(3) != 1:
             raise ValueError(f"{name}'s last dimension must be contiguous, got strides {t.stride()}")
     batch, kv_heads, new, head_dim = k_new.shape
