@@ -1,4 +1,4 @@
-"""Attention: many queries at once (attention_prefill), and few against a cache (attention_decode), beside torch's SDPA.
+"""Attention: many queries at once (attention_prefill), and few against a cache (attention_decode), beside torch's SDPA and FlexAttention.
 
 A case is ``B<batch>_H<query heads>.<key heads>_L<queries>.<keys>_D<head dim>``, causal. A format is the dtype of q, k and v
 (``fp32``, ``bf16``, ``fp16``), or for decoding what the cache holds (``kv_<format>``, q in fp32; ``kv_bf16`` with q in bf16). Cold: each
@@ -174,13 +174,35 @@ def sdpa_entry(case: AttentionCase, format: str) -> Entry:
     return Entry(case, format, f"torch_sdpa_{format}", True, prepare)
 
 
+def flex_entry(case: AttentionCase, format: str) -> Entry:
+    """torch's flex_attention in one dtype, compiled for the case, with a block mask where there are several queries."""
+
+    def prepare(problem: AttentionProblem, cold_bytes: int) -> Prepared:
+        from torch.nn.attention import flex_attention as flex
+
+        q, k, v = (t.to(_DTYPES[format]) for t in (problem.q, problem.k, problem.v))
+        queries, offset = case.queries, case.keys - case.queries
+        visible = lambda b, h, i, j: i + offset >= j  # noqa: E731
+        mask = flex.create_block_mask(visible, None, None, queries, case.keys, device="cpu") if queries > 1 else None
+        take = rotation([(k, v), *((k.clone(), v.clone()) for _ in range(copies_for(k.nbytes * 2, cold_bytes) - 1))])
+        compiled = torch.compile(flex.flex_attention, dynamic=False)
+
+        def call() -> Tensor:
+            with torch.no_grad():
+                return compiled(q, *take(), block_mask=mask, enable_gqa=True)
+
+        return problem.prepared(format, call, call(), k.nbytes * 2 + (q.nbytes * 2 if case.bound_by_arithmetic else 0))
+
+    return Entry(case, format, f"torch_flex_{format}", True, prepare)
+
+
 def races(grid: bool) -> Iterator[list[Entry]]:
     """The headline cases; ``grid``: sixty small and large ones, in one precision a race, for who is never to be slower."""
     if not grid:
-        for queries in (128, 512, 1024, 4096):
+        for queries in (128, 512, 1024, 2048, 4096, 8192):
             yield _race(AttentionCase("attention_prefill", 1, 32, 8, queries, queries, 128))
         yield _race(AttentionCase("attention_prefill", 1, 9, 3, 512, 512, 64))
-        for batch, keys in ((1, 128), (1, 1024), (1, 4096), (1, 32768), (16, 1024), (64, 1024)):
+        for batch, keys in ((1, 128), (1, 512), (1, 1024), (1, 4096), (1, 16384), (1, 32768), (4, 1024), (16, 1024), (64, 1024)):
             yield _race(AttentionCase("attention_decode", batch, 32, 8, 1, keys, 128))
         yield _race(AttentionCase("attention_decode", 1, 9, 3, 1, 1024, 64))
         return
@@ -195,7 +217,8 @@ def races(grid: bool) -> Iterator[list[Entry]]:
 
 
 def _race(case: AttentionCase) -> list[Entry]:
-    return [*(own_entry(case, format) for format in case.formats), *(sdpa_entry(case, format) for format in ("fp32", "bf16"))]
+    peers = [entry(case, format) for entry in (sdpa_entry, flex_entry) for format in ("fp32", "bf16")]
+    return [*(own_entry(case, format) for format in case.formats), *peers]
 
 
 def where_slower(rows) -> list[str]:

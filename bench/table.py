@@ -39,6 +39,10 @@ _ATTENTION = {
     "fp32": "**taut fp32**", "bf16": "**taut bf16**", "kv_float32": "**taut fp32**", "kv_bf16": "**taut bf16**",
     "kv_fp8": "**taut, fp8 cache**", "kv_int8": "**taut, int8 cache**", "kv_int4": "**taut, int4 cache**",
 }  # fmt: skip
+ATTENTION_PEERS = {
+    "torch_sdpa_fp32": "torch SDPA fp32", "torch_sdpa_bf16": "torch SDPA bf16", "torch_flex_fp32": "torch FlexAttention fp32",
+    "torch_flex_bf16": "torch FlexAttention bf16",
+}  # fmt: skip
 
 Line = dict[str, Any]
 
@@ -52,7 +56,7 @@ def read_lines(paths: Iterable[Path]) -> list[Line]:
                 continue
             try:
                 line = json.loads(text)
-                if line.get("op") == "perplexity":  # nothing was timed
+                if line.get("op") in ("perplexity", "kv_cache"):  # nothing was timed
                     continue
                 missing = [name for name in _NEEDED if name not in line]
             except (json.JSONDecodeError, TypeError, AttributeError) as error:
@@ -159,23 +163,25 @@ def render_models(found: dict[str, list[Line]]) -> str:
 
 
 def render_attention(lines: Sequence[Line]) -> str:
-    """Milliseconds of attention in Markdown, and SDPA's over taut's of the same precision; of each case's newest run."""
+    """Milliseconds of attention in Markdown, and torch's over taut's of the same precision; of each case's newest run."""
     cells: dict[str, dict[str, float]] = {}
     first: Line | None = None
     for key in _ATTENTION_CASES:
         found = [line for line in lines if f"{line['op']}/{line['case']}" == key]
         newest = max((line["run"] for line in found), default="")
         for line in (line for line in found if line["run"] == newest):
-            name = f"torch SDPA {line['format']}" if line["peer"] else _ATTENTION[line["format"]]
+            name = ATTENTION_PEERS[line["impl"]] if line["peer"] else _ATTENTION[line["format"]]
             cells.setdefault(name, {})[key] = line["median_us"] / 1e3
             first = first or line
     if first is None:
         return "Not measured yet: `python bench/run.py --attention`."
     rows = [
-        "| ms (SDPA: times taut of the same precision) | " + " | ".join(_ATTENTION_CASES.values()) + " |",
+        "| ms (torch: times taut of the same precision) | " + " | ".join(_ATTENTION_CASES.values()) + " |",
         "|---|" + "---:|" * len(_ATTENTION_CASES),
     ]
-    for name in [*dict.fromkeys(_ATTENTION.values()), "torch SDPA fp32", "torch SDPA bf16"]:
+    for name in dict.fromkeys((*_ATTENTION.values(), *ATTENTION_PEERS.values())):
+        if name not in cells:
+            continue
         ours = cells.get(f"**taut {name.rpartition(' ')[2]}**", {}) if name.startswith("torch") else {}
         rows.append(f"| {name} | " + " | ".join(_cell(cells.get(name, {}).get(key), ours.get(key)) for key in _ATTENTION_CASES) + " |")
     note = (
@@ -185,10 +191,10 @@ def render_attention(lines: Sequence[Line]) -> str:
     return "\n".join([*rows, "", note])
 
 
-def pictures(results: Iterable[Path]) -> str:
-    """Markdown of the plots that lie beside the results, newest name last; empty where there is none."""
-    found = sorted({path for result in results for path in result.parent.glob("*-int[48].png")})
-    return "\n".join(f"![Throughput of a layer over M, {path.stem[-4:]}](bench/results/{path.name})" for path in found)
+def pictures(results: Iterable[Path], name: str, words: str) -> str:
+    """Markdown of the plots of this name that lie beside the results, newest name last; empty where there is none."""
+    found = sorted({path for result in results for path in result.parent.glob(f"{name}.png")})
+    return "\n".join(f"![{words} ({path.stem})](bench/results/{path.name})" for path in found)
 
 
 def _cell(value: float | None, ours: float | None) -> str:
@@ -206,14 +212,15 @@ def update_readme(readme: Path, results: Sequence[Path]) -> None:
     text = readme.read_text()
     _check_markers(readme, text, BEGIN, END)
     lines = read_lines(results)
-    layers = "\n\n".join(filter(None, (render(newest_run(lines)), pictures(results))))
+    layers = "\n\n".join(filter(None, (render(newest_run(lines)), pictures(results, "linear-*", "Throughput of a layer over M"))))
     text = _between(text, BEGIN, END, layers)
     if MODELS_BEGIN in text or MODELS_END in text:
         _check_markers(readme, text, MODELS_BEGIN, MODELS_END)
         text = _between(text, MODELS_BEGIN, MODELS_END, render_models(newest_models(lines)))
     if ATTENTION_BEGIN in text or ATTENTION_END in text:
         _check_markers(readme, text, ATTENTION_BEGIN, ATTENTION_END)
-        text = _between(text, ATTENTION_BEGIN, ATTENTION_END, render_attention(lines))
+        drawn = pictures(results, "attention-*", "Attention over its length")
+        text = _between(text, ATTENTION_BEGIN, ATTENTION_END, "\n\n".join(filter(None, (render_attention(lines), drawn))))
     temporary = readme.with_name(f".{readme.name}.new")
     try:
         temporary.write_text(text)

@@ -190,7 +190,8 @@ def assert_attention_gradients(
 
     A score's gradient is p (dp - shift) slope scale, and the terms of the sums are that times k or q. Its error, in units of the
     last place: of dp and shift, what their products come to; and of p, |dp - shift| times the error of a score, as ``assert_attention``
-    has it. In bf16 and fp16 shift is made of an ``out`` that was rounded, which no kernel can undo: that comes on top.
+    has it. In bf16 and fp16 shift is made of an ``out`` that was rounded, maybe with the weights of its values, which
+    no kernel can undo: that comes on top.
     """
     rules = {name: value for name, value in arguments.items() if name not in ("q", "k", "v")}
     q, k, v = (arguments[name].double() for name in "qkv")
@@ -212,8 +213,11 @@ def assert_attention_gradients(
     scale = abs(rules["softmax_scale"])
     of_grad = scale * terms.weights * ((grad @ values.mT + of_shift) * terms.slope + off * (terms.slope * of_score + slope_error))
     of_grad = of_grad + terms.grad_scores.abs()
-    out_rounding = 0.0 if grad_out.dtype == torch.float32 else ROUNDING[grad_out.dtype][0]
-    moved = scale * terms.weights * terms.slope * out_rounding * (grad * terms.out.abs()).sum(-1, keepdim=True)
+    of_shift_given = torch.zeros_like(of_shift)
+    if grad_out.dtype != torch.float32:
+        of_out = ROUNDING[grad_out.dtype][0] * terms.out.abs() + softmax_rounding(terms.weights, values, grad_out.dtype)
+        of_shift_given = (grad * of_out).sum(-1, keepdim=True)
+    moved = scale * terms.weights * terms.slope * of_shift_given
     per_key = lambda t: t.unflatten(1, (-1, group)).sum(2)  # noqa: E731
     rows, count = q.abs(), group * q.shape[2]
     bounds = [
@@ -225,7 +229,7 @@ def assert_attention_gradients(
         sinks = torch.exp(rules["s_aux"].double()[:, None] - terms.lse)[..., None]
         of_sink = sinks * (of_shift + terms.shift.abs() * (rules["s_aux"].double().abs()[:, None, None] + 4 + terms.lse.abs()[..., None]))
         walk = (q.shape[0] * q.shape[2] * ((sinks * terms.shift) ** 2).sum((0, 2))).sqrt()
-        bounds.append((of_sink.sum((0, 2)), walk, (sinks * out_rounding * (grad * terms.out.abs()).sum(-1, keepdim=True)).sum((0, 2))))
+        bounds.append((of_sink.sum((0, 2)), walk, (sinks * of_shift_given).sum((0, 2))))
     for i, (expected, by_torch, (magnitude, walk, extra)) in enumerate(zip(reference, plain, bounds, strict=True)):
         one, name = found[i], ("dq", "dk", "dv", "ds_aux")[i]
         shape = (-1, one.shape[-1])

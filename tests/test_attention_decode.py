@@ -353,7 +353,8 @@ def test_agrees_with_attention_prefill(impl, dtype, forced):
     rules = case.make()
     q, k, v = (rules.pop(name) for name in "qkv")
     out, lse = attention_decode(q, KvCache.of(k, v), **rules)
-    expected, expected_lse = attention_prefill(q, k, v, **rules)
+    with taut.force_impl("attention_prefill", "cpu_scalar"):  # others may round the weights of the values too
+        expected, expected_lse = attention_prefill(q, k, v, **rules)
     rtol = {torch.float32: 2e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
     assert torch.allclose(out.float(), expected.float(), rtol=rtol, atol=1e-6) and torch.allclose(lse, expected_lse, rtol=1e-6, atol=2e-6)
 

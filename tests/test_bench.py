@@ -388,6 +388,27 @@ def test_render_shows_cold_times_and_ratios() -> None:
     assert "a machine, 2 threads, torch 2.13.0, commit abc, 2026-11-02" in rows[-1]
 
 
+def test_attention_is_shown_beside_torch_in_the_same_precision() -> None:
+    case = "B1_H32.8_L1.4096_D128"
+    lines = [
+        {**_line(1, us, format, impl, peer=peer, run=run), "op": "attention_decode", "case": case}
+        for us, format, impl, peer, run in (
+            (9000.0, "kv_float32", "cpu_avx2", False, "2026-11-01T10:00:00+00:00"),
+            (1000.0, "kv_float32", "cpu_avx2", False, "2026-11-02T10:00:00+00:00"),
+            (250.0, "kv_int8", "cpu_avx2", False, "2026-11-02T10:00:00+00:00"),
+            (3000.0, "fp32", "torch_sdpa_fp32", True, "2026-11-02T10:00:00+00:00"),
+            (5000.0, "bf16", "torch_flex_bf16", True, "2026-11-02T10:00:00+00:00"),
+        )
+    ]
+    rows = table.render_attention(lines).splitlines()
+    assert rows[2:6] == [
+        "| **taut fp32** |  | 1 |  |  |", "| **taut, int8 cache** |  | 0.25 |  |  |", "| torch SDPA fp32 |  | 3 (3.0x) |  |  |",
+        "| torch FlexAttention bf16 |  | 5 |  |  |",
+    ]  # fmt: skip
+    assert "2026-11-02" in rows[-1]
+    assert "Not measured yet" in table.render_attention(_full_run("2026-11-02T10:00:00+00:00"))
+
+
 def test_update_readme_changes_only_what_is_between_the_markers(tmp_path: Path) -> None:
     readme, results = tmp_path / "README.md", tmp_path / "a.jsonl"
     readme.write_text(f"# top\n{table.BEGIN}\nold\n{table.END}\nrest\n")
