@@ -14,7 +14,7 @@ from torch import Tensor
 
 import taut
 from attention_cases import MASKS, ORDERS, AttentionCase
-from cases import DTYPES, covering_set
+from cases import DTYPE_CODES, DTYPES, covering_set
 from checks import assert_same_bits
 from decode_checks import MOST_Q, assert_decode, sequences
 from kv_caches import CACHE_ORDERS, CODES, FLOATS, FORMATS, blank, filled, numbers
@@ -26,6 +26,11 @@ from taut.ops.kv_append import KvCache, kv_append, kv_channels
 
 OP = "attention_decode"
 MOST_PRODUCTS = 2_000_000  # of a case: the scalar impl takes 10 ms for it
+
+
+def sizes_of(format: KvFormat, dims: tuple[int, int] = (64, 64), dtype: torch.dtype = torch.float32, **rest: int) -> dict[str, int]:
+    """What ``taut.explain("attention_decode", ...)`` takes."""
+    return {"kv_format": format.code, "D": dims[0], "Dv": dims[1], "dtype": DTYPE_CODES[dtype], **rest}
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,10 @@ class DecodeCase:
         return zlib.crc32(str(self).encode())
 
     def sizes(self) -> dict[str, int]:
-        return {"kv_format": self.format.code}
+        """What ``taut.explain("attention_decode", ...)`` takes."""
+        case = self.attention
+        aligned = self.format.has_codes or self.cache_order != "strided"
+        return sizes_of(self.format, case.dims, case.dtype, channels=int(self.channels and case.lengths[1] > 0), aligned=int(aligned))
 
     @cached_property
     def call(self) -> dict:
@@ -170,7 +178,7 @@ def test_fuzz(impl, forced):
     seed = int(datetime.date.today().strftime("%Y%m%d"))
     print(f"seed {seed}")
     draw = random.Random(seed)
-    runs = forced(impl, kv_format=KV_FORMATS["int8"].code)
+    runs = forced(impl, **sizes_of(KV_FORMATS["int8"]))
     for _ in range(12):
         kv_heads = draw.choice((1, 2, 3))
         attention = AttentionCase(
@@ -193,7 +201,7 @@ def random_heads(shape: tuple[int, int, int], *widths: int, seed: int = 1) -> li
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 def test_one_key_gives_its_value(impl, format, forced):
-    forced(impl, kv_format=format.code)
+    forced(impl, **sizes_of(format, (64, 40)))
     k, v = random_heads((2, 3, 1), 64, 40)
     cache = filled(k, v, format, 20)
     out, lse = attention_decode(torch.randn(2, 6, 1, 64), cache, 1)
@@ -209,7 +217,7 @@ def test_one_key_gives_its_value(impl, format, forced):
 def test_exact_mode(impl, dtype, forced):
     """Small integers, and scores that are all the same or far apart: each result is a mean of some v, or one of them, bit for bit."""
     format = KV_FORMATS[str(dtype).removeprefix("torch.")]
-    forced(impl, kv_format=format.code)
+    forced(impl, **sizes_of(format, (64, 48), dtype))
     generator = torch.Generator().manual_seed(5)
     v = torch.randint(-8, 9, (1, 2, 64, 48), generator=generator).to(dtype)
     k = torch.randint(-2, 3, (1, 2, 64, 64), generator=generator).to(dtype)
@@ -230,8 +238,9 @@ def test_exact_mode(impl, dtype, forced):
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 @pytest.mark.parametrize("how", ("causal", "window", "mask", "additive", "padding", "lengths"))
 def test_what_is_hidden_does_not_matter(impl, how, format, forced):
-    forced(impl, kv_format=format.code)
-    case = AttentionCase((6, 2), (5, 170), (64, 48), causal=how == "causal", window=20 if how == "window" else 0)
+    dtype = torch.bfloat16 if format.name == "bfloat16" and "mma" in impl else torch.float32  # what it takes
+    forced(impl, **sizes_of(format, (64, 48), dtype))
+    case = AttentionCase((6, 2), (5, 170), (64, 48), dtype, causal=how == "causal", window=20 if how == "window" else 0)
     rules = case.make()
     q, k, v = (rules.pop(name) for name in "qkv")
     hidden, queries = torch.arange(170) >= 140, slice(None)
@@ -246,6 +255,7 @@ def test_what_is_hidden_does_not_matter(impl, how, format, forced):
     elif how in ("mask", "padding"):
         rules["mask"] = ~hidden
     rules["lengths"] = torch.tensor([140], dtype=torch.int32) if how == "lengths" else None
+    rtol = 2e-5 if dtype == torch.float32 else 2**-7
     expected = attention_decode(q, filled(k, v, format), 170, **rules)
     for value in (torch.nan,) if format.has_codes or format.name == "fp8" else (torch.nan, torch.inf):
         for name in "kv":
@@ -256,7 +266,7 @@ def test_what_is_hidden_does_not_matter(impl, how, format, forced):
                 if format.has_codes:
                     assert_same_bits(one[:, :, queries].contiguous(), other[:, :, queries].contiguous(), f"{impl}: {name}")
                 else:  # another order of sums
-                    assert torch.allclose(one[:, :, queries], other[:, :, queries], rtol=2e-5, atol=2**-23), f"{impl}: {name}"
+                    assert torch.allclose(one[:, :, queries], other[:, :, queries], rtol=rtol, atol=2**-23), f"{impl}: {name}"
             if how == "causal":
                 seen = found[0][:, :, 3:]
                 if value != value or name == "v":
@@ -267,7 +277,7 @@ def test_what_is_hidden_does_not_matter(impl, how, format, forced):
 @pytest.mark.parametrize("value", (float("nan"), float("inf")), ids=str)
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 def test_a_query_that_is_no_number_spoils_its_row_alone(impl, format, value, forced):
-    forced(impl, kv_format=format.code)
+    forced(impl, **sizes_of(format, (40, 33)))
     k, v = random_heads((2, 2, 150), 40, 33)
     (q,) = random_heads((2, 8, 3), 40)
     cache = filled(k, v, format, 170)
@@ -284,7 +294,7 @@ def test_a_query_that_is_no_number_spoils_its_row_alone(impl, format, value, for
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 def test_rows_that_see_nothing(impl, format, forced):
-    forced(impl, kv_format=format.code)
+    forced(impl, **sizes_of(format, (64, 48)))
     k, v = random_heads((3, 2, 140), 64, 48)
     (q,) = random_heads((3, 4, 6), 64)
     cache = filled(k, v, format, 150)
@@ -327,8 +337,8 @@ def test_a_mask_of_the_lowest_number_is_a_mean(impl, forced):
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 def test_batch_and_threads_and_pages_change_nothing(impl, format, forced, threads):
-    forced(impl, kv_format=format.code)
-    k, v = random_heads((3, 3, 1100), 64, 72)
+    forced(impl, **sizes_of(format, (64, 80)))
+    k, v = random_heads((3, 3, 1100), 64, 80)
     (q,) = random_heads((3, 18, 3), 64)
     channels, lengths = kv_channels(k[:, :, :50], v[:, :, :50]), torch.tensor([1100, 513, 40], dtype=torch.int32)
     cache = filled(k, v, format, 1100, channels=channels)
@@ -360,7 +370,7 @@ def test_agrees_with_attention_prefill(impl, dtype, forced):
     q, k, v = (rules.pop(name) for name in "qkv")
     with taut.force_impl("attention_prefill", "cpu_scalar"):  # others may round the weights of the values too
         expected, expected_lse = attention_prefill(q, k, v, **rules)
-    forced(impl, kv_format=format.code)
+    forced(impl, **sizes_of(format, (80, 96), dtype))
     out, lse = attention_decode(q, KvCache.of(k, v), **rules)
     rtol = {torch.float32: 2e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
     assert torch.allclose(out.float(), expected.float(), rtol=rtol, atol=1e-6) and torch.allclose(lse, expected_lse, rtol=1e-6, atol=2e-6)
@@ -369,7 +379,7 @@ def test_agrees_with_attention_prefill(impl, dtype, forced):
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 def test_left_padding_is_the_prompt_alone(impl, format, forced):
     """A padded prompt differs from the prompt alone by rounding only: its keys fall into other tiles."""
-    forced(impl, kv_format=format.code)
+    forced(impl, **sizes_of(format))
     (q,), (k, v) = random_heads((2, 4, 3), 64), random_heads((2, 2, 190), 64, 64)
     mask = torch.arange(190)[None, :] >= torch.tensor([0, 137])[:, None]
     out, lse = attention_decode(q, filled(k, v, format), 190, mask=mask[:, None, None])
@@ -382,7 +392,7 @@ def test_left_padding_is_the_prompt_alone(impl, format, forced):
 @pytest.mark.parametrize("format", CODES, ids=lambda format: format.name)
 def test_codes_are_near_exact_attention(impl, format, forced):
     """Keys have channels that are large for all tokens, as those of language models do. Channels take care of them."""
-    forced(impl, kv_format=format.code)
+    forced(impl, **sizes_of(format, (128, 128)))
     (q,), (k, v) = random_heads((2, 8, 2), 128), random_heads((2, 2, 600), 128, 128)
     large = torch.randperm(128, generator=torch.Generator().manual_seed(3))[:6]
     k[..., large] = k[..., large] * 5 + 10
@@ -398,7 +408,7 @@ def test_codes_are_near_exact_attention(impl, format, forced):
 @pytest.mark.parametrize("format", CODES, ids=lambda format: format.name)
 def test_queries_are_rounded_as_the_contract_says(impl, format, forced):
     """14 bits of a row's largest element beside int8, 8 beside int4: half a step moves a score by no more, and a whole one shows."""
-    forced(impl, kv_format=format.code)
+    forced(impl, **sizes_of(format))
     if exact(impl):
         pytest.skip("it does not round")
     most, largest = MOST_Q[format.bits], {8: 127 / 32, 4: 7.0}[format.bits]
@@ -414,7 +424,7 @@ def test_queries_are_rounded_as_the_contract_says(impl, format, forced):
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 def test_a_cache_of_zeros(impl, format, forced):
-    forced(impl, kv_format=format.code)
+    forced(impl, **sizes_of(format))
     cache = filled(torch.zeros(1, 2, 70, 64), torch.zeros(1, 2, 70, 64), format)
     out, lse = attention_decode(torch.randn(1, 4, 2, 64), cache, 70, causal=False)
     assert bool((out == 0).all()) and torch.allclose(lse, torch.tensor(math.log(70.0)))

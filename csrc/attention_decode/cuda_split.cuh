@@ -123,9 +123,11 @@ struct Places {
 
 template <int kRows, int kWidth>
 struct Sums {
-  float values[kRows][kWidth], most[kRows], total[kRows];
+  float values[kRows][kWidth + 4];  // WHY 4 more: lanes that have the same columns of several rows meet no bank conflict
+  float most[kRows], total[kRows];
 
   TAUT_DEVICE void clear(int lane) {
+#pragma unroll 1
     for (int i = lane; i < kRows * kWidth; i += 32) values[i / kWidth][i % kWidth] = 0;
     if (lane < kRows) most[lane] = kLowest, total[lane] = 0;
   }

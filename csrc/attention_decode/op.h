@@ -70,5 +70,16 @@ namespace cuda_sm75_simt {
 int64_t workspace_bytes(const CudaParams&);
 void run(const CudaParams&);
 }  // namespace cuda_sm75_simt
+// On tensor cores.
+namespace cuda_sm75_mma {
+const char* supported(const CudaParams&);
+int64_t workspace_bytes(const CudaParams&);
+void run(const CudaParams&);
+}  // namespace cuda_sm75_mma
+namespace cuda_sm80_mma {
+const char* supported(const CudaParams&);
+int64_t workspace_bytes(const CudaParams&);
+void run(const CudaParams&);
+}  // namespace cuda_sm80_mma
 
 }  // namespace taut::attention_decode

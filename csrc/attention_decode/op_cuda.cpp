@@ -9,7 +9,7 @@ namespace taut::attention_decode {
 namespace {
 
 // `supported` of an impl whose kernels are in a file for this SM: whether the build has them for the device, too.
-constexpr char kSm75[] = "75";
+constexpr char kSm75[] = "75", kSm80[] = "80";
 template <const char* kFile, const char* (*kSupported)(const CudaParams&)>
 const char* built(const CudaParams& p) {
   if (const char* why = kSupported(p)) return why;
@@ -17,6 +17,8 @@ const char* built(const CudaParams& p) {
 }
 
 constexpr Impl<CudaParams> kImpls[] = {
+    {"cuda_sm80.mma", built<kSm80, cuda_sm80_mma::supported>, always, cuda_sm80_mma::run, cuda_sm80_mma::workspace_bytes},
+    {"cuda_sm75.mma", built<kSm75, cuda_sm75_mma::supported>, always, cuda_sm75_mma::run, cuda_sm75_mma::workspace_bytes},
     {"cuda_sm75.simt", built<kSm75, always<CudaParams>>, always, cuda_sm75_simt::run, cuda_sm75_simt::workspace_bytes},
 };
 
@@ -59,8 +61,16 @@ std::tuple<Tensor, Tensor> attention_decode(const Tensor& q, const Tensor& k, co
 
 std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
   const auto index = sizes.find("device_index");
+  const auto size = [&](const char* name, int64_t otherwise) { return sizes.count(name) ? sizes.at(name) : otherwise; };
   CudaParams p{};
   p.cache.format = format_of_sizes(sizes);
+  p.D = size("D", 64), p.Dv = size("Dv", p.D);
+  const int64_t dtype = size("dtype", 0);
+  check(0 <= dtype && dtype <= 2, kOp, ": dtype must be 0 (float32), 1 (bfloat16) or 2 (float16), got ", dtype);
+  p.dtype = static_cast<DType>(dtype);
+  static constexpr float kSome[1] = {};
+  if (size("channels", 0)) p.cache.channels = kSome;  // nobody looks at them here
+  if (!size("aligned", 1)) p.cache.k_row_stride = 1;
   p.device = &device(index == sizes.end() ? 0 : static_cast<int>(index->second));
   return explain_table(kOp, kImpls, p);
 }
