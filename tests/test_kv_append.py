@@ -87,7 +87,7 @@ def expected_stored(case: AppendCase, cache: KvCache, k: Tensor, v: Tensor) -> t
 def check_stored(case: AppendCase, impl: str, special: Tensor | None = None) -> None:
     cache, memory, k, v, starts = case.make()
     if special is not None:
-        k, v = (special[:, : x.shape[-1]].to(case.dtype)[None, None].expand(case.batch, case.kv_heads, -1, -1) for x in (k, v))
+        k, v = (special[:, : x.shape[-1]].to(case.dtype, copy=True)[None, None].expand(case.batch, case.kv_heads, -1, -1) for x in (k, v))
     inputs, context = [k.clone(), v.clone()], f"{impl} on {case}, seed {case.seed}"
     kv_append(k, v, cache, case.span[0], starts)
     touched = case.touched(cache, starts)

@@ -405,8 +405,12 @@ struct MmaUnit {
   }
 };
 
+// Blocks of a multiprocessor. WHY fewer of wide rows: more of their loads are under way at once.
+template <int kWidth>
+constexpr int kMmaBlocks = kWidth > 128 ? 2 : 3;
+
 template <int kSm, KvFormat kFormat, int kWidth>
-__global__ void __launch_bounds__(kThreads, 3) decode_mma(const Args args) {
+__global__ void __launch_bounds__(kThreads, kMmaBlocks<kWidth>) decode_mma(const Args args) {
   if constexpr (kCompiledFor<kSm>) {
     TAUT_DYNAMIC_SMEM(smem);
     walk<MmaUnit<kSm, kFormat, kWidth>>(args, smem);
@@ -414,15 +418,6 @@ __global__ void __launch_bounds__(kThreads, 3) decode_mma(const Args args) {
 }
 
 // ---- Host
-
-// Whether the floats of a cache can be loaded 16 bytes at a time; codes can.
-inline bool whole_chunks(const CudaParams& p) {
-  const KvCache& cache = p.cache;
-  if (has_codes(cache.format)) return true;
-  const int64_t bytes = reinterpret_cast<int64_t>(cache.k) | reinterpret_cast<int64_t>(cache.v) | cache.k_page_stride | cache.k_head_stride |
-                        cache.k_row_stride | cache.v_page_stride | cache.v_head_stride | cache.v_row_stride | (p.D | p.Dv) * kv_element_bytes(cache.format);
-  return bytes % 16 == 0;
-}
 
 inline const char* why_no_mma(const CudaParams& p) {
   if (p.cache.format == KvFormat::kFloat32) return "a float32 cache; tensor cores take 16 bits";
@@ -434,7 +429,7 @@ template <int kSm, KvFormat kFormat>
 void start_mma(const CudaParams& p) {
   const auto start = [&]<int kWidth>() {
     using Unit = MmaUnit<kSm, kFormat, kWidth>;
-    launch_decode(p, "attention_decode mma", decode_mma<kSm, kFormat, kWidth>, smem_bytes_of<Unit>(), 3, args_of(p, Unit::kRows));
+    launch_decode(p, "attention_decode mma", decode_mma<kSm, kFormat, kWidth>, smem_bytes_of<Unit>(), kMmaBlocks<kWidth>, args_of(p, Unit::kRows));
   };
   const int64_t width = std::max(p.D, p.Dv);
   if (width > 128) return start.template operator()<256>();

@@ -6,9 +6,9 @@
 //           weights. Then the values in the same way: of floats a lane has 16 bytes of a token's columns, of codes four columns of four
 //           or eight tokens. The scale of a key's codes multiplies the score, that of a value's the weight, and channels q and out:
 //           a code is an integer made a float by the mantissa of 2^23.
-// BOUND     memory, as long as a number read costs less than it takes to arrive: fp32 FMAs are 4 rows x 2 a number, and about 2 more
-//           operations make it a float. bf16 on 132 multiprocessors that read 3.35 TB/s: 1.7e12 numbers a second, 6.7e12 FMAs of 33e12.
-//           int4: 6.7e12 numbers, and the FMAs are nearly all of them: cuda_sm80_mma is for it.
+// BOUND     memory, as long as a number costs less than it takes to arrive: an FMA for each of four rows, and about two operations that make
+//           it a float. bf16 on 132 multiprocessors that read 3.35 TB/s: 1.7e12 numbers a second, 6.7e12 FMAs of 33e12. fp32: half of it.
+//           int4: 6.7e12 numbers, 27e12 FMAs and as many operations again: cuda_sm80_mma is for it.
 //           Floats between which 16-byte loads do not fit (a head dim of 33, a view) are read one by one
 // LIMITS    none: every format, head dims to 256, from SM 75 on
 #include "attention_decode/cuda_split.cuh"
@@ -372,18 +372,21 @@ void start(const CudaParams& p) {
   launch_decode(p, "attention_decode simt", decode_simt<kFormat, kWidth, kAligned>, smem_bytes_of<ThisUnit>(), kBlocks<kFormat, kAligned>, args_of(p, ThisUnit::kRows));
 }
 
+// WHY few instances: tensor cores take all but float32 caches (and bf16 ones where q is float32 or before sm_80). What is left for this kernel
+// of the other formats is what does not lie in chunks of 16 bytes, and codes where it is asked for by name.
 template <KvFormat kFormat>
 void start_format(const CudaParams& p) {
-  if constexpr (!has_codes(kFormat)) {
-    const KvCache& cache = p.cache;
-    const int64_t bytes = reinterpret_cast<int64_t>(cache.k) | reinterpret_cast<int64_t>(cache.v) | cache.k_page_stride | cache.k_head_stride |
-                          cache.k_row_stride | cache.v_page_stride | cache.v_head_stride | cache.v_row_stride | (p.D | p.Dv) * kv_element_bytes(kFormat);
-    if (bytes % 16 != 0) return start<kFormat, 256, false>(p);
+  if constexpr (has_codes(kFormat)) {
+    start<kFormat, 256, true>(p);
+  } else if constexpr (kFormat == KvFormat::kFp8 || kFormat == KvFormat::kFloat16) {
+    start<kFormat, 256, false>(p);
+  } else {
+    const int64_t width = std::max(p.D, p.Dv);
+    if (!whole_chunks(p)) start<kFormat, 256, false>(p);
+    else if (width <= 64) start<kFormat, 64, true>(p);
+    else if (width <= 128) start<kFormat, 128, true>(p);
+    else start<kFormat, 256, true>(p);
   }
-  const int64_t width = std::max(p.D, p.Dv);
-  if (width <= 64) start<kFormat, 64, true>(p);
-  else if (width <= 128) start<kFormat, 128, true>(p);
-  else start<kFormat, 256, true>(p);
 }
 
 }  // namespace

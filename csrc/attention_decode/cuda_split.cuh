@@ -299,6 +299,15 @@ __global__ void __launch_bounds__(32 * kCombineWarps) decode_combine(const Args 
 
 // ---- Host
 
+// Whether the floats of a cache can be loaded 16 bytes at a time; codes can.
+inline bool whole_chunks(const CudaParams& p) {
+  const KvCache& cache = p.cache;
+  if (has_codes(cache.format)) return true;
+  const int64_t bytes = reinterpret_cast<int64_t>(cache.k) | reinterpret_cast<int64_t>(cache.v) | cache.k_page_stride | cache.k_head_stride |
+                        cache.k_row_stride | cache.v_page_stride | cache.v_head_stride | cache.v_row_stride | (p.D | p.Dv) * kv_element_bytes(cache.format);
+  return bytes % 16 == 0;
+}
+
 inline Args args_of(const CudaParams& p, int block_rows) {
   Args args{};
   args.q = p.q, args.out = p.out, args.cache = p.cache, args.lse = p.lse, args.rules = p.rules, args.lengths = p.lengths, args.dtype = p.dtype;
