@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,6 +18,7 @@ from attention_cases import MASKS, ORDERS, AttentionCase
 from cases import DTYPE_CODES, DTYPES, covering_set
 from checks import assert_same_bits
 from decode_checks import MOST_Q, assert_decode, sequences
+from emulator import build, emulated
 from kv_caches import CACHE_ORDERS, CODES, FLOATS, FORMATS, blank, filled, numbers
 from taut.formats.kv import KV_FORMATS, KvFormat
 from taut.ops import attention_decode as op
@@ -53,6 +55,11 @@ class DecodeCase:
     @property
     def seed(self) -> int:
         return zlib.crc32(str(self).encode())
+
+    @property
+    def emulated_mode(self) -> str:
+        """Of the emulator's two the one that runs it. WHY not both: half the time, and either shows a wrong result."""
+        return build.MODES[self.seed % 2]
 
     def sizes(self) -> dict[str, int]:
         """What ``taut.explain("attention_decode", ...)`` takes."""
@@ -105,6 +112,11 @@ def rules_of(call: dict) -> dict:
 def exact(impl: str) -> bool:
     """Whether q and the weights are multiplied as they are, in float32, beside codes too."""
     return impl.startswith(("cpu_scalar", "cuda"))
+
+
+def dtype_for(impl: str, format: KvFormat) -> torch.dtype:
+    """Of q: float32, or what an impl takes beside this cache."""
+    return torch.bfloat16 if format.name == "bfloat16" and "mma" in impl else torch.float32
 
 
 def check(impl: str, case: DecodeCase) -> None:
@@ -239,7 +251,7 @@ def test_exact_mode(impl, dtype, forced):
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 @pytest.mark.parametrize("how", ("causal", "window", "mask", "additive", "padding", "lengths"))
 def test_what_is_hidden_does_not_matter(impl, how, format, forced):
-    dtype = torch.bfloat16 if format.name == "bfloat16" and "mma" in impl else torch.float32  # what it takes
+    dtype = dtype_for(impl, format)
     forced(impl, **sizes_of(format, (64, 48), dtype))
     case = AttentionCase((6, 2), (5, 170), (64, 48), dtype, causal=how == "causal", window=20 if how == "window" else 0)
     rules = case.make()
@@ -338,17 +350,25 @@ def test_a_mask_of_the_lowest_number_is_a_mean(impl, forced):
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 def test_batch_and_threads_and_pages_change_nothing(impl, format, forced, threads):
-    forced(impl, **sizes_of(format, (64, 80)))
-    k, v = random_heads((3, 3, 1100), 64, 80)
-    (q,) = random_heads((3, 18, 3), 64)
-    channels, lengths = kv_channels(k[:, :, :50], v[:, :, :50]), torch.tensor([1100, 513, 40], dtype=torch.int32)
+    dtype = dtype_for(impl, format)
+    forced(impl, **sizes_of(format, (64, 80), dtype))
+    kv_heads, queries = (1, 2) if impl.startswith("cuda") else (3, 3)
+    k, v = random_heads((3, kv_heads, 1100), 64, 80)
+    (q,) = random_heads((3, 6 * kv_heads, queries), 64)
+    q, channels = q.to(dtype), None if dtype != torch.float32 else kv_channels(k[:, :, :50], v[:, :, :50])
+    lengths = torch.tensor([1100, 513, 40], dtype=torch.int32)
     cache = filled(k, v, format, 1100, channels=channels)
     threads(1)
     whole = attention_decode(q, cache, 1100, lengths)
-    for count in (2, 3):
+    for count in () if impl.startswith("cuda") else (2, 3):
         threads(count)
         for one, other in zip(attention_decode(q, cache, 1100, lengths), whole, strict=True):
             assert_same_bits(one, other, f"{impl}: {count} threads")
+    if match := re.fullmatch(r"(\S+) \(emulated, (\w+)\)", impl):
+        for count in (1, 64):  # multiprocessors
+            emulated.ops_library(match[2]).set_device(emulated.sm_of(match[1]), count)
+            for one, other in zip(attention_decode(q, cache, 1100, lengths), whole, strict=True):
+                assert_same_bits(one, other, f"{impl}: {count} multiprocessors")
     # On CUDA, floats that do not lie at multiples of 16 bytes are added up in another order.
     orders = ("paged",) if impl.startswith("cuda") and not format.has_codes else ("strided", "paged")
     for order in orders:
@@ -357,9 +377,31 @@ def test_batch_and_threads_and_pages_change_nothing(impl, format, forced, thread
             assert_same_bits(one, expected, f"{impl}: {order}")
     for b in range(3):
         n = int(lengths[b])
-        alone = filled(k[b : b + 1, :, :n], v[b : b + 1, :, :n], format, channels=channels[b : b + 1])
+        alone = filled(k[b : b + 1, :, :n], v[b : b + 1, :, :n], format, channels=None if channels is None else channels[b : b + 1])
         for one, expected in zip(attention_decode(q[b : b + 1], alone, n), whole, strict=True):
             assert_same_bits(one, expected[b : b + 1], f"{impl}: sequence {b} alone")
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
+def test_what_lies_on_the_device_is_not_trusted(impl, format, forced):
+    """Lengths and pages out of range, which the CPU refuses, and which the host does not look at on CUDA."""
+    if not impl.startswith("cuda"):
+        pytest.skip("it refuses them: test_bad_call_is_an_error")
+    dtype = dtype_for(impl, format)
+    forced(impl, **sizes_of(format, dtype=dtype))
+    (q,), (k, v) = random_heads((3, 4, 2), 64), random_heads((3, 2, 150), 64, 64)
+    q, cache = q.to(dtype), filled(k, v, format, 150, "paged")
+    for found, expected in ((counts(-5, 2**31 - 1, 70), counts(0, 150, 70)), (counts(-(2**31), 151, 150), counts(0, 150, 150))):
+        for one, other in zip(attention_decode(q, cache, 150, found), attention_decode(q, cache, 150, expected), strict=True):
+            assert_same_bits(one, other, f"{impl}: {found.tolist()}")
+    table = cache.block_table.clone()
+    seen = torch.ones(3, 1, 1, 150, dtype=torch.bool)
+    for b, column, page in ((0, 0, -1), (0, 3, len(cache.k)), (1, 4, 2**31 - 1), (2, 1, -(2**31)), *((2, column, 10**6) for column in range(5))):
+        table[b, column], seen[b, ..., 32 * column : 32 * column + 32] = page, False
+    found = attention_decode(q, replace(cache, block_table=table), 150)
+    assert bool((found[0][2] == 0).all() and (found[1][2] == -torch.inf).all())
+    for one, other in zip(found, attention_decode(q, cache, 150, mask=seen), strict=True):
+        assert_same_bits(one, other, f"{impl}: pages that are not there")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

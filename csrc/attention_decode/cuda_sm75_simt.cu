@@ -356,12 +356,12 @@ struct Unit {
   }
 };
 
-// Blocks of a multiprocessor. WHY fewer of fp8: a lane has sixteen columns of four rows.
-template <KvFormat kFormat, bool kAligned>
-constexpr int kBlocks = kFormat == KvFormat::kFp8 || !kAligned ? 2 : 3;
+// Blocks of a multiprocessor.
+template <bool kAligned>
+constexpr int kBlocks = kAligned ? 3 : 2;
 
 template <KvFormat kFormat, int kWidth, bool kAligned>
-__global__ void __launch_bounds__(kThreads, kBlocks<kFormat, kAligned>) decode_simt(const Args args) {
+__global__ void __launch_bounds__(kThreads, kBlocks<kAligned>) decode_simt(const Args args) {
   TAUT_DYNAMIC_SMEM(smem);
   walk<Unit<kFormat, kWidth, kAligned>>(args, smem);
 }
@@ -369,7 +369,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kFormat, kAligned>) decode_s
 template <KvFormat kFormat, int kWidth, bool kAligned>
 void start(const CudaParams& p) {
   using ThisUnit = Unit<kFormat, kWidth, kAligned>;
-  launch_decode(p, "attention_decode simt", decode_simt<kFormat, kWidth, kAligned>, smem_bytes_of<ThisUnit>(), kBlocks<kFormat, kAligned>, args_of(p, ThisUnit::kRows));
+  launch_decode(p, "attention_decode simt", decode_simt<kFormat, kWidth, kAligned>, smem_bytes_of<ThisUnit>(), kBlocks<kAligned>, args_of(p, ThisUnit::kRows));
 }
 
 // WHY few instances: tensor cores take all but float32 caches (and bf16 ones where q is float32 or before sm_80). What is left for this kernel
