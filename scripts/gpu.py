@@ -34,7 +34,10 @@ DEFAULT_BUDGET = 460.0
 LIMITS = {"build": (240.0, 150.0), "golden": (40.0, 120.0), "tests": (100.0, 100.0), "bench": (300.0, 45.0), "sanitizer": (120.0, 5.0)}
 STALL_SECONDS = 75.0  # without a new line the benchmark is stuck: in a kernel that does not return, or a peer that tunes itself
 MOST_STARTS = 8
-TESTS = ("tests/test_quant_linear.py", "tests/test_pack_weight.py", "tests/test_quant_linear_module.py", "tests/test_cuda_device.py")
+TESTS = tuple(
+    f"tests/test_{name}.py"
+    for name in ("quant_linear", "attention_decode", "kv_append", "pack_weight", "quant_linear_module", "cuda_device")
+)
 # Needed to import taut and to run its tests; a machine with torch has numpy and more.
 WHEELS = (
     "psutil", "rich", "markdown-it-py", "mdurl", "pygments", "safetensors",

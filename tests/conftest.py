@@ -35,7 +35,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """WHY not skipped: no CUDA kernel takes these formats on any machine, or another mode of the emulator has them, and they are thousands."""
+    """WHY not skipped: no CUDA kernel takes these formats anywhere, or the emulator's other mode has the case, and they are thousands."""
     items[:] = [item for item in items if not never_runs(getattr(item, "callspec", None))]
 
 

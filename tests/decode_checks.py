@@ -110,7 +110,7 @@ class Sequence:
         return found[0], found[1][..., 0]
 
     def roundings_of_weights(self, v_scales: Tensor, tile: int = TILE, most_weight: int = MOST_WEIGHT) -> Tensor:
-        """How far out may move as the weights times the values' scales are rounded to ``most_weight`` steps of the largest in a tile of keys."""
+        """How far out may move as the weights times the values' scales are rounded to steps: ``most_weight`` are a tile's largest."""
         weights, keys = self.weights, self.k.shape[1]
         scaled = weights * v_scales[:, None]
         most = torch.stack([part.amax(-1) for part in scaled.split(tile, -1)], -1) if keys else scaled

@@ -396,7 +396,13 @@ def test_what_lies_on_the_device_is_not_trusted(impl, format, forced):
             assert_same_bits(one, other, f"{impl}: {found.tolist()}")
     table = cache.block_table.clone()
     seen = torch.ones(3, 1, 1, 150, dtype=torch.bool)
-    for b, column, page in ((0, 0, -1), (0, 3, len(cache.k)), (1, 4, 2**31 - 1), (2, 1, -(2**31)), *((2, column, 10**6) for column in range(5))):
+    for b, column, page in (
+        (0, 0, -1),
+        (0, 3, len(cache.k)),
+        (1, 4, 2**31 - 1),
+        (2, 1, -(2**31)),
+        *((2, column, 10**6) for column in range(5)),
+    ):
         table[b, column], seen[b, ..., 32 * column : 32 * column + 32] = page, False
     found = attention_decode(q, replace(cache, block_table=table), 150)
     assert bool((found[0][2] == 0).all() and (found[1][2] == -torch.inf).all())

@@ -271,7 +271,7 @@ def test_reads_any_span_in_any_dtype(impl, format, forced):
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 def test_what_lies_on_the_device_is_not_trusted(impl, format, forced):
-    """Starts and pages out of range, which the CPU refuses, and which the host does not look at on CUDA: nothing is stored there, NaN is read."""
+    """Starts and pages out of range, which the CPU refuses, and CUDA's host does not look at: nothing is stored there, NaN is read."""
     if not impl.startswith("cuda"):
         pytest.skip("it refuses them: test_bad_call_is_an_error")
     forced(impl)

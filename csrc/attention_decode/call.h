@@ -28,8 +28,8 @@ struct Call {
 // `lengths`, and what the block table holds, aside.
 inline Call make_call(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& k_scales, const std::optional<Tensor>& v_scales,
                       const std::optional<Tensor>& channels, const std::optional<Tensor>& block_table, int64_t kv_format, int64_t value_dim, int64_t keys,
-                      double softmax_scale, bool causal, int64_t window, double softcap, const std::optional<Tensor>& mask,
-                      const std::optional<Tensor>& s_aux, const std::optional<Tensor>& alibi_slopes, bool tokens_first, CheckPlace check_place) {
+                      double softmax_scale, bool causal, int64_t window, double softcap, const std::optional<Tensor>& mask, const std::optional<Tensor>& s_aux,
+                      const std::optional<Tensor>& alibi_slopes, bool tokens_first, CheckPlace check_place) {
   check(q.dim() == 4, kOp, ": q must be [B, Hq, Lq, head dim], got ", shape_string(q));
   check(k.dim() == 4, kOp, ": k must be 4-dimensional, got ", shape_string(k));
   Call call{};
@@ -45,7 +45,12 @@ inline Call make_call(const Tensor& q, const Tensor& k, const Tensor& v, const s
   p.q = heads_of(kOp, "q", q, true, check_place);
   call.sinks = per_head(kOp, "s_aux", s_aux, q, p.Hq, check_place), call.slopes = per_head(kOp, "alibi_slopes", alibi_slopes, q, p.Hq, check_place);
   const int64_t scores_shape[] = {p.B, p.Hq, p.Lq, keys}, shape[] = {p.B, p.Hq, p.Lq, p.Dv}, by_token[] = {p.B, p.Lq, p.Hq, p.Dv};
-  p.rules = {static_cast<float>(softmax_scale), static_cast<float>(softcap), causal, window, call.sinks.data, call.slopes.data,
+  p.rules = {static_cast<float>(softmax_scale),
+             static_cast<float>(softcap),
+             causal,
+             window,
+             call.sinks.data,
+             call.slopes.data,
              mask_of(kOp, mask, q, scores_shape, check_place)};
   Tensor& out = call.out;
   out = torch::stable::new_empty(q, torch::headeronly::IntHeaderOnlyArrayRef(tokens_first ? by_token : shape, 4));

@@ -285,7 +285,8 @@ struct MmaUnit {
 
   // To sums of floats: those of the row that is no mma's. WHY: 0 times NaN is NaN, and a hidden key has the weight 0. Seldom: a warp comes here where
   // a sum is not finite, one of a NaN that is seen as well.
-  TAUT_DEVICE static void add_one_by_one(SpanSums& sums, const Args& args, const Rows& rows, Scratch& scratch, int first, int span, int lane, const Weights& a) {
+  TAUT_DEVICE static void add_one_by_one(SpanSums& sums, const Args& args, const Rows& rows, Scratch& scratch, int first, int span, int lane,
+                                         const Weights& a) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int j = 0; j < kColumns; j++)

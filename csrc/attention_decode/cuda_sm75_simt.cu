@@ -30,7 +30,7 @@ struct Lanes {
   // So many lanes share tokens, each has kLaneChunks of their chunks; the others have other tokens. Codes of keys lie chunk by chunk.
   static constexpr int kSharers = kCodeKeys ? 8 : kChunks < 32 ? kChunks : 32, kLaneChunks = kChunks / kSharers, kSlots = 32 / kSharers;
   static constexpr int kFirstBit = kCodeKeys ? kSlots : 1, kSlotBit = kCodeKeys ? 1 : kSharers;  // of a lane's number
-  static constexpr int kAllSets = kUnit / (kSlots * kTokens);                                     // of kTokens tokens, of a lane
+  static constexpr int kAllSets = kUnit / (kSlots * kTokens);                                    // of kTokens tokens, of a lane
   // WHY at most two sets of keys' codes at once: each is four scores a row.
   static constexpr int kSets = std::min({kLoads / kLaneChunks, kAllSets, kCodeKeys ? 2 : kLoads}), kSteps = kAllSets / kSets;
   static_assert(kLaneChunks <= kLoads && kLaneChunks * kSharers == kChunks && kAllSets * kSlots * kTokens == kUnit && kSteps * kSets == kAllSets);
@@ -236,8 +236,8 @@ struct Unit {
         const int key = lane + 32 * i, j = first + key;
         float product = scratch.scores[r][key];
         if constexpr (kCodes) product *= key_scale[i];
-        const bool seen =
-            j >= row.first && j < row.end && scratch.places.has(key) && (mask.kind == MaskKind::kNone || mask_shows(mask, row.rules.mask + j * mask.key_stride));
+        const bool seen = j >= row.first && j < row.end && scratch.places.has(key) &&
+                          (mask.kind == MaskKind::kNone || mask_shows(mask, row.rules.mask + j * mask.key_stride));
         weights[r][i] = seen ? apply_rules(args.rules, row.rules, j, (product + row.offset) * scale) : -INFINITY;
         highest = fmaxf(highest, weights[r][i]);
       }
@@ -356,20 +356,26 @@ struct Unit {
   }
 };
 
-// Blocks of a multiprocessor.
-template <bool kAligned>
-constexpr int kBlocks = kAligned ? 3 : 2;
-
-template <KvFormat kFormat, int kWidth, bool kAligned>
-__global__ void __launch_bounds__(kThreads, kBlocks<kAligned>) decode_simt(const Args args) {
+template <KvFormat kFormat, int kWidth>
+__global__ void __launch_bounds__(kThreads, 3) decode_simt(const Args args) {
   TAUT_DYNAMIC_SMEM(smem);
-  walk<Unit<kFormat, kWidth, kAligned>>(args, smem);
+  walk<Unit<kFormat, kWidth, true>>(args, smem);
+}
+template <KvFormat kFormat>
+__global__ void __launch_bounds__(kThreads, 2) decode_simt_unaligned(const Args args) {
+  TAUT_DYNAMIC_SMEM(smem);
+  walk<Unit<kFormat, 256, false>>(args, smem);
 }
 
-template <KvFormat kFormat, int kWidth, bool kAligned>
+template <KvFormat kFormat, int kWidth>
 void start(const CudaParams& p) {
-  using ThisUnit = Unit<kFormat, kWidth, kAligned>;
-  launch_decode(p, "attention_decode simt", decode_simt<kFormat, kWidth, kAligned>, smem_bytes_of<ThisUnit>(), kBlocks<kAligned>, args_of(p, ThisUnit::kRows));
+  using ThisUnit = Unit<kFormat, kWidth, true>;
+  launch_decode(p, "attention_decode simt", decode_simt<kFormat, kWidth>, smem_bytes_of<ThisUnit>(), 3, args_of(p, ThisUnit::kRows));
+}
+template <KvFormat kFormat>
+void start_unaligned(const CudaParams& p) {
+  using ThisUnit = Unit<kFormat, 256, false>;
+  launch_decode(p, "attention_decode simt", decode_simt_unaligned<kFormat>, smem_bytes_of<ThisUnit>(), 2, args_of(p, ThisUnit::kRows));
 }
 
 // WHY few instances: tensor cores take all but float32 caches (and bf16 ones where q is float32 or before sm_80). What is left for this kernel
@@ -377,15 +383,15 @@ void start(const CudaParams& p) {
 template <KvFormat kFormat>
 void start_format(const CudaParams& p) {
   if constexpr (has_codes(kFormat)) {
-    start<kFormat, 256, true>(p);
+    start<kFormat, 256>(p);
   } else if constexpr (kFormat == KvFormat::kFp8 || kFormat == KvFormat::kFloat16) {
-    start<kFormat, 256, false>(p);
+    start_unaligned<kFormat>(p);
   } else {
     const int64_t width = std::max(p.D, p.Dv);
-    if (!whole_chunks(p)) start<kFormat, 256, false>(p);
-    else if (width <= 64) start<kFormat, 64, true>(p);
-    else if (width <= 128) start<kFormat, 128, true>(p);
-    else start<kFormat, 256, true>(p);
+    if (!whole_chunks(p)) start_unaligned<kFormat>(p);
+    else if (width <= 64) start<kFormat, 64>(p);
+    else if (width <= 128) start<kFormat, 128>(p);
+    else start<kFormat, 256>(p);
   }
 }
 

@@ -293,8 +293,7 @@ __global__ void __launch_bounds__(32 * kCombineWarps) decode_combine(const Args 
       store_number(const_cast<void*>(args.out.data), at + d, args.dtype, x);
     }
   }
-  if (lane == 0)
-    args.lse[(int64_t{rows.b} * args.kv_heads * args.group + rows.head(args, r)) * args.Lq + rows.query(args, r)] = lse_of_row(divisor, most);
+  if (lane == 0) args.lse[(int64_t{rows.b} * args.kv_heads * args.group + rows.head(args, r)) * args.Lq + rows.query(args, r)] = lse_of_row(divisor, most);
 }
 
 // ---- Host

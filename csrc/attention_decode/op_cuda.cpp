@@ -30,9 +30,17 @@ std::tuple<Tensor, Tensor> attention_decode(const Tensor& q, const Tensor& k, co
                                             const std::optional<Tensor>& lengths, double softmax_scale, bool causal, int64_t window, double softcap,
                                             const std::optional<Tensor>& mask, const std::optional<Tensor>& s_aux, const std::optional<Tensor>& alibi_slopes,
                                             bool tokens_first) {
-  check_one_device(kOp, "q", q, {{"k", &k}, {"v", &v}, {"k_scales", given(k_scales)}, {"v_scales", given(v_scales)}, {"channels", given(channels)},
-                                 {"block_table", given(block_table)}, {"lengths", given(lengths)}, {"mask", given(mask)}, {"s_aux", given(s_aux)},
-                                 {"alibi_slopes", given(alibi_slopes)}});
+  check_one_device(kOp, "q", q,
+                   {{"k", &k},
+                    {"v", &v},
+                    {"k_scales", given(k_scales)},
+                    {"v_scales", given(v_scales)},
+                    {"channels", given(channels)},
+                    {"block_table", given(block_table)},
+                    {"lengths", given(lengths)},
+                    {"mask", given(mask)},
+                    {"s_aux", given(s_aux)},
+                    {"alibi_slopes", given(alibi_slopes)}});
   const CudaCall cuda(q);
   Call call = make_call(q, k, v, k_scales, v_scales, channels, block_table, kv_format, value_dim, keys, softmax_scale, causal, window, softcap, mask, s_aux,
                         alibi_slopes, tokens_first, check_cuda_tensor);
@@ -44,8 +52,12 @@ std::tuple<Tensor, Tensor> attention_decode(const Tensor& q, const Tensor& k, co
   check(p.rows() <= kMost / 2 && keys <= kMost / 2 && p.pages <= kMost && p.cache.page_tokens <= kMost, kOp,
         ": queries times the heads that share a key head, and keys, must be under 2^30");
   cuda.expose("q", q), cuda.expose("k", k), cuda.expose("v", v);
-  for (const auto& [name, t] : {std::pair{"k_scales", given(k_scales)}, {"v_scales", given(v_scales)}, {"channels", given(channels)},
-                                {"block_table", given(block_table)}, {"lengths", given(lengths)}, {"mask", given(mask)}})
+  for (const auto& [name, t] : {std::pair{"k_scales", given(k_scales)},
+                                {"v_scales", given(v_scales)},
+                                {"channels", given(channels)},
+                                {"block_table", given(block_table)},
+                                {"lengths", given(lengths)},
+                                {"mask", given(mask)}})
     if (t) cuda.expose(name, *t);
   if (call.sinks.data) cuda.expose("s_aux", call.sinks.values);
   if (call.slopes.data) cuda.expose("alibi_slopes", call.slopes.values);

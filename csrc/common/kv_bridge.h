@@ -76,7 +76,8 @@ inline KvCache kv_cache_of(const char* op, const KvSizes& sizes, const Tensor& k
 inline void check_words(const char* op, const KvCache& cache) {
   if (!has_codes(cache.format)) return;
   const uintptr_t bytes = reinterpret_cast<uintptr_t>(cache.k) | reinterpret_cast<uintptr_t>(cache.v) | static_cast<uintptr_t>(cache.k_page_stride) |
-                          static_cast<uintptr_t>(cache.k_head_stride) | static_cast<uintptr_t>(cache.v_page_stride) | static_cast<uintptr_t>(cache.v_head_stride);
+                          static_cast<uintptr_t>(cache.k_head_stride) | static_cast<uintptr_t>(cache.v_page_stride) |
+                          static_cast<uintptr_t>(cache.v_head_stride);
   check(bytes % 16 == 0, op, ": blocks of codes must lie at multiples of 16 bytes on CUDA");
 }
 

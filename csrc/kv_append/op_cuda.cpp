@@ -24,8 +24,8 @@ void run(const CudaCall& cuda, const char* op, const Params& params, const Tenso
   select(kOp, kImpls, p).run(p);
 }
 
-void expose(const CudaCall& cuda, const Params& p, const Tensor& k, const Tensor& v, const std::optional<Tensor>& k_scales, const std::optional<Tensor>& v_scales,
-            const std::optional<Tensor>& channels, const std::optional<Tensor>& block_table) {
+void expose(const CudaCall& cuda, const Params& p, const Tensor& k, const Tensor& v, const std::optional<Tensor>& k_scales,
+            const std::optional<Tensor>& v_scales, const std::optional<Tensor>& channels, const std::optional<Tensor>& block_table) {
   const auto show = [&](const char* name, const Tensor& t) { p.reads ? cuda.expose(name, t) : cuda.expose_update(name, t); };
   show("k", k), show("v", v);
   if (k_scales) show("k_scales", *k_scales), show("v_scales", *v_scales);
@@ -38,8 +38,15 @@ const Tensor* given(const std::optional<Tensor>& t) { return t ? &*t : nullptr; 
 void kv_append(const Tensor& k_new, const Tensor& v_new, const Tensor& k, const Tensor& v, const std::optional<Tensor>& k_scales,
                const std::optional<Tensor>& v_scales, const std::optional<Tensor>& channels, const std::optional<Tensor>& block_table, int64_t kv_format,
                int64_t start, const std::optional<Tensor>& starts) {
-  check_one_device(kOp, "k_new", k_new, {{"v_new", &v_new}, {"k", &k}, {"v", &v}, {"k_scales", given(k_scales)}, {"v_scales", given(v_scales)},
-                                         {"channels", given(channels)}, {"block_table", given(block_table)}, {"starts", given(starts)}});
+  check_one_device(kOp, "k_new", k_new,
+                   {{"v_new", &v_new},
+                    {"k", &k},
+                    {"v", &v},
+                    {"k_scales", given(k_scales)},
+                    {"v_scales", given(v_scales)},
+                    {"channels", given(channels)},
+                    {"block_table", given(block_table)},
+                    {"starts", given(starts)}});
   const CudaCall cuda(k_new);
   Params p = append_params(k_new, v_new, k, v, k_scales, v_scales, channels, block_table, kv_format, start, check_cuda_tensor);
   if (starts) p.starts = kv_counts(kOp, "starts", *starts, p.B, check_cuda_tensor), cuda.expose("starts", *starts);
@@ -51,8 +58,9 @@ void kv_append(const Tensor& k_new, const Tensor& v_new, const Tensor& k, const 
 std::tuple<Tensor, Tensor> kv_read(const Tensor& k, const Tensor& v, const std::optional<Tensor>& k_scales, const std::optional<Tensor>& v_scales,
                                    const std::optional<Tensor>& channels, const std::optional<Tensor>& block_table, int64_t kv_format, int64_t batch,
                                    int64_t head_dim, int64_t value_dim, int64_t start, int64_t length, int64_t dtype) {
-  check_one_device(kRead, "k", k, {{"v", &v}, {"k_scales", given(k_scales)}, {"v_scales", given(v_scales)}, {"channels", given(channels)},
-                                   {"block_table", given(block_table)}});
+  check_one_device(
+      kRead, "k", k,
+      {{"v", &v}, {"k_scales", given(k_scales)}, {"v_scales", given(v_scales)}, {"channels", given(channels)}, {"block_table", given(block_table)}});
   const CudaCall cuda(k);
   Tensor keys, values;
   const Params p = read_params(k, v, k_scales, v_scales, channels, block_table, kv_format, batch, head_dim, value_dim, start, length, dtype, keys, values,
