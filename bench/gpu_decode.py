@@ -197,7 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench = Bench(device, args.out / FILE, args.rounds)
     bench.add(
         "run", id=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), device=device.name, sm=device.sm,
-        sm_count=device.sm_count, l2_bytes=device.l2_bytes, commit=fingerprint(), torch=torch.__version__, cuda=torch.version.cuda, **device.facts(),
+        sm_count=device.sm_count, l2_bytes=device.l2_bytes, commit=fingerprint(), torch=torch.__version__, cuda=torch.version.cuda,
+        **device.facts(),
     )  # fmt: skip
     bench.measure_ceilings()
     for case in DRY_CASES if args.dry_run else CASES:

@@ -113,7 +113,6 @@ template <KvFormat kFormat, int kRowWidth, bool kAligned>
 struct Unit {
   static constexpr int kRows = 4, kWidth = kRowWidth;
   static constexpr bool kCodes = has_codes(kFormat);
-  [[maybe_unused]] static constexpr bool kInt4 = kFormat == KvFormat::kInt4;
   using Keys = Lanes<kFormat, kWidth, false>;
   using Values = Lanes<kFormat, kWidth, true>;
 
@@ -197,9 +196,9 @@ struct Unit {
           float x[4];
           if constexpr (kCodes) {
             uint32_t word = word_of(words, key % Keys::kTokens);
-            if constexpr (kInt4) word = word >> 4 * j & 0x0f0f0f0fu;
+            if constexpr (Keys::kInt4) word = word >> 4 * j & 0x0f0f0f0fu;
 #pragma unroll
-            for (int e = 0; e < 4; e++) x[e] = byte_number<kInt4 ? 8 : 128>(word, e);
+            for (int e = 0; e < 4; e++) x[e] = byte_number<Keys::kInt4 ? 8 : 128>(word, e);
           } else {
             float_numbers<kFormat>(x, words, j);
           }
@@ -278,7 +277,7 @@ struct Unit {
 #pragma unroll
               for (int e = 0; e < 4; e++) {
                 const uint32_t word = word_of(words, e);
-                if constexpr (kInt4) x[e] = byte_number<8>(word >> t / 4 * 4 & 0x0f0f0f0fu, t % 4);
+                if constexpr (Keys::kInt4) x[e] = byte_number<8>(word >> t / 4 * 4 & 0x0f0f0f0fu, t % 4);
                 else x[e] = byte_number<128>(word ^ 0x80808080u, t);
               }
             } else {
@@ -406,7 +405,7 @@ void run(const CudaParams& p) {
     case KvFormat::kFloat16: return start_format<KvFormat::kFloat16>(p);
     case KvFormat::kFp8: return start_format<KvFormat::kFp8>(p);
     case KvFormat::kInt8: return start_format<KvFormat::kInt8>(p);
-    case KvFormat::kInt4: return start_format<KvFormat::kInt4>(p);
+    case KvFormat::Keys::kInt4: return start_format<KvFormat::Keys::kInt4>(p);
   }
 }
 
