@@ -405,7 +405,7 @@ void run(const CudaParams& p) {
     case KvFormat::kFloat16: return start_format<KvFormat::kFloat16>(p);
     case KvFormat::kFp8: return start_format<KvFormat::kFp8>(p);
     case KvFormat::kInt8: return start_format<KvFormat::kInt8>(p);
-    case KvFormat::Keys::kInt4: return start_format<KvFormat::Keys::kInt4>(p);
+    case KvFormat::kInt4: return start_format<KvFormat::kInt4>(p);
   }
 }
 

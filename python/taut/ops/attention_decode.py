@@ -25,7 +25,8 @@ def attention_decode(
     The rules (``softmax_scale``, ``window``, ``softcap``, ``mask`` broadcastable to ``[B, Hq, Lq, keys]``, ``s_aux``,
     ``alibi_slopes``), ``lse`` and ``tokens_first`` are those of ``attention_prefill``. It computes with the numbers that the cache
     stands for. On the CPU those of int8 and int4 are multiplied as integers: q is rounded to 14 bits of a row's largest element (8
-    beside int4), the weights to 14 bits of the largest in a tile of keys. CUDA multiplies all in float32.
+    beside int4), the weights to 14 bits of the largest in a tile of keys. CUDA multiplies in float32, or, on tensor cores, q and the
+    weights as two 16-bit floats each: 22 bits of a row's largest element and of the largest weight of 64 keys; beside bfloat16, 16 bits.
     The number of threads changes no bits, and the rest of the batch none of a sequence's. Without a backward.
     Raises ``ValueError`` for wrong shapes, dtypes, strides or devices, lengths beyond ``keys``, and pages out of range, before any is read.
     On CUDA the values of ``lengths`` and of the block table stay on the device (a graph may hold the call): a length counts as the
