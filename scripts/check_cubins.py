@@ -33,6 +33,7 @@ class Rule:
 
 LOAD, STORE = r"LDG\.E\.(?:\w+\.)*128", r"STG\.E\.(?:\w+\.)*128"  # 16 bytes a lane
 COPY = r"LDGSTS\.E\.(?:\w+\.)*128"  # the same by cp.async
+WIDE = r"LDS\.(?:U\.)?128"  # 16 bytes a lane of shared memory
 EXPECTED = (
     Rule("cuda_sm75", "pack_kernel", (STORE,)),
     Rule("cuda_sm75", "unpack_kernel|dequantize_kernel", (LOAD,)),
@@ -40,6 +41,12 @@ EXPECTED = (
     Rule("cuda_sm75_simt", "simt", (LOAD, r"FFMA")),
     Rule("cuda_sm75_simt", "attention_simt", (r"LDS\b", r"FFMA"), range(80)),  # nvcc makes shorter loads of it
     Rule("cuda_sm75_simt", "attention_simt", (r"LDS\.128", r"FFMA")),
+    Rule("cuda_sm75_simt", "append_kernel|read_kernel", ()),  # a lane has every 32nd number of a row
+    Rule("cuda_sm75_simt", "decode_simt", (LOAD, WIDE, r"FFMA", r"MUFU\.EX2")),
+    Rule("cuda_sm75_simt", "decode_simt_unaligned", (WIDE, r"FFMA", r"MUFU\.EX2")),  # number by number
+    Rule("cuda_sm75_mma", "decode_mma", (r"HMMA\.1688\.F32", LOAD, WIDE, r"MUFU\.EX2")),
+    Rule("cuda_sm80_mma", "decode_mma", (r"HMMA\.16816\.F32", LOAD, WIDE, r"MUFU\.EX2")),
+    Rule(r"cuda_sm(75_simt|75_mma|80_mma)", "decode_combine", (LOAD, r"MUFU\.EX2")),
     Rule("cuda_sm75_mma", "mma_kernel", (r"HMMA\.1688\.F32", "LDSM", LOAD)),
     Rule("cuda_sm75_mma", "attention_mma", (r"HMMA\.1688\.F32", "LDSM", r"LDSM\S*\.MT88", LOAD, STORE, r"MUFU\.EX2")),
     Rule("cuda_sm80_mma", "attention_mma", (r"HMMA\.16816\.F32{type}", "LDSM", r"LDSM\S*\.MT88", COPY, STORE, r"MUFU\.EX2")),

@@ -16,6 +16,8 @@ from taut.ops.kv_append import KvCache
 
 TILE = 128  # keys whose weights are rounded to 14 bits of the largest among them
 MOST_WEIGHT = 16383
+# Tensor cores take 16 bits: a weight is two float16 numbers, the second of which is whole steps of the largest in a unit of keys.
+UNIT, MOST_OF_TWO_HALVES = 64, 2**36
 MOST_Q = {8: 8127, 4: 127}  # of q, by the bits of a code
 # How many standard deviations a sum of independent roundings may have. A rounding is at most half a step and evenly spread: 1 / sqrt(12).
 DEVIATIONS = 6
@@ -107,12 +109,12 @@ class Sequence:
             found.append(torch.minimum(likely, certain))
         return found[0], found[1][..., 0]
 
-    def roundings_of_weights(self, v_scales: Tensor) -> Tensor:
-        """How far out may move as the weights times the values' scales are rounded to 14 bits of the largest in a tile of keys."""
+    def roundings_of_weights(self, v_scales: Tensor, tile: int = TILE, most_weight: int = MOST_WEIGHT) -> Tensor:
+        """How far out may move as the weights times the values' scales are rounded to steps: ``most_weight`` are a tile's largest."""
         weights, keys = self.weights, self.k.shape[1]
         scaled = weights * v_scales[:, None]
-        most = torch.stack([part.amax(-1) for part in scaled.split(TILE, -1)], -1) if keys else scaled
-        half = most.repeat_interleave(TILE, -1)[..., :keys] / MOST_WEIGHT / 2 * ULPS * 1.05  # q's roundings move weights, too
+        most = torch.stack([part.amax(-1) for part in scaled.split(tile, -1)], -1) if keys else scaled
+        half = most.repeat_interleave(tile, -1)[..., :keys] / most_weight / 2 * ULPS * 1.05  # q's roundings move weights, too
         half = torch.where(weights > 0, half, 0.0)
         codes = torch.where(v_scales[..., None] > 0, self.plain_v / v_scales[..., None], 0.0).abs()
         worst, likely = half @ codes, DEVIATIONS / math.sqrt(3) * (half**2 @ codes**2).sqrt()
@@ -147,12 +149,13 @@ def sequences(q: Tensor, cache: KvCache, keys: int, lengths: Tensor | None, rule
 
 def assert_decode(
     out: Tensor, lse: Tensor, q: Tensor, cache: KvCache, keys: int, lengths: Tensor | None, rules: dict, *, exact: bool,
-    whole: bool = False, context: str,
+    whole: bool = False, tensor_cores: bool = False, context: str,
 ) -> None:  # fmt: skip
     """``out [B, Hq, Lq, Dv]`` and ``lse`` against float64 of the numbers in the cache. Call it after the kernel has run.
 
     The error of fp32 is held against that of plain torch, as ``checks.assert_attention`` does. ``exact``: nothing else is allowed. If not,
-    beside codes, q and the weights are rounded as the contract says, and no further. ``whole``: q needs no rounding.
+    beside codes, q and the weights are rounded as the contract says, and no further. ``whole``: q needs no rounding. ``tensor_cores``: a
+    weight has the last bits of the largest beside it.
     """
     for b, (one, scales) in enumerate(sequences(q, cache, keys, lengths, rules)):
         plain = [t[0] for t in plain_attention(one.q.float()[None], one.k.float()[None], one.v.float()[None], **one.rules)]
@@ -162,6 +165,9 @@ def assert_decode(
         if cache.format.has_codes and not exact:
             of_q, allowed_lse = one.roundings_of_q(cache.format.bits, whole)
             allowed = of_q + one.roundings_of_weights(scales)
+        if tensor_cores:
+            some = torch.ones_like(one.plain_v[..., 0]) if scales is None else scales
+            allowed = one.roundings_of_weights(some, UNIT, MOST_OF_TWO_HALVES)
         for bound in (magnitude, walk, largest, allowed, allowed_lse):
             assert bool(bound.isfinite().all())  # WHY: nothing is more than NaN
         rest = {"depth": one.k.shape[1] + one.q.shape[-1], "independent": False}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,9 +15,10 @@ from torch import Tensor
 
 import taut
 from attention_cases import MASKS, ORDERS, AttentionCase
-from cases import DTYPES, covering_set
+from cases import DTYPE_CODES, DTYPES, covering_set
 from checks import assert_same_bits
 from decode_checks import MOST_Q, assert_decode, sequences
+from emulator import build, emulated
 from kv_caches import CACHE_ORDERS, CODES, FLOATS, FORMATS, blank, filled, numbers
 from taut.formats.kv import KV_FORMATS, KvFormat
 from taut.ops import attention_decode as op
@@ -26,6 +28,11 @@ from taut.ops.kv_append import KvCache, kv_append, kv_channels
 
 OP = "attention_decode"
 MOST_PRODUCTS = 2_000_000  # of a case: the scalar impl takes 10 ms for it
+
+
+def sizes_of(format: KvFormat, dims: tuple[int, int] = (64, 64), dtype: torch.dtype = torch.float32, **rest: int) -> dict[str, int]:
+    """What ``taut.explain("attention_decode", ...)`` takes."""
+    return {"kv_format": format.code, "D": dims[0], "Dv": dims[1], "dtype": DTYPE_CODES[dtype], **rest}
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,16 @@ class DecodeCase:
     def seed(self) -> int:
         return zlib.crc32(str(self).encode())
 
+    @property
+    def emulated_mode(self) -> str:
+        """Of the emulator's two the one that runs it. WHY not both: half the time, and either shows a wrong result."""
+        return build.MODES[self.seed % 2]
+
     def sizes(self) -> dict[str, int]:
-        return {"kv_format": self.format.code}
+        """What ``taut.explain("attention_decode", ...)`` takes."""
+        case = self.attention
+        aligned = self.format.has_codes or self.cache_order != "strided"
+        return sizes_of(self.format, case.dims, case.dtype, channels=int(self.channels and case.lengths[1] > 0), aligned=int(aligned))
 
     @cached_property
     def call(self) -> dict:
@@ -94,6 +109,16 @@ def rules_of(call: dict) -> dict:
     return {name: value for name, value in call.items() if name not in ("q", "cache", "keys", "lengths", "tokens_first")}
 
 
+def exact(impl: str) -> bool:
+    """Whether q and the weights are multiplied as they are, in float32, beside codes too."""
+    return impl.startswith(("cpu_scalar", "cuda"))
+
+
+def dtype_for(impl: str, format: KvFormat) -> torch.dtype:
+    """Of q: float32, or what an impl takes beside this cache."""
+    return torch.bfloat16 if format.name == "bfloat16" and "mma" in impl else torch.float32
+
+
 def check(impl: str, case: DecodeCase) -> None:
     call = case.call
     q, cache = call["q"], call["cache"]
@@ -109,8 +134,9 @@ def check(impl: str, case: DecodeCase) -> None:
     assert out.is_contiguous() and again.transpose(1, 2).is_contiguous() and lse.is_contiguous() and lse.dtype == torch.float32
     context = f"{impl} on {case}, seed {case.seed}"
     assert_decode(
-        out, lse, q, cache, call["keys"], call["lengths"], rules_of(call), exact=impl == "cpu_scalar", whole=case.whole, context=context
-    )
+        out, lse, q, cache, call["keys"], call["lengths"], rules_of(call), exact=exact(impl), whole=case.whole, tensor_cores="mma" in impl,
+        context=context,
+    )  # fmt: skip
     assert_same_bits(out, again.contiguous(), f"{context}: twice, in another order of memory")
     assert_same_bits(lse, lse_again, f"{context}: lse, twice")
     for name, value in before.items():
@@ -165,7 +191,7 @@ def test_fuzz(impl, forced):
     seed = int(datetime.date.today().strftime("%Y%m%d"))
     print(f"seed {seed}")
     draw = random.Random(seed)
-    runs = forced(impl, kv_format=KV_FORMATS["int8"].code)
+    runs = forced(impl, **sizes_of(KV_FORMATS["int8"]))
     for _ in range(12):
         kv_heads = draw.choice((1, 2, 3))
         attention = AttentionCase(
@@ -188,7 +214,7 @@ def random_heads(shape: tuple[int, int, int], *widths: int, seed: int = 1) -> li
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 def test_one_key_gives_its_value(impl, format, forced):
-    forced(impl, kv_format=format.code)
+    forced(impl, **sizes_of(format, (64, 40)))
     k, v = random_heads((2, 3, 1), 64, 40)
     cache = filled(k, v, format, 20)
     out, lse = attention_decode(torch.randn(2, 6, 1, 64), cache, 1)
@@ -204,7 +230,7 @@ def test_one_key_gives_its_value(impl, format, forced):
 def test_exact_mode(impl, dtype, forced):
     """Small integers, and scores that are all the same or far apart: each result is a mean of some v, or one of them, bit for bit."""
     format = KV_FORMATS[str(dtype).removeprefix("torch.")]
-    forced(impl, kv_format=format.code)
+    forced(impl, **sizes_of(format, (64, 48), dtype))
     generator = torch.Generator().manual_seed(5)
     v = torch.randint(-8, 9, (1, 2, 64, 48), generator=generator).to(dtype)
     k = torch.randint(-2, 3, (1, 2, 64, 64), generator=generator).to(dtype)
@@ -225,8 +251,9 @@ def test_exact_mode(impl, dtype, forced):
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 @pytest.mark.parametrize("how", ("causal", "window", "mask", "additive", "padding", "lengths"))
 def test_what_is_hidden_does_not_matter(impl, how, format, forced):
-    forced(impl, kv_format=format.code)
-    case = AttentionCase((6, 2), (5, 170), (64, 48), causal=how == "causal", window=20 if how == "window" else 0)
+    dtype = dtype_for(impl, format)
+    forced(impl, **sizes_of(format, (64, 48), dtype))
+    case = AttentionCase((6, 2), (5, 170), (64, 48), dtype, causal=how == "causal", window=20 if how == "window" else 0)
     rules = case.make()
     q, k, v = (rules.pop(name) for name in "qkv")
     hidden, queries = torch.arange(170) >= 140, slice(None)
@@ -241,6 +268,7 @@ def test_what_is_hidden_does_not_matter(impl, how, format, forced):
     elif how in ("mask", "padding"):
         rules["mask"] = ~hidden
     rules["lengths"] = torch.tensor([140], dtype=torch.int32) if how == "lengths" else None
+    rtol = 2e-5 if dtype == torch.float32 else 2**-7
     expected = attention_decode(q, filled(k, v, format), 170, **rules)
     for value in (torch.nan,) if format.has_codes or format.name == "fp8" else (torch.nan, torch.inf):
         for name in "kv":
@@ -251,7 +279,7 @@ def test_what_is_hidden_does_not_matter(impl, how, format, forced):
                 if format.has_codes:
                     assert_same_bits(one[:, :, queries].contiguous(), other[:, :, queries].contiguous(), f"{impl}: {name}")
                 else:  # another order of sums
-                    assert torch.allclose(one[:, :, queries], other[:, :, queries], rtol=2e-5, atol=2**-23), f"{impl}: {name}"
+                    assert torch.allclose(one[:, :, queries], other[:, :, queries], rtol=rtol, atol=2**-23), f"{impl}: {name}"
             if how == "causal":
                 seen = found[0][:, :, 3:]
                 if value != value or name == "v":
@@ -262,7 +290,7 @@ def test_what_is_hidden_does_not_matter(impl, how, format, forced):
 @pytest.mark.parametrize("value", (float("nan"), float("inf")), ids=str)
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 def test_a_query_that_is_no_number_spoils_its_row_alone(impl, format, value, forced):
-    forced(impl, kv_format=format.code)
+    forced(impl, **sizes_of(format, (40, 33)))
     k, v = random_heads((2, 2, 150), 40, 33)
     (q,) = random_heads((2, 8, 3), 40)
     cache = filled(k, v, format, 170)
@@ -279,7 +307,7 @@ def test_a_query_that_is_no_number_spoils_its_row_alone(impl, format, value, for
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 def test_rows_that_see_nothing(impl, format, forced):
-    forced(impl, kv_format=format.code)
+    forced(impl, **sizes_of(format, (64, 48)))
     k, v = random_heads((3, 2, 140), 64, 48)
     (q,) = random_heads((3, 4, 6), 64)
     cache = filled(k, v, format, 150)
@@ -322,39 +350,77 @@ def test_a_mask_of_the_lowest_number_is_a_mean(impl, forced):
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 def test_batch_and_threads_and_pages_change_nothing(impl, format, forced, threads):
-    forced(impl, kv_format=format.code)
-    k, v = random_heads((3, 3, 1100), 64, 72)
-    (q,) = random_heads((3, 18, 3), 64)
-    channels, lengths = kv_channels(k[:, :, :50], v[:, :, :50]), torch.tensor([1100, 513, 40], dtype=torch.int32)
+    dtype = dtype_for(impl, format)
+    forced(impl, **sizes_of(format, (64, 80), dtype))
+    kv_heads, queries = (1, 2) if impl.startswith("cuda") else (3, 3)
+    k, v = random_heads((3, kv_heads, 1100), 64, 80)
+    (q,) = random_heads((3, 6 * kv_heads, queries), 64)
+    q, channels = q.to(dtype), None if dtype != torch.float32 else kv_channels(k[:, :, :50], v[:, :, :50])
+    lengths = torch.tensor([1100, 513, 40], dtype=torch.int32)
     cache = filled(k, v, format, 1100, channels=channels)
     threads(1)
     whole = attention_decode(q, cache, 1100, lengths)
-    for count in (2, 3):
+    for count in () if impl.startswith("cuda") else (2, 3):
         threads(count)
         for one, other in zip(attention_decode(q, cache, 1100, lengths), whole, strict=True):
             assert_same_bits(one, other, f"{impl}: {count} threads")
-    for order in ("strided", "paged"):
+    if match := re.fullmatch(r"(\S+) \(emulated, (\w+)\)", impl):
+        for count in (1, 64):  # multiprocessors
+            emulated.ops_library(match[2]).set_device(emulated.sm_of(match[1]), count)
+            for one, other in zip(attention_decode(q, cache, 1100, lengths), whole, strict=True):
+                assert_same_bits(one, other, f"{impl}: {count} multiprocessors")
+    # On CUDA, floats that do not lie at multiples of 16 bytes are added up in another order.
+    orders = ("paged",) if impl.startswith("cuda") and not format.has_codes else ("strided", "paged")
+    for order in orders:
         other = filled(k, v, format, 1200, order, channels=channels, page_tokens=48)
         for one, expected in zip(attention_decode(q, other, 1100, lengths), whole, strict=True):
             assert_same_bits(one, expected, f"{impl}: {order}")
     for b in range(3):
         n = int(lengths[b])
-        alone = filled(k[b : b + 1, :, :n], v[b : b + 1, :, :n], format, channels=channels[b : b + 1])
+        alone = filled(k[b : b + 1, :, :n], v[b : b + 1, :, :n], format, channels=None if channels is None else channels[b : b + 1])
         for one, expected in zip(attention_decode(q[b : b + 1], alone, n), whole, strict=True):
             assert_same_bits(one, expected[b : b + 1], f"{impl}: sequence {b} alone")
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
+def test_what_lies_on_the_device_is_not_trusted(impl, format, forced):
+    """Lengths and pages out of range, which the CPU refuses, and which the host does not look at on CUDA."""
+    if not impl.startswith("cuda"):
+        pytest.skip("it refuses them: test_bad_call_is_an_error")
+    dtype = dtype_for(impl, format)
+    forced(impl, **sizes_of(format, dtype=dtype))
+    (q,), (k, v) = random_heads((3, 4, 2), 64), random_heads((3, 2, 150), 64, 64)
+    q, cache = q.to(dtype), filled(k, v, format, 150, "paged")
+    for found, expected in ((counts(-5, 2**31 - 1, 70), counts(0, 150, 70)), (counts(-(2**31), 151, 150), counts(0, 150, 150))):
+        for one, other in zip(attention_decode(q, cache, 150, found), attention_decode(q, cache, 150, expected), strict=True):
+            assert_same_bits(one, other, f"{impl}: {found.tolist()}")
+    table = cache.block_table.clone()
+    seen = torch.ones(3, 1, 1, 150, dtype=torch.bool)
+    for b, column, page in (
+        (0, 0, -1),
+        (0, 3, len(cache.k)),
+        (1, 4, 2**31 - 1),
+        (2, 1, -(2**31)),
+        *((2, column, 10**6) for column in range(5)),
+    ):
+        table[b, column], seen[b, ..., 32 * column : 32 * column + 32] = page, False
+    found = attention_decode(q, replace(cache, block_table=table), 150)
+    assert bool((found[0][2] == 0).all() and (found[1][2] == -torch.inf).all())
+    for one, other in zip(found, attention_decode(q, cache, 150, mask=seen), strict=True):
+        assert_same_bits(one, other, f"{impl}: pages that are not there")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_agrees_with_attention_prefill(impl, dtype, forced):
     """Beside a cache of the dtype of q: the same sums in another order, each result rounded once."""
     format = KV_FORMATS[str(dtype).removeprefix("torch.")]
-    forced(impl, kv_format=format.code)
     case = AttentionCase((6, 2), (9, 300), (80, 96), dtype, window=200, softcap=20.0, mask="additive", sinks=True, alibi=True, batch=2)
     rules = case.make()
     q, k, v = (rules.pop(name) for name in "qkv")
-    out, lse = attention_decode(q, KvCache.of(k, v), **rules)
     with taut.force_impl("attention_prefill", "cpu_scalar"):  # others may round the weights of the values too
         expected, expected_lse = attention_prefill(q, k, v, **rules)
+    forced(impl, **sizes_of(format, (80, 96), dtype))
+    out, lse = attention_decode(q, KvCache.of(k, v), **rules)
     rtol = {torch.float32: 2e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
     assert torch.allclose(out.float(), expected.float(), rtol=rtol, atol=1e-6) and torch.allclose(lse, expected_lse, rtol=1e-6, atol=2e-6)
 
@@ -362,7 +428,7 @@ def test_agrees_with_attention_prefill(impl, dtype, forced):
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 def test_left_padding_is_the_prompt_alone(impl, format, forced):
     """A padded prompt differs from the prompt alone by rounding only: its keys fall into other tiles."""
-    forced(impl, kv_format=format.code)
+    forced(impl, **sizes_of(format))
     (q,), (k, v) = random_heads((2, 4, 3), 64), random_heads((2, 2, 190), 64, 64)
     mask = torch.arange(190)[None, :] >= torch.tensor([0, 137])[:, None]
     out, lse = attention_decode(q, filled(k, v, format), 190, mask=mask[:, None, None])
@@ -375,7 +441,7 @@ def test_left_padding_is_the_prompt_alone(impl, format, forced):
 @pytest.mark.parametrize("format", CODES, ids=lambda format: format.name)
 def test_codes_are_near_exact_attention(impl, format, forced):
     """Keys have channels that are large for all tokens, as those of language models do. Channels take care of them."""
-    forced(impl, kv_format=format.code)
+    forced(impl, **sizes_of(format, (128, 128)))
     (q,), (k, v) = random_heads((2, 8, 2), 128), random_heads((2, 2, 600), 128, 128)
     large = torch.randperm(128, generator=torch.Generator().manual_seed(3))[:6]
     k[..., large] = k[..., large] * 5 + 10
@@ -391,8 +457,8 @@ def test_codes_are_near_exact_attention(impl, format, forced):
 @pytest.mark.parametrize("format", CODES, ids=lambda format: format.name)
 def test_queries_are_rounded_as_the_contract_says(impl, format, forced):
     """14 bits of a row's largest element beside int8, 8 beside int4: half a step moves a score by no more, and a whole one shows."""
-    forced(impl, kv_format=format.code)
-    if impl == "cpu_scalar":
+    forced(impl, **sizes_of(format))
+    if exact(impl):
         pytest.skip("it does not round")
     most, largest = MOST_Q[format.bits], {8: 127 / 32, 4: 7.0}[format.bits]
     k = torch.zeros(1, 1, 2, 32)
@@ -407,7 +473,7 @@ def test_queries_are_rounded_as_the_contract_says(impl, format, forced):
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
 def test_a_cache_of_zeros(impl, format, forced):
-    forced(impl, kv_format=format.code)
+    forced(impl, **sizes_of(format))
     cache = filled(torch.zeros(1, 2, 70, 64), torch.zeros(1, 2, 70, 64), format)
     out, lse = attention_decode(torch.randn(1, 4, 2, 64), cache, 70, causal=False)
     assert bool((out == 0).all()) and torch.allclose(lse, torch.tensor(math.log(70.0)))

@@ -8,6 +8,9 @@ from torch import nn
 
 import taut
 from taut.formats import WeightFormat
+from taut.formats.kv import KV_FORMATS
+from taut.ops.attention_decode import attention_decode
+from taut.ops.kv_append import KvCache, kv_append
 from taut.ops.pack_weight import dequantize_weight, pack_weight, unpack_weight
 from taut.ops.quant_linear import quant_linear
 from taut.ops.quantize_weight import quantize_weight
@@ -162,3 +165,31 @@ def test_the_second_device_computes_while_the_first_is_current(weight):
     there = quant_linear(x.to("cuda:1"), packed.to("cuda:1"), None, N, format, "float")
     assert there.device == torch.device("cuda", 1)
     assert torch.equal(there.cpu(), expected.cpu())
+
+
+@pytest.mark.parametrize("name", KV_FORMATS)
+def test_a_graph_of_decoding_reads_lengths_on_the_device(name):
+    """One captured step, append and attend, replayed as the sequences grow: what the op gives outside of a graph."""
+    dtype = dtype_here()
+    cache = KvCache.empty(name, 2, 2, 96, 64, device="cuda")
+    lengths = torch.zeros(2, dtype=torch.int32, device="cuda")
+    q, k, v = (torch.randn(2, heads, 1, 64, device="cuda", dtype=dtype) for heads in (8, 2, 2))
+    prompt = [torch.randn(2, 2, 70, 64, device="cuda", dtype=dtype) for _ in range(2)]
+    kv_append(*prompt, cache)
+
+    def step() -> torch.Tensor:
+        kv_append(k, v, cache, 0, lengths)
+        return attention_decode(q, cache, 96, lengths + 1)[0]
+
+    step()  # what is loaded lazily
+    kv_append(*prompt, cache)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for now in ((70, 33), (71, 34), (95, 0)):
+        lengths.copy_(torch.tensor(now, dtype=torch.int32))
+        for t in (q, k, v):
+            t.copy_(torch.randn(t.shape))
+        graph.replay()
+        found = out.clone()
+        assert torch.equal(found, step())

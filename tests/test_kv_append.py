@@ -87,7 +87,7 @@ def expected_stored(case: AppendCase, cache: KvCache, k: Tensor, v: Tensor) -> t
 def check_stored(case: AppendCase, impl: str, special: Tensor | None = None) -> None:
     cache, memory, k, v, starts = case.make()
     if special is not None:
-        k, v = (special[:, : x.shape[-1]].to(case.dtype)[None, None].expand(case.batch, case.kv_heads, -1, -1) for x in (k, v))
+        k, v = (special[:, : x.shape[-1]].to(case.dtype, copy=True)[None, None].expand(case.batch, case.kv_heads, -1, -1) for x in (k, v))
     inputs, context = [k.clone(), v.clone()], f"{impl} on {case}, seed {case.seed}"
     kv_append(k, v, cache, case.span[0], starts)
     touched = case.touched(cache, starts)
@@ -267,6 +267,30 @@ def test_reads_any_span_in_any_dtype(impl, format, forced):
                 for found, one in zip(kv_read(cache, 2, begin, length, dtype), whole, strict=True):
                     expected = one[:, :, begin : begin + length].to(dtype)
                     assert_same_bits(found, expected.contiguous(), f"{impl}, {format.name}, {order}: {length} from {begin} on")
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
+def test_what_lies_on_the_device_is_not_trusted(impl, format, forced):
+    """Starts and pages out of range, which the CPU refuses, and CUDA's host does not look at: nothing is stored there, NaN is read."""
+    if not impl.startswith("cuda"):
+        pytest.skip("it refuses them: test_bad_call_is_an_error")
+    forced(impl)
+    case = AppendCase(format, (40, 33), "paged", span=(0, 30), batch=3, capacity=96)
+    cache, memory, k, v, _ = case.make()
+    table = cache.block_table.clone()
+    table[0, 1], table[1, 0], table[2, 2] = -1, len(cache.k), 2**31 - 1
+    bad = replace(cache, block_table=table)
+    starts = counts(20, -7, 80)  # tokens 20 to 49, -7 to 22 and 80 to 109: of a page each that is not there, before 0, past 95
+    kv_append(k, v, bad, 0, starts)
+    expected_cache, expected, *_ = case.make()
+    kv_append(k[:1, :, :12], v[:1, :, :12], replace(expected_cache, block_table=cache.block_table[:1].contiguous()), 20)
+    for found, one in zip(memory, expected, strict=True):
+        assert_same_bits(found.contiguous(), one.contiguous(), f"{impl}: what is stored")
+    for t, whole in zip(kv_read(bad, 3, 0, 96), kv_read(cache, 3, 0, 96), strict=True):
+        there = torch.ones(3, 96, dtype=torch.bool)
+        there[0, 32:64], there[1, :32], there[2, 64:] = False, False, False
+        assert bool(t.transpose(1, 2)[~there].isnan().all())
+        assert_same_bits(t.transpose(1, 2)[there], whole.transpose(1, 2)[there], f"{impl}: what is read")
 
 
 @pytest.mark.parametrize("shape", ((0, 2, 5), (2, 2, 0)), ids=str)

@@ -1,17 +1,10 @@
-#include "attention_decode/op.h"
-
 #include <algorithm>
-#include <sstream>
 #include <tuple>
 
-#include "common/attention_bridge.h"
-#include "common/impl.h"
-#include "common/kv_bridge.h"
+#include "attention_decode/call.h"
 
 namespace taut::attention_decode {
 namespace {
-
-constexpr const char* kOp = "attention_decode";
 
 #if defined(__x86_64__)
 const char* needs_codes(const Params& p) { return has_codes(p.cache.format) ? needs_avx512vnni(p) : "only int8 and int4 caches have codes to multiply"; }
@@ -40,29 +33,12 @@ std::tuple<Tensor, Tensor> attention_decode(const Tensor& q, const Tensor& k, co
                                             const std::optional<Tensor>& lengths, double softmax_scale, bool causal, int64_t window, double softcap,
                                             const std::optional<Tensor>& mask, const std::optional<Tensor>& s_aux, const std::optional<Tensor>& alibi_slopes,
                                             bool tokens_first) {
-  check(q.dim() == 4, kOp, ": q must be [B, Hq, Lq, head dim], got ", shape_string(q));
-  check(k.dim() == 4, kOp, ": k must be 4-dimensional, got ", shape_string(k));
-  Params p{};
-  p.dtype = float_dtype(kOp, "q", q);
-  p.B = q.size(0), p.Hq = q.size(1), p.Lq = q.size(2), p.D = q.size(3), p.Hkv = k.size(1), p.Dv = value_dim;
-  check_heads(kOp, p.Hq, p.Hkv, p.D, p.Dv);
-  check_rules(kOp, softmax_scale, window, softcap);
-  p.cache = kv_cache_of(kOp, {p.B, p.Hkv, p.D, p.Dv}, k, v, k_scales, v_scales, channels, block_table, kv_format);
-  const int64_t capacity = p.cache.page_tokens * p.cache.table_columns;
-  check(0 <= keys && keys <= capacity, kOp, ": keys must be 0 to ", capacity, ", what the cache holds, got ", keys);
-  p.keys = keys;
+  Call call = make_call(q, k, v, k_scales, v_scales, channels, block_table, kv_format, value_dim, keys, softmax_scale, causal, window, softcap, mask, s_aux,
+                        alibi_slopes, tokens_first, check_cpu);
+  Params& p = call.params;
   if (lengths) p.lengths = kv_counts(kOp, "lengths", *lengths, p.B, 0, keys);
   for (int64_t b = 0; b < p.B; b++) check_pages(kOp, p.cache, k.size(0), b, 0, p.length(b));
-  p.q = heads_of(kOp, "q", q, true);
-  const PerHead sinks = per_head(kOp, "s_aux", s_aux, q, p.Hq), slopes = per_head(kOp, "alibi_slopes", alibi_slopes, q, p.Hq);
-  const int64_t scores_shape[] = {p.B, p.Hq, p.Lq, keys}, shape[] = {p.B, p.Hq, p.Lq, p.Dv}, by_token[] = {p.B, p.Lq, p.Hq, p.Dv};
-  p.rules = {static_cast<float>(softmax_scale), static_cast<float>(softcap), causal, window, sinks.data, slopes.data, mask_of(kOp, mask, q, scores_shape)};
-  Tensor out = torch::stable::new_empty(q, torch::headeronly::IntHeaderOnlyArrayRef(tokens_first ? by_token : shape, 4));
-  if (tokens_first) out = torch::stable::transpose(out, 1, 2);
-  Tensor lse = torch::stable::new_empty(q, torch::headeronly::IntHeaderOnlyArrayRef(shape, 3), ScalarType::Float);
-  if (p.B * p.Lq == 0) return {out, lse};
-  p.out = {out.mutable_data_ptr(), out.stride(0), out.stride(1), out.stride(2)};
-  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  if (call.empty()) return call.results();
   const double products = static_cast<double>(p.B) * p.Hq * p.Lq * keys * (p.D + p.Dv);
   p.num_threads = std::clamp<int64_t>(static_cast<int64_t>(products / kMinProductsPerThread), 1, torch::stable::get_num_threads());
   const int64_t blocks = p.B * p.Hkv * p.row_blocks();
@@ -70,15 +46,12 @@ std::tuple<Tensor, Tensor> attention_decode(const Tensor& q, const Tensor& k, co
   p.partials = reinterpret_cast<float*>(p.finished + blocks);
   std::fill_n(p.finished, blocks, 0);
   select(kOp, kImpls, p).run(p);
-  return {out, lse};
+  return call.results();
 }
 
 std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
-  const auto found = sizes.find("kv_format");
-  const int64_t format = found == sizes.end() ? 0 : found->second;
-  check(0 <= format && format < kNumKvFormats, kOp, ": kv_format must be 0 (float32), 1 (bfloat16), 2 (float16), 3 (fp8), 4 (int8) or 5 (int4), got ", format);
   Params p{};
-  p.cache.format = static_cast<KvFormat>(format);
+  p.cache.format = format_of_sizes(sizes);
   return explain_table(kOp, kImpls, p);
 }
 
@@ -87,10 +60,5 @@ const bool registered = register_table(kOp, "cpu", kImpls, explain);
 }  // namespace
 }  // namespace taut::attention_decode
 
-STABLE_TORCH_LIBRARY_FRAGMENT(taut, m) {
-  m.def(
-      "attention_decode(Tensor q, Tensor k, Tensor v, Tensor? k_scales, Tensor? v_scales, Tensor? channels, Tensor? block_table, int kv_format, "
-      "int value_dim, int keys, Tensor? lengths, float softmax_scale, bool causal, int window, float softcap, Tensor? mask, Tensor? s_aux, "
-      "Tensor? alibi_slopes, bool tokens_first) -> (Tensor, Tensor)");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(taut, m) { m.def(taut::attention_decode::kSchema); }
 STABLE_TORCH_LIBRARY_IMPL(taut, CPU, m) { m.impl("attention_decode", TORCH_BOX(&taut::attention_decode::attention_decode)); }

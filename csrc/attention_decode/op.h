@@ -4,10 +4,16 @@
 
 #include "common/attention.h"
 #include "common/cpu_features.h"
+#include "common/device.h"
 #include "common/kv_cache.h"
 #include "common/parallel.h"
 
 namespace taut::attention_decode {
+
+constexpr const char* kSchema =
+    "attention_decode(Tensor q, Tensor k, Tensor v, Tensor? k_scales, Tensor? v_scales, Tensor? channels, Tensor? block_table, int kv_format, "
+    "int value_dim, int keys, Tensor? lengths, float softmax_scale, bool causal, int window, float softcap, Tensor? mask, Tensor? s_aux, "
+    "Tensor? alibi_slopes, bool tokens_first) -> (Tensor, Tensor)";
 
 // Keys are attended to in chunks of so many, counted from the first of the cache. Fixed, so that no result depends on the number of
 // threads or on the rest of the batch.
@@ -55,5 +61,31 @@ void run(const Params&);
 namespace cpu_neondot {
 void run(const Params&);
 }
+
+// ---- CUDA -------------------------------------------------------------------------------------------------------------
+
+struct CudaParams : Params {
+  int64_t pages;  // of the cache. What `lengths` and the block table say is known on the device alone
+  const Device* device;
+  void* stream;     // cudaStream_t
+  void* workspace;  // 256-byte aligned, as many bytes as the row's workspace_bytes asked for, uninitialised
+};
+
+// Every format, fp32 arithmetic.
+namespace cuda_sm75_simt {
+int64_t workspace_bytes(const CudaParams&);
+void run(const CudaParams&);
+}  // namespace cuda_sm75_simt
+// On tensor cores.
+namespace cuda_sm75_mma {
+const char* supported(const CudaParams&);
+int64_t workspace_bytes(const CudaParams&);
+void run(const CudaParams&);
+}  // namespace cuda_sm75_mma
+namespace cuda_sm80_mma {
+const char* supported(const CudaParams&);
+int64_t workspace_bytes(const CudaParams&);
+void run(const CudaParams&);
+}  // namespace cuda_sm80_mma
 
 }  // namespace taut::attention_decode

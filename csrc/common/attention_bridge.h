@@ -11,9 +11,6 @@ namespace taut {
 
 constexpr int64_t kMostHeadDim = 256;
 
-// Throws where a tensor is not on the device of the impls: check_cpu, or check_cuda_tensor of common/torch_cuda.h.
-using CheckPlace = void (*)(const char* op, const char* what, const Tensor& t);
-
 // `batch`: whether there is a dimension for it.
 inline Heads heads_of(const char* op, const char* what, const Tensor& t, bool batch, CheckPlace check_place = check_cpu) {
   check_place(op, what, t);

@@ -13,7 +13,7 @@ struct KvSizes {
 // What op schemas call it: Tensor k, Tensor v, Tensor? k_scales, Tensor? v_scales, Tensor? channels, Tensor? block_table, int kv_format
 inline KvCache kv_cache_of(const char* op, const KvSizes& sizes, const Tensor& k, const Tensor& v, const std::optional<Tensor>& k_scales,
                            const std::optional<Tensor>& v_scales, const std::optional<Tensor>& channels, const std::optional<Tensor>& block_table,
-                           int64_t format) {
+                           int64_t format, CheckPlace check_place = check_cpu) {
   const auto [B, Hkv, D, Dv] = sizes;
   check(0 <= format && format < kNumKvFormats, op, ": kv_format must be 0 (float32), 1 (bfloat16), 2 (float16), 3 (fp8), 4 (int8) or 5 (int4), got ", format);
   KvCache cache{};
@@ -23,7 +23,7 @@ inline KvCache kv_cache_of(const char* op, const KvSizes& sizes, const Tensor& k
   for (const Tensor* t : {&k, &v}) {
     const char* what = t == &k ? "k" : "v";
     const int64_t last = codes ? (t == &k ? key_block_bytes(cache.format, D) : value_block_bytes(cache.format, Dv)) : t == &k ? D : Dv;
-    check_cpu(op, what, *t);
+    check_place(op, what, *t);
     check(t->scalar_type() == kTypes[format], op, ": ", what, " is not of the dtype of kv_format ", format);
     check(t->dim() == 4 && t->size(1) == Hkv && t->size(3) == last, op, ": ", what, " must be [pages, ", Hkv, codes ? ", blocks of 16 tokens, " : ", tokens, ",
           last, "], got ", shape_string(*t));
@@ -42,7 +42,7 @@ inline KvCache kv_cache_of(const char* op, const KvSizes& sizes, const Tensor& k
   if (codes) {
     for (const Tensor* t : {&*k_scales, &*v_scales}) {
       const char* what = t == &*k_scales ? "k_scales" : "v_scales";
-      check_cpu(op, what, *t);
+      check_place(op, what, *t);
       check(t->scalar_type() == ScalarType::Half && t->dim() == 3 && t->size(0) == k.size(0) && t->size(1) == Hkv && t->size(2) == cache.page_tokens, op, ": ",
             what, " must be float16 [", k.size(0), ", ", Hkv, ", ", cache.page_tokens, "], got ", shape_string(*t));
       check(t->is_contiguous(), op, ": ", what, " must be contiguous");
@@ -52,7 +52,7 @@ inline KvCache kv_cache_of(const char* op, const KvSizes& sizes, const Tensor& k
     cache.scale_page_stride = Hkv * cache.page_tokens, cache.scale_head_stride = cache.page_tokens;
   }
   if (channels) {
-    check_cpu(op, "channels", *channels);
+    check_place(op, "channels", *channels);
     check(channels->scalar_type() == ScalarType::Float && channels->is_contiguous() && channels->dim() == 4 && channels->size(0) == B &&
               channels->size(1) == Hkv && channels->size(2) == 2 && channels->size(3) == D + Dv,
           op, ": channels must be contiguous float32 [", B, ", ", Hkv, ", 2, ", D + Dv, "], got ", shape_string(*channels));
@@ -63,7 +63,7 @@ inline KvCache kv_cache_of(const char* op, const KvSizes& sizes, const Tensor& k
     cache.table_columns = 1;
     return cache;
   }
-  check_cpu(op, "block_table", *block_table);
+  check_place(op, "block_table", *block_table);
   check(block_table->scalar_type() == ScalarType::Int && block_table->is_contiguous() && block_table->dim() == 2 && block_table->size(0) == B, op,
         ": block_table must be contiguous int32 [", B, ", pages], got ", shape_string(*block_table));
   check(cache.page_tokens % kKvBlock == 0 && cache.page_tokens > 0, op, ": pages must hold a multiple of ", kKvBlock, " tokens, got ", cache.page_tokens);
@@ -72,12 +72,25 @@ inline KvCache kv_cache_of(const char* op, const KvSizes& sizes, const Tensor& k
   return cache;
 }
 
-// `t`, int32 [B], as one number a sequence; each in [low, high].
-inline const int32_t* kv_counts(const char* op, const char* what, const Tensor& t, int64_t B, int64_t low, int64_t high) {
-  check_cpu(op, what, t);
+// That kernels can load codes 16 bytes at a time; their last two dimensions are a multiple of it already.
+inline void check_words(const char* op, const KvCache& cache) {
+  if (!has_codes(cache.format)) return;
+  const uintptr_t bytes = reinterpret_cast<uintptr_t>(cache.k) | reinterpret_cast<uintptr_t>(cache.v) | static_cast<uintptr_t>(cache.k_page_stride) |
+                          static_cast<uintptr_t>(cache.k_head_stride) | static_cast<uintptr_t>(cache.v_page_stride) |
+                          static_cast<uintptr_t>(cache.v_head_stride);
+  check(bytes % 16 == 0, op, ": blocks of codes must lie at multiples of 16 bytes on CUDA");
+}
+
+// `t`, int32 [B], as one number a sequence, which is not looked at.
+inline const int32_t* kv_counts(const char* op, const char* what, const Tensor& t, int64_t B, CheckPlace check_place) {
+  check_place(op, what, t);
   check(t.scalar_type() == ScalarType::Int && t.is_contiguous() && t.dim() == 1 && t.size(0) == B, op, ": ", what, " must be contiguous int32 [", B, "], got ",
         shape_string(t));
-  const int32_t* values = static_cast<const int32_t*>(t.const_data_ptr());
+  return static_cast<const int32_t*>(t.const_data_ptr());
+}
+// Each in [low, high].
+inline const int32_t* kv_counts(const char* op, const char* what, const Tensor& t, int64_t B, int64_t low, int64_t high) {
+  const int32_t* values = kv_counts(op, what, t, B, check_cpu);
   for (int64_t b = 0; b < B; b++)
     check(low <= values[b] && values[b] <= high, op, ": ", what, " must be ", low, " to ", high, ", got ", values[b], " for sequence ", b);
   return values;

@@ -93,5 +93,7 @@ inline void check_mma_tiles(const char* op, Format format) {
 }
 
 inline void check_cpu(const char* op, const char* what, const Tensor& t) { check(t.is_cpu(), op, ": ", what, " must be on the CPU"); }
+// Throws where a tensor is not on the device of the impls: check_cpu, or check_cuda_tensor of common/torch_cuda.h.
+using CheckPlace = void (*)(const char* op, const char* what, const Tensor& t);
 
 }  // namespace taut

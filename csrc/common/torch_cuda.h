@@ -90,15 +90,25 @@ class CudaCall {
     (void)name, (void)data, (void)bytes, (void)writable;
 #endif
   }
+  // All of a tensor that a kernel of this call changes in places, and reads.
+  void expose_update(const char* name, const Tensor& t) const {
+#if defined(TAUT_EMULATE)
+    if (t.numel() != 0) emulator::expose(name, t.const_data_ptr(), static_cast<size_t>(span_bytes(t)), true, true);
+#else
+    (void)name, (void)t;
+#endif
+  }
   // All bytes from a tensor's first to its last element, whatever its strides.
   void expose(const char* name, const Tensor& t, bool writable = false) const {
-    if (t.numel() == 0) return;
-    int64_t last = 0;
-    for (int64_t d = 0; d < t.dim(); d++) last += (t.size(d) - 1) * t.stride(d);
-    expose(name, t.const_data_ptr(), (last + 1) * static_cast<int64_t>(t.element_size()), writable);
+    if (t.numel() != 0) expose(name, t.const_data_ptr(), span_bytes(t), writable);
   }
 
  private:
+  static int64_t span_bytes(const Tensor& t) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < t.dim(); d++) last += (t.size(d) - 1) * t.stride(d);
+    return (last + 1) * static_cast<int64_t>(t.element_size());
+  }
 #if !defined(TAUT_EMULATE)
   torch::stable::accelerator::DeviceGuard guard_;
 #endif

@@ -120,7 +120,8 @@ def explain(op: str, device: str = "cpu", **sizes: Any) -> list[Verdict]:
     """Which impl of ``op`` runs for a call of these sizes, and why each one was passed over, in table order.
 
     ``device``: "cpu" or "cuda". ``quant_linear`` takes M, N, K, format (a number of ``taut.formats.FORMATS``), group_size, zeros,
-    activations (0 float, 1 int8, 2 int8_row, 3 fp8_row), dtype (of x), and device_index.
+    activations (0 float, 1 int8, 2 int8_row, 3 fp8_row), dtype (of x), and device_index. ``attention_decode`` takes kv_format, dtype
+    (of q), D, Dv, channels and aligned (0 or 1: are there some; do rows of floats lie at multiples of 16 bytes), and device_index.
     Raises ``ValueError`` for an unknown op, size or device, or a value the op refuses.
     """
     known = _EXPLAIN_SIZES.get(op)
@@ -139,10 +140,10 @@ def explain(op: str, device: str = "cpu", **sizes: Any) -> list[Verdict]:
 
 _EXPLAIN_SIZES = {
     "attention_backward": ("B", "Hq", "Hkv", "Lq", "Lk", "D", "Dv", "dtype"),
-    "attention_decode": ("kv_format",),
+    "attention_decode": ("kv_format", "dtype", "D", "Dv", "channels", "aligned", "device_index"),
     "attention_prefill": ("B", "Hq", "Hkv", "Lq", "Lk", "D", "Dv", "dtype", "device_index"),
     "decoder_layers": ("head_dim",),
-    "kv_append": (),
+    "kv_append": ("device_index",),
     "quant_linear": ("M", "N", "K", "format", "group_size", "zeros", "activations", "dtype", "device_index"),
     "quant_embedding": (),
     "quantize_weight": (),

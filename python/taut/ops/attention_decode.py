@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _native
 from ..formats.kv import KvFormat
 from . import attention_rules as rules
-from .fused_linear import check_on_cpu, refuse_backward
+from .fused_linear import refuse_backward
 from .kv_append import KvCache, check_counts, kv_read, raising_values
 from .quant_linear import FLOAT_DTYPES
 
@@ -23,10 +24,13 @@ def attention_decode(
 
     The rules (``softmax_scale``, ``window``, ``softcap``, ``mask`` broadcastable to ``[B, Hq, Lq, keys]``, ``s_aux``,
     ``alibi_slopes``), ``lse`` and ``tokens_first`` are those of ``attention_prefill``. It computes with the numbers that the cache
-    stands for. In int8 and int4 they are multiplied as integers: q is rounded to 14 bits of a row's largest element (8 beside
-    int4), the weights to 14 bits of the largest in a tile of keys.
-    The number of threads changes no bits, and the rest of the batch none of a sequence's. On the CPU only, and without a backward.
+    stands for. On the CPU those of int8 and int4 are multiplied as integers: q is rounded to 14 bits of a row's largest element (8
+    beside int4), the weights to 14 bits of the largest in a tile of keys. CUDA multiplies in float32, or, on tensor cores, q and the
+    weights as two 16-bit floats each: 22 bits of a row's largest element and of the largest weight of 64 keys; beside bfloat16, 16 bits.
+    The number of threads changes no bits, and the rest of the batch none of a sequence's. Without a backward.
     Raises ``ValueError`` for wrong shapes, dtypes, strides or devices, lengths beyond ``keys``, and pages out of range, before any is read.
+    On CUDA the values of ``lengths`` and of the block table stay on the device (a graph may hold the call): a length counts as the
+    nearest from 0 to ``keys``, and a page out of range hides its keys. Codes must begin at multiples of 16 bytes there.
     """
     if q.dim() != 4 or q.dtype not in FLOAT_DTYPES:
         raise ValueError(f"q must be [B, Hq, Lq, head dim], float32, bfloat16 or float16, got {q.dtype} {list(q.shape)}")
@@ -36,7 +40,7 @@ def attention_decode(
     if head_dim != cache.head_dim:
         raise ValueError(f"q must be [B, Hq, Lq, {cache.head_dim}] beside this cache, got {list(q.shape)}")
     cache.check("attention_decode", batch)
-    check_on_cpu("attention_decode", q=q, lengths=lengths, mask=mask, s_aux=s_aux, alibi_slopes=alibi_slopes)
+    device = _native.device_of(q=q, k=cache.k, lengths=lengths, mask=mask, s_aux=s_aux, alibi_slopes=alibi_slopes)
     keys = cache.capacity if keys is None else keys
     if not 0 <= keys <= cache.capacity:
         raise ValueError(f"keys must be 0 to {cache.capacity}, what the cache holds, got {keys}")
@@ -45,7 +49,7 @@ def attention_decode(
     scale = rules.check_rules(head_dim, q_heads, q.dtype, softmax_scale, window, softcap, s_aux, alibi_slopes)
     rules.check_mask(mask, (batch, q_heads, queries, keys), q.dtype)
     call = (q, *cache.tensors(), cache.value_dim, keys, lengths, scale, causal, window, softcap, mask, s_aux, alibi_slopes, tokens_first)
-    return raising_values("attention_decode", torch.ops.taut.attention_decode, *call)
+    return raising_values("attention_decode", _native.ops_for(device.type).attention_decode, *call)
 
 
 @torch.library.register_fake("taut::attention_decode")

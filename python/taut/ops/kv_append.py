@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .. import _native
 from ..formats.kv import BLOCK_TOKENS, KvFormat, kv_format
 from .attention_rules import MOST_HEAD_DIM
-from .fused_linear import check_on_cpu
 from .quant_linear import FLOAT_DTYPES
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -89,9 +89,9 @@ class KvCache:
         return self.k, self.v, self.k_scales, self.v_scales, self.channels, self.block_table, self.format.code
 
     def check(self, op: str, batch: int) -> None:
-        """Raises ``ValueError`` where the tensors are not what the class says, or not of ``batch`` sequences."""
+        """Raises ``ValueError`` where the tensors are not what the class says, not of ``batch`` sequences, or not on one device."""
         given = {name: getattr(self, name) for name in ("k", "v", "k_scales", "v_scales", "channels", "block_table")}
-        check_on_cpu(op, **given)
+        _native.device_of(**given)
         format = self.format
         for name, width, values in (("k", self.head_dim, False), ("v", self.value_dim, True)):
             t, last = given[name], format.row_width(width, values)
@@ -125,8 +125,9 @@ def kv_append(k_new: Tensor, v_new: Tensor, cache: KvCache, start: int = 0, star
     each sequence; with ``starts``, int32 ``[B]``, from ``start + starts[b]`` on.
 
     A row with a NaN or an infinity is stored as NaN where there are codes. Rounding is to the nearest, ties to even, and the same
-    on every processor. On the CPU only. Raises ``ValueError`` for wrong shapes, dtypes or devices, for tokens past the capacity, and
-    for pages out of range; nothing is written then.
+    on every processor. Raises ``ValueError`` for wrong shapes, dtypes or devices, for tokens past the capacity, and for pages out of
+    range; nothing is written then. On CUDA the values of ``starts`` and of the block table stay on the device (a graph may hold the
+    call): tokens before 0, past the capacity, or of a page out of range are not stored there. Codes must begin at multiples of 16 bytes.
     """
     for name, t in (("k_new", k_new), ("v_new", v_new)):
         if t.dim() != 4 or t.dtype not in FLOAT_DTYPES or t.dtype != k_new.dtype:
@@ -142,11 +143,11 @@ def kv_append(k_new: Tensor, v_new: Tensor, cache: KvCache, start: int = 0, star
             f"k_new and v_new must be [B, {cache.kv_heads}, L, {cache.head_dim}] and [B, {cache.kv_heads}, L, {cache.value_dim}], "
             f"got {list(k_new.shape)} and {list(v_new.shape)}"
         )
-    check_on_cpu("kv_append", k_new=k_new, v_new=v_new, starts=starts)
+    device = _native.device_of(k_new=k_new, v_new=v_new, k=cache.k, starts=starts)
     _check_span(cache, start, new)
     check_counts("starts", starts, batch)
     k, v, *rest, format = cache.tensors()
-    raising_values("kv_append", torch.ops.taut.kv_append, k_new, v_new, k, v, *rest, format, start, starts)
+    raising_values("kv_append", _native.ops_for(device.type).kv_append, k_new, v_new, k, v, *rest, format, start, starts)
 
 
 @torch.library.register_fake("taut::kv_append")
@@ -160,14 +161,14 @@ def _fake(
 def kv_read(cache: KvCache, batch: int, start: int, length: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Tokens ``start`` to ``start + length`` as numbers: k ``[B, Hkv, length, D]`` and v ``[B, Hkv, length, Dv]`` of ``dtype``.
 
-    On the CPU only. Raises ``ValueError`` as ``kv_append`` does.
+    Raises ``ValueError`` as ``kv_append`` does. On CUDA tokens of a page out of range are read as NaN.
     """
     if dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     cache.check("kv_read", batch)
     _check_span(cache, start, length)
     call = (*cache.tensors(), batch, cache.head_dim, cache.value_dim, start, length, _DTYPE_CODES[dtype])
-    return raising_values("kv_read", torch.ops.taut.kv_read, *call)
+    return raising_values("kv_read", _native.ops_for(cache.k.device.type).kv_read, *call)
 
 
 @torch.library.register_fake("taut::kv_read")
