@@ -3,11 +3,11 @@
 ``update`` of its layers gives the attention function named "taut" a ``Part`` in place of a tensor, which says where what is held lies
 (``Held``). Every other attention function gets floats, read from the cache for each token: correct, and slower.
 
-What int4 holds is turned first: keys and values times a Hadamard matrix, which spreads a channel that is large over all of them, so that
-the scale of a token fits all its numbers (QuaRot, arXiv 2404.00456). Queries are turned the same way and what comes out is turned
-back; no score changes. Keys are held less their mean over the prompt. Four bits then change a model's answers by less than half of
-what they do with a factor for each channel (KL divergence of SmolLM2 135M 0.04 instead of 0.10), and after a prompt of few tokens, whose
-ranges say little of those of later ones, by far less.
+What int8 and int4 hold is turned first: keys and values times a Hadamard matrix, which spreads a channel that is large over all of
+them, so that the scale of a token fits all its numbers (QuaRot, arXiv 2404.00456). Queries are turned the same way and what comes out is
+turned back; no score changes. Keys are held less their mean over the prompt. In four bits that changes a model's answers by less than
+half of what a factor for each channel does (KL divergence of SmolLM2 135M 0.04 instead of 0.10). And it asks little of the prompt: the
+ranges of a prompt of one token say nothing of those of later ones, and with factors from them eight bits were as bad as four.
 """
 
 from __future__ import annotations
@@ -495,7 +495,7 @@ class Cache(cache_utils.Cache):
     tokens (of int8 and int4 rounded up to 16), allocated at once, for ``torch.compile``; None: it grows. Layers whose attention
     slides hold little more than their window where they grow. ``channels``: whether each channel gets an offset and a factor from
     the first tokens that are stored (the prompt); None: for int8 and int4. ``turned``: whether int8 or int4 hold keys and values times a
-    Hadamard matrix, and channels have offsets alone; None: for int4 with channels. Head dims that 16 does not divide are not turned.
+    Hadamard matrix, and channels have offsets alone; None: where there are channels. Head dims that 16 does not divide are not turned.
 
     With the attention function "taut" (``model.set_attn_implementation("taut")``, ``taut.swap(model, attention=True)``) what is held is
     read as it is; with others it is turned into floats for each token. The prompt attends to its own keys and values unrounded.
@@ -522,10 +522,10 @@ class Cache(cache_utils.Cache):
         if channels and format is None:
             raise ValueError("channels=True is for a kv format, and kv is None")
         if turned is not None and not isinstance(turned, bool):
-            raise ValueError(f"turned must be True, False or None (for int4 with channels), got {turned!r}")
+            raise ValueError(f"turned must be True, False or None (for int8 and int4 with channels), got {turned!r}")
         if turned and (format is None or not format.has_codes):
             raise ValueError(f"turned=True is for int8 and int4, and kv is {kv!r}")
-        turned = channels and format.bits == 4 if turned is None else turned
+        turned = channels and format.has_codes if turned is None else turned
         settings = _Settings(config, format, channels, turned)
         layers = [_layer_for(layer, index, settings, max_cache_len) for index, layer in enumerate(DynamicCache(config=config).layers)]
         if not layers:
