@@ -107,6 +107,84 @@ def test_a_left_padded_batch(kv, length):
     assert cosine(found, alone) >= CLOSE[kv]
 
 
+def outliers(tokens: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys as language models have them, with some channels large for every token and some large now and then; values without."""
+    generator = torch.Generator().manual_seed(2)
+    k, v = (torch.randn(1, 2, tokens, dim, generator=generator) for _ in range(2))
+    k[..., 1] += 12.0
+    k[..., dim // 2] *= 6.0
+    return k, v
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (96, 32), (256, 48), (80, 80)], ids=str)
+@pytest.mark.parametrize("length", [None, 600])
+@pytest.mark.parametrize("first", [1, 12, 512])
+def test_turned_keys_and_values(first, length, dims):
+    """A Hadamard matrix spreads a large channel over all of them: closer than factors by channel from a short prompt."""
+    k, v = outliers(560, dims[0])[0], outliers(560, dims[1])[1]
+    q = torch.randn(1, 4, 1, dims[0], generator=torch.Generator().manual_seed(3))
+    config, cosines, scores = model_for("llama").config, {}, {}
+    for turned in (True, False):
+        layer = taut.Cache(config, "int4", length, turned=turned).layers[0]
+        layer.update(k[:, :, :first], v[:, :, :first])
+        layer.update(k[:, :, first:], v[:, :, first:])
+        held = layer.held()
+        found = [t[:, :, :560] for t in held.tensors()]
+        cosines[turned] = [float(torch.cosine_similarity(one, other, dim=-1).mean()) for one, other in zip(found, (k, v), strict=True)]
+        scores[turned] = float((q @ found[0].repeat_interleave(2, 1).mT - q @ k.repeat_interleave(2, 1).mT).pow(2).mean().sqrt())
+        # What attends to codes sees what is read of them.
+        for dtype in (torch.float32, torch.bfloat16):
+            mask = torch.zeros(1, 1, 1, held.keys, dtype=dtype)
+            got = held.attend(q.to(dtype), 0.02, False, 0, 0.0, mask, torch.zeros(4, dtype=dtype))
+            sinks = torch.zeros(1, 4, 1, 1)
+            weights = torch.cat((q.to(dtype).float() @ found[0].repeat_interleave(2, 1).mT * 0.02, sinks), -1).softmax(-1)[..., :-1]
+            expected = (weights @ found[1].repeat_interleave(2, 1)).transpose(1, 2)
+            assert got.dtype == dtype
+            assert_close(got.float(), expected, 0.06)
+    assert cosines[True][0] >= 0.99 and cosines[True][1] >= 0.985
+    if first < 512:  # of such a long prompt as simple as this one, factors by channel know all there is to know
+        assert scores[True] < scores[False] and cosines[True][1] > cosines[False][1]
+
+
+def test_what_is_turned():
+    model = model_for("llama")
+    for kv, given, expected in (
+        ("int4", {}, True),
+        ("int4", {"channels": False}, False),
+        ("int8", {}, True),
+        ("int8", {"turned": False}, False),
+    ):
+        cache = taut.Cache(model, kv, **given)
+        steps(model, cache, prompt(2, 20), (20,))
+        assert (cache.layers[0].turn is not None) == expected
+    cache = taut.Cache(model, "int4")
+    steps(model, cache, prompt(2, 20), (20,))
+    odd = taut.Cache(model, "int4").layers[0]
+    odd.update(torch.randn(1, 2, 5, 24), torch.randn(1, 2, 5, 24))
+    assert odd.turn is None  # 24 is 3 times 8: too little to mix
+    matrix = cache.layers[0].turn.keys
+    assert torch.allclose(matrix @ matrix, torch.eye(16), atol=1e-6) and cache.layers[1].turn.keys is matrix
+    spoiled = taut.Cache(model, "int4").layers[0]
+    k = torch.randn(1, 2, 20, 16)
+    spoiled.update(k.index_fill(2, torch.tensor([3]), torch.nan), k)
+    spoiled.update(k[:, :, :1], k[:, :, :1])
+    assert spoiled.keys[:, :, [0, 19, 20]].isfinite().all() and spoiled.keys[:, :, 3].isnan().all()
+
+
+def test_a_model_that_makes_something_of_what_it_gets():
+    """DiffLlama joins the values of two halves of the heads after the cache: they are not what the cache holds any more."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.DiffLlamaConfig(**sizes, vocab_size=200, max_position_embeddings=64, initializer_range=0.2)
+    model = transformers.DiffLlamaForCausalLM(config).eval()
+    model.set_attn_implementation("eager")
+    ids = prompt(2, 20)
+    expected = steps(model, transformers.DynamicCache(config=config), ids, (12, 1, 1, 6))
+    model.set_attn_implementation("taut")
+    for length in (None, 32):
+        assert_close(steps(model, taut.Cache(model, "float32", length), ids, (12, 1, 1, 6)), expected)
+
+
 @pytest.mark.parametrize("kv", ["float32", "int8", "int4", "fp8"])
 @pytest.mark.parametrize("family", ["gemma3", "mistral"])
 def test_a_window_bounds_memory(family, kv):
@@ -336,6 +414,9 @@ def test_bad_input():
             taut.Cache(model, "int8", length)
     with pytest.raises(ValueError, match="channels"):
         taut.Cache(model, "int8", channels="no")
+    for kv, turned in (("int4", 1), ("fp8", True), (None, True)):
+        with pytest.raises(ValueError, match="turned"):
+            taut.Cache(model, kv, turned=turned)
     with pytest.raises(ValueError, match="model or its config"):
         taut.Cache("llama")
     for length in (None, 32):

@@ -81,7 +81,7 @@ def attention_forward(
         mask = create_position_bias_mask(position_bias, mask, False, query, key)
     if dropout == 0.0 and not output_attentions and own.takes_mask(mask, query, keys) and not _followed(mask):
         if held is not None and not _followed(query, key, value) and own.takes_cache(query, held.cache):
-            return own.attend_cache(query, held.cache, keys, held.lengths, scale, causal, window, cap, mask, sinks), None
+            return held.attend(query, scale, causal, window, cap, mask, sinks), None
         if held is None and own.takes(query, key, value) and not (causal and queries > keys):
             return own.attend(query, key, value, scale, causal and queries > 1, window, cap, mask, sinks), None
     if held is not None:
