@@ -31,13 +31,12 @@ from taut.report.text import default_text
 
 ROOT = Path(__file__).resolve().parents[1]
 _FORMATS = ("int8", "int4", "fp8")
+_HOW = {"": {}, "not turned": {"turned": False}, "without channels": {"channels": False}}
 
 
-def read(
-    model: torch.nn.Module, ids: torch.Tensor, prompt: int, piece: int, kv: str | None, channels: bool | None
-) -> tuple[torch.Tensor, int]:
+def read(model: torch.nn.Module, ids: torch.Tensor, prompt: int, piece: int, kv: str, **how: bool) -> tuple[torch.Tensor, int]:
     """Logits ``[T - prompt, V]`` of the tokens after the prompt, each piece of which attends to what is stored; bytes stored."""
-    cache, found = taut.Cache(model, kv, ids.shape[1], channels), []
+    cache, found = taut.Cache(model, kv, ids.shape[1], **how), []
     with torch.inference_mode():
         for begin in (0, *range(prompt, ids.shape[1], piece)):
             end = min(begin + piece, ids.shape[1]) if begin else prompt
@@ -46,14 +45,14 @@ def read(
 
 
 def compare(model: torch.nn.Module, windows: torch.Tensor, prompt: int, piece: int, formats: Sequence[str]) -> list[dict[str, Any]]:
-    """For each format (``int8``, or ``int8 without channels``) what it changes on ``windows [W, T]``."""
+    """For each format (``int8``, ``int8 not turned``, ``int8 without channels``) what it changes on ``windows [W, T]``."""
     parts: dict[str, list] = {format: [] for format in formats}
     size: dict[str | None, int] = {}
     for window in windows:
-        base, size[None] = read(model, window[None], prompt, piece, "float32", None)
+        base, size[None] = read(model, window[None], prompt, piece, "float32")
         for format in formats:
-            kv, _, plain = format.partition(" ")
-            other, size[format] = read(model, window[None], prompt, piece, kv, False if plain else None)
+            kv, _, how = format.partition(" ")
+            other, size[format] = read(model, window[None], prompt, piece, kv, **_HOW[how])
             parts[format].append(compare_logits(base[:-1], other[:-1], window[prompt + 1 :]))
     found = []
     for format in formats:
@@ -71,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and gives its exit code."""
     parser = argparse.ArgumentParser(prog="bench/kv_cache.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", metavar="NAME", help="a model or a directory [default: smollm2-135m]")
-    parser.add_argument("--format", action="append", metavar="KV", help=f'also "int8 without channels" [default: {", ".join(_FORMATS)}]')
+    parser.add_argument(
+        "--format", action="append", metavar="KV", help=f'also "int8 not turned", "int8 without channels" [default: {", ".join(_FORMATS)}]'
+    )
     parser.add_argument("--tokens", type=int, default=2048, help="of a text [default: 2048]")
     parser.add_argument("--prompt", type=int, default=1024, help="of which so many are the prompt [default: 1024]")
     parser.add_argument("--piece", type=int, default=32, help="tokens at a time after that [default: 32]")
@@ -92,6 +93,11 @@ def _run(args: argparse.Namespace) -> None:
 
     if not 0 < args.prompt < args.tokens - 1 or args.piece < 1 or args.windows < 1:
         raise ValueError("--prompt must be less than --tokens - 1, and --prompt, --piece and --windows at least 1")
+    formats = args.format or _FORMATS
+    if unknown := {format for format in formats if format.partition(" ")[2] not in _HOW}:
+        raise ValueError(
+            f"unknown formats {', '.join(sorted(unknown))}; after a kv format comes nothing, {' or '.join(filter(None, _HOW))}"
+        )
     text_name, text = default_text()
     source = Source("directory", str(directory_of(args.model, args.cache)))
     model, _ = models.load_model(source, "float32")
@@ -101,7 +107,7 @@ def _run(args: argparse.Namespace) -> None:
         "text": text_name, "commit": commit(), "machine": f"{processor_name()}, {usable_cores()} cores", "torch": torch.__version__,
         "run": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip
-    for found in compare(model, windows, args.prompt, args.piece, args.format or _FORMATS):
+    for found in compare(model, windows, args.prompt, args.piece, formats):
         print(
             f"{Path(args.model).name} {found['format']}: KL {found['kl']:.5f} ± {found['kl_stderr']:.5f}, same word "
             f"{found['same_top']:.2%} ± {found['same_top_stderr']:.2%}, perplexity {found['ppl_float']:.4f} -> {found['ppl']:.4f}, "
