@@ -174,7 +174,7 @@ def test_a_graph_of_decoding_reads_lengths_on_the_device(name):
     cache = KvCache.empty(name, 2, 2, 96, 64, device="cuda")
     lengths = torch.zeros(2, dtype=torch.int32, device="cuda")
     q, k, v = (torch.randn(2, heads, 1, 64, device="cuda", dtype=dtype) for heads in (8, 2, 2))
-    prompt = [torch.randn(2, 2, 70, 64, device="cuda", dtype=dtype) for _ in range(2)]
+    prompt = [torch.randn(2, 2, 95, 64, device="cuda", dtype=dtype) for _ in range(2)]
     kv_append(*prompt, cache)
 
     def step() -> torch.Tensor:

@@ -101,7 +101,7 @@ struct MmaUnit {
   };
   struct Scratch {
     float key_scales[kUnit], value_scales[kUnit];
-    Places places;
+    Places places[2];  // of units by turns
   };
 
   TAUT_DEVICE static float query(const Args& args, const float* channels, int64_t at, int d, bool there) {
@@ -151,21 +151,68 @@ struct MmaUnit {
     }
   }
 
+  // Of a plain unit every row sees every key, and rows are as wide as the kernel: then nothing is asked of a key, and what a lane loads lies at
+  // fixed distances from two places. WHY: the questions are two thirds of a unit's instructions.
+  static constexpr int kElement = kCodes ? 4 : static_cast<int>(kv_element_bytes(kFormat));  // bytes from a column of values to the next
+  static constexpr int kRowBytes = kWidth * kElement;                                        // of values: of a token, or of four or (int4) eight
+  static constexpr int kBlockBytes = kCodes ? kWidth * (kInt4 ? 8 : 16) : kBlock * kRowBytes;
+  TAUT_DEVICE static bool is_plain(const Args& args, const Rows& rows, const Places& places, int first) {
+    return args.plain && args.D == kWidth && first >= rows.all_first && first + kUnit <= rows.all_end && places.whole();
+  }
+  // A lane's first bytes of each half of a plain unit.
+  struct Bases {
+    const uint8_t* of[kHalves];
+  };
+  TAUT_DEVICE static Bases key_bases(const Places& places, int lane) {
+    const int g = lane / 4, t = lane % 4, token = 4 * g % kBlock, at = kCodes ? t * 64 + token * 4 : token * kRowBytes + t * 16;
+    return {{places.keys[g / 4] + at, places.keys[2 + g / 4] + at}};
+  }
+  TAUT_DEVICE static Bases value_bases(const Places& places, int lane) {
+    const int g = lane / 4, t = lane % 4, token = 8 * t % kBlock;
+    const int at = (kInt4 ? token / 8 : kCodes ? token / 4 : token) * kRowBytes + kColumns * g * kElement;
+    return {{places.values[t / 2] + at, places.values[2 + t / 2] + at}};
+  }
+  // Asks for the keys or values of a plain unit to be brought to the L2 cache.
+  TAUT_DEVICE static void prefetch(const uint8_t* const* blocks, int lane) {
+    constexpr int kLine = 128, kLines = kBlockBytes / kLine;
+    static_assert(kBlockBytes % kLine == 0);
+#pragma unroll
+    for (int begin = 0; begin < kUnitBlocks * kLines; begin += 32) {
+      const int i = begin + lane;
+      const uint8_t* block = i < kUnitBlocks * kLines ? blocks[i / kLines] : nullptr;
+      if (block) ptx::prefetch_l2(block + i % kLines * kLine);
+    }
+  }
+  TAUT_DEVICE static void prefetch_keys(const Args& args, const Places& places, int lane) {
+    prefetch(places.keys, lane);
+    if constexpr (kCodes) {
+      const int i = lane % kUnitBlocks;
+      if (lane < 2 * kUnitBlocks && places.keys[i]) ptx::prefetch_l2((lane < kUnitBlocks ? args.cache.k_scales : args.cache.v_scales) + places.scales[i]);
+    }
+  }
+
   // ---- q k^T: scores[h][j] is of tokens 32 h + 4 n + j
   using Scores = float[kHalves][4][4];
-  TAUT_DEVICE static uint4 load_keys(const Args& args, const Rows& rows, const Places& places, int first, int index, int lane) {
+  template <bool kPlain>
+  TAUT_DEVICE static uint4 load_keys(const Args& args, const Rows& rows, const Places& places, const Bases& bases, int first, int index, int lane) {
+    if constexpr (kPlain) {
+      const int chunk = 4 * (index % kKeyChunks), part = index / kKeyChunks;
+      return ptx::ld_global_nc_16(kCodes ? bases.of[part] + chunk * 64 : bases.of[part / 4] + part % 4 * kRowBytes + chunk * 16);
+    }
     const int g = lane / 4, t = lane % 4, chunk = 4 * (index % kKeyChunks) + t, part = index / kKeyChunks;
     const int token = kCodes ? 32 * part + 4 * g : 32 * (part / 4) + 4 * g + part % 4;
     const uint8_t* block = places.keys[token / kBlock];
     if (block == nullptr || chunk * kDims >= args.D || (!kCodes && first + token >= rows.length)) return make_uint4(0, 0, 0, 0);
     return ptx::ld_global_nc_16(kCodes ? block + chunk * 64 + token % kBlock * 4 : block + token % kBlock * args.cache.k_row_stride + chunk * 16);
   }
+  template <bool kPlain>
   TAUT_DEVICE static void multiply_keys(Scores& scores, const Args& args, const Rows& rows, const Shared& shared, const Places& places, int first, int lane) {
+    const Bases bases = kPlain ? key_bases(places, lane) : Bases{};
 #pragma unroll
     for (int begin = 0; begin < kKeyLoads; begin += kKeyBatch) {
       uint4 words[kKeyBatch];
 #pragma unroll
-      for (int i = 0; i < kKeyBatch; i++) words[i] = load_keys(args, rows, places, first, begin + i, lane);
+      for (int i = 0; i < kKeyBatch; i++) words[i] = load_keys<kPlain>(args, rows, places, bases, first, begin + i, lane);
 #pragma unroll
       for (int i = 0; i < kKeyBatch; i++) {
         const int chunk = (begin + i) % kKeyChunks, part = (begin + i) / kKeyChunks;
@@ -193,8 +240,9 @@ struct MmaUnit {
 
   // ---- Scores to weights: of row g, tokens 32 h + 8 t + 4 e + j, as A operands a[h][e]
   using Weights = uint32_t[kHalves][2][4];
-  TAUT_DEVICE static void weigh(Weights& a, float& most, float& total, const Scores& scores, const Args& args, const Shared& shared, const Scratch& scratch,
-                                int first, int lane, float inverse) {
+  template <bool kPlain>
+  TAUT_DEVICE static void weigh(Weights& a, float& most, float& total, const Scores& scores, const Args& args, const Shared& shared, const Places& places,
+                                const Scratch& scratch, int first, int lane, float inverse) {
     const int g = lane / 4, t = lane % 4;
     const Row& row = shared.rows[g];
     const AttentionMask& mask = args.rules.mask;
@@ -210,7 +258,12 @@ struct MmaUnit {
           const int token = 32 * h + 8 * t + 4 * e + j, key = first + token;
           float product = (scores[h][j][e] + scores[h][j][2 + e]) * unit;
           if constexpr (kCodes) product *= scratch.key_scales[token];
-          const bool seen = key >= row.first && key < row.end && scratch.places.has(token) &&
+          if constexpr (kPlain) {
+            weights[h][e][j] = (product + row.offset) * scale;
+            most = fmaxf(most, weights[h][e][j]);
+            continue;
+          }
+          const bool seen = key >= row.first && key < row.end && places.has(token) &&
                             (mask.kind == MaskKind::kNone || mask_shows(mask, row.rules.mask + key * mask.key_stride));
           weights[h][e][j] = seen ? apply_rules(args.rules, row.rules, key, (product + row.offset) * scale) : -INFINITY;
           most = fmaxf(most, weights[h][e][j]);
@@ -225,10 +278,10 @@ struct MmaUnit {
         float (&w)[4] = weights[h][e];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-          w[j] = exp2f(w[j] - most);
+          w[j] = ptx::ex2(w[j] - most);
           total += w[j];
           if constexpr (kCodes) {
-            if (w[j] != 0.0f) w[j] *= scratch.value_scales[32 * h + 8 * t + 4 * e + j] * inverse;  // WHY: that of a hidden one may be NaN
+            if (kPlain || w[j] != 0.0f) w[j] *= scratch.value_scales[32 * h + 8 * t + 4 * e + j] * inverse;  // WHY: that of a hidden one may be NaN
           }
           w[j] *= kWeightUnit;
         }
@@ -241,13 +294,17 @@ struct MmaUnit {
   // ---- Weights times values: sums[j] is of columns kSpan * span + kColumns * n + j
   using SpanSums = float[kColumns][4];
   // The lane's 16 bytes of a span: of codes, index is h, or 2 h + e; of floats 8 h + 4 e + which of four tokens.
-  TAUT_DEVICE static uint4 load_values(const Args& args, const Rows& rows, const Places& places, int first, int span, int index, int lane) {
+  template <bool kPlain>
+  TAUT_DEVICE static uint4 load_values(const Args& args, const Rows& rows, const Places& places, const Bases& bases, int first, int span, int index, int lane) {
+    if constexpr (kPlain) {
+      const uint8_t* base = bases.of[kInt4 ? index : kCodes ? index / 2 : index / 8] + kSpan * span * kElement;
+      return ptx::ld_global_nc_16(kInt4 ? base : kCodes ? base + index % 2 * kRowBytes : base + index % 8 * kRowBytes);
+    }
     const int g = lane / 4, t = lane % 4, column = kSpan * span + kColumns * g;
     const int token = kInt4 ? 32 * index + 8 * t : kCodes ? 32 * (index / 2) + 8 * t + 4 * (index % 2) : 32 * (index / 8) + 8 * t + index % 8;
     const int columns = kCodes ? (args.Dv + 15) / 16 * 16 : args.Dv;
     const uint8_t* block = places.values[token / kBlock];
     if (block == nullptr || column >= columns || (!kCodes && first + token >= rows.length)) return make_uint4(0, 0, 0, 0);
-    constexpr int kElement = kCodes ? 4 : static_cast<int>(kv_element_bytes(kFormat));
     const int64_t row = kCodes ? token % kBlock / (kInt4 ? 8 : 4) * columns * 4 : token % kBlock * args.cache.v_row_stride;
     return ptx::ld_global_nc_16(block + row + column * kElement);
   }
@@ -285,7 +342,7 @@ struct MmaUnit {
 
   // To sums of floats: those of the row that is no mma's. WHY: 0 times NaN is NaN, and a hidden key has the weight 0. Seldom: a warp comes here where
   // a sum is not finite, one of a NaN that is seen as well.
-  TAUT_DEVICE static void add_one_by_one(SpanSums& sums, const Args& args, const Rows& rows, Scratch& scratch, int first, int span, int lane,
+  TAUT_DEVICE static void add_one_by_one(SpanSums& sums, const Args& args, const Rows& rows, const Places& places, int first, int span, int lane,
                                          const Weights& a) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -309,7 +366,7 @@ struct MmaUnit {
         if (i == 2 * h + e) weight = number(one) + number(other);
       }
       weight = __shfl_sync(kAllLanes, weight, 4 * g + token / 8 % 4);
-      const uint8_t* block = scratch.places.values[token / kBlock];
+      const uint8_t* block = places.values[token / kBlock];
       if (weight == 0.0f || block == nullptr || first + token >= rows.length) continue;
       const uint8_t* row = block + token % kBlock * args.cache.v_row_stride;
 #pragma unroll
@@ -326,21 +383,33 @@ struct MmaUnit {
     }
   }
 
-  TAUT_DEVICE static void attend(const Args& args, const Rows& rows, int unit, const Shared& shared, Scratch& scratch, Sums<kRows, kWidth>& s_sums) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, first = unit * kUnit;
-    scratch.places.find(args, rows, unit, lane);
+  // Where the keys of a unit are is looked up while the one before it, if `begun`, is attended to.
+  TAUT_DEVICE static void attend(const Args& args, const Rows& rows, int unit, bool begun, int next, const Shared& shared, Scratch& scratch,
+                                 Sums<kRows, kWidth>& s_sums) {
+    const int lane = threadIdx.x % 32, now = unit / kWarps % 2;
+    if (!begun) scratch.places[now].find(args, rows, unit, lane);
+    if (next >= 0) scratch.places[1 - now].find(args, rows, next, lane);
     __syncwarp();
+    if (is_plain(args, rows, scratch.places[now], unit * kUnit)) attend_to<true>(args, rows, unit, next, shared, scratch, s_sums);
+    else attend_to<false>(args, rows, unit, next, shared, scratch, s_sums);
+  }
+  template <bool kPlain>
+  TAUT_DEVICE static void attend_to(const Args& args, const Rows& rows, int unit, int next, const Shared& shared, Scratch& scratch,
+                                    Sums<kRows, kWidth>& s_sums) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, first = unit * kUnit;
+    const Places &places = scratch.places[unit / kWarps % 2], &next_places = scratch.places[1 - unit / kWarps % 2];
+    if constexpr (kPlain) prefetch(places.values, lane);
     float key_scale[2] = {}, value_scale[2] = {};
     if constexpr (kCodes) {
 #pragma unroll
       for (int i = 0; i < 2; i++)
-        if (const int key = lane + 32 * i; first + key < rows.length && scratch.places.has(key)) {
-          key_scale[i] = scratch.places.scale(args.cache.k_scales, key);
-          value_scale[i] = scratch.places.scale(args.cache.v_scales, key);
+        if (const int key = lane + 32 * i; kPlain || (first + key < rows.length && places.has(key))) {
+          key_scale[i] = places.scale(args.cache.k_scales, key);
+          value_scale[i] = places.scale(args.cache.v_scales, key);
         }
     }
     Scores scores = {};
-    multiply_keys(scores, args, rows, shared, scratch.places, first, lane);
+    multiply_keys<kPlain>(scores, args, rows, shared, places, first, lane);
     float inverse = 1, value_unit = (kFp8 ? kE4m3Unit : 1.0f) / kWeightUnit;
     if constexpr (kCodes) {
       // Scales of values relative to the largest, as a power of 2: so fp16 has them, whatever they are.
@@ -355,12 +424,15 @@ struct MmaUnit {
     __syncwarp();
     Weights a;
     float most, total;
-    weigh(a, most, total, scores, args, shared, scratch, first, lane, inverse);
+    weigh<kPlain>(a, most, total, scores, args, shared, places, scratch, first, lane, inverse);
+    if constexpr (kPlain)
+      if (next >= 0) prefetch_keys(args, next_places, lane);
 
     const float most_before = s_sums.most[g], total_before = s_sums.total[g];
     const Merge merge(most_before, most);
     __syncwarp();
     if (t == 0) s_sums.most[g] = merge.most, s_sums.total[g] = merge(total_before, total);
+    const Bases bases = kPlain ? value_bases(places, lane) : Bases{};
 #pragma unroll 1
     for (int begin = 0; begin < kSpans; begin += kBatchSpans) {
       SpanSums sums[kBatchSpans] = {};
@@ -369,7 +441,7 @@ struct MmaUnit {
 #pragma unroll
         for (int s = 0; s < kBatchSpans; s++)
 #pragma unroll
-          for (int i = 0; i < kSpanLoads; i++) words[s][i] = load_values(args, rows, scratch.places, first, begin + s, i, lane);
+          for (int i = 0; i < kSpanLoads; i++) words[s][i] = load_values<kPlain>(args, rows, places, bases, first, begin + s, i, lane);
 #pragma unroll
         for (int s = 0; s < kBatchSpans; s++)
 #pragma unroll
@@ -380,7 +452,7 @@ struct MmaUnit {
         for (int h = 0; h < kHalves; h++) {
           uint4 words[kLoads];
 #pragma unroll
-          for (int i = 0; i < kLoads; i++) words[i] = load_values(args, rows, scratch.places, first, begin, kLoads * h + i, lane);
+          for (int i = 0; i < kLoads; i++) words[i] = load_values<kPlain>(args, rows, places, bases, first, begin, kLoads * h + i, lane);
 #pragma unroll
           for (int e = 0; e < 2; e++) add_floats(sums[0], words, 4 * e, a[h][e]);
         }
@@ -388,7 +460,8 @@ struct MmaUnit {
         for (int j = 0; j < kColumns; j++)
 #pragma unroll
           for (int i = 0; i < 4; i++) finite = finite && fabsf(sums[0][j][i]) < INFINITY;
-        if (!__all_sync(kAllLanes, finite)) add_one_by_one(sums[0], args, rows, scratch, first, begin, lane, a);
+        if constexpr (!kPlain)
+          if (!__all_sync(kAllLanes, finite)) add_one_by_one(sums[0], args, rows, places, first, begin, lane, a);
       }
 #pragma unroll
       for (int s = 0; s < kBatchSpans; s++)
@@ -407,11 +480,17 @@ struct MmaUnit {
 };
 
 // Blocks of a multiprocessor. WHY fewer of wide rows: more of their loads are under way at once.
-template <int kWidth>
-constexpr int kMmaBlocks = kWidth > 128 ? 2 : 3;
+#ifndef TAUT_TRY_CODES
+#define TAUT_TRY_CODES 4
+#define TAUT_TRY_FLOATS 3
+#endif
+template <KvFormat kFormat, int kWidth>
+constexpr int kMmaBlocks = kWidth > 128         ? 2
+                           : has_codes(kFormat) ? TAUT_TRY_CODES
+                                                : TAUT_TRY_FLOATS;
 
 template <int kSm, KvFormat kFormat, int kWidth>
-__global__ void __launch_bounds__(kThreads, kMmaBlocks<kWidth>) decode_mma(const Args args) {
+__global__ void __launch_bounds__(kThreads, kMmaBlocks<kFormat, kWidth>) decode_mma(const Args args) {
   if constexpr (kCompiledFor<kSm>) {
     TAUT_DYNAMIC_SMEM(smem);
     walk<MmaUnit<kSm, kFormat, kWidth>>(args, smem);
@@ -430,7 +509,7 @@ template <int kSm, KvFormat kFormat>
 void start_mma(const CudaParams& p) {
   const auto start = [&]<int kWidth>() {
     using Unit = MmaUnit<kSm, kFormat, kWidth>;
-    launch_decode(p, "attention_decode mma", decode_mma<kSm, kFormat, kWidth>, smem_bytes_of<Unit>(), kMmaBlocks<kWidth>, args_of(p, Unit::kRows));
+    launch_decode(p, "attention_decode mma", decode_mma<kSm, kFormat, kWidth>, smem_bytes_of<Unit>(), kMmaBlocks<kFormat, kWidth>, args_of(p, Unit::kRows));
   };
   const int64_t width = std::max(p.D, p.Dv);
   if (width > 128) return start.template operator()<256>();

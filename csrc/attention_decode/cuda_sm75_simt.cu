@@ -298,7 +298,7 @@ struct Unit {
     }
   }
 
-  TAUT_DEVICE static void attend(const Args& args, const Rows& rows, int unit, const Shared& shared, Scratch& scratch, Sums<kRows, kWidth>& s_sums) {
+  TAUT_DEVICE static void attend(const Args& args, const Rows& rows, int unit, bool, int, const Shared& shared, Scratch& scratch, Sums<kRows, kWidth>& s_sums) {
     const int lane = threadIdx.x % 32, first = unit * kUnit;
     scratch.places.find(args, rows, unit, lane);
     __syncwarp();

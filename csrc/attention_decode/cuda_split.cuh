@@ -11,6 +11,8 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
+#include <stdexcept>
 
 #include "attention_decode/op.h"
 #include "common/attention.cuh"
@@ -34,7 +36,9 @@ struct Args {
   const int32_t* lengths;  // on the device, or nullptr
   DType dtype;
   int kv_heads, group, Lq, D, Dv, keys, pages;
+  bool plain;                               // D = Dv, rows of a block contiguous; no mask, softcap or slopes: a score is a product times a scale
   int block_rows, row_blocks, head_blocks;  // rows a block has room for; blocks of rows, of a key head and of all
+  int tasks;                                // parts of work, of all blocks of rows
   int parts, part_units;                    // of a block of rows: as many as `keys` makes; kGroupUnits, or 1
   // [head_blocks][parts][block_rows]: sums [row_floats]; behind all of them maximum and total. What no key is seen in is not written.
   float* sums;
@@ -46,6 +50,7 @@ struct Args {
 struct Rows {
   int b, kv_head, first, count, length;
   int first_unit, end_unit;
+  int all_first, all_end;  // the keys that every row sees, but for a mask
 
   TAUT_DEVICE static Rows of(const Args& args, int head_block) {
     Rows rows;
@@ -54,7 +59,9 @@ struct Rows {
     rows.first = head_block % args.row_blocks * args.block_rows;
     rows.count = min(args.block_rows, args.Lq * args.group - rows.first);
     rows.length = args.lengths ? max(0, min(args.lengths[rows.b], args.keys)) : args.keys;
-    const int64_t first_seen = first_key(args.rules, rows.position(args, 0)), end_seen = end_key(args.rules, rows.position(args, rows.count - 1), rows.length);
+    const int first_position = rows.position(args, 0), last_position = rows.position(args, rows.count - 1);
+    const int64_t first_seen = first_key(args.rules, first_position), end_seen = end_key(args.rules, last_position, rows.length);
+    rows.all_first = static_cast<int>(first_key(args.rules, last_position)), rows.all_end = static_cast<int>(end_key(args.rules, first_position, rows.length));
     rows.first_unit = static_cast<int>(first_seen / kUnit), rows.end_unit = static_cast<int>((max(end_seen, int64_t{0}) + kUnit - 1) / kUnit);
     return rows;
   }
@@ -112,6 +119,12 @@ struct Places {
     values[lane] = place.page < 0 ? nullptr : kv_values(args.cache, place, rows.kv_head);
     scales[lane] = place.page < 0 ? 0 : kv_scale(args.cache, place, rows.kv_head);
   }
+  TAUT_DEVICE bool whole() const {
+    bool all = true;
+#pragma unroll
+    for (int i = 0; i < kUnitBlocks; i++) all = all && keys[i] != nullptr;
+    return all;
+  }
   TAUT_DEVICE bool has(int key) const { return keys[key / static_cast<int>(kKvBlock)] != nullptr; }
   // The scale of a token of the unit that `has`.
   TAUT_DEVICE float scale(const uint16_t* all, int key) const {
@@ -154,11 +167,17 @@ TAUT_DEVICE void store_part(const Args& args, int head_block, int part, int coun
 
 // ---- The blocks' walk
 
+// What a block does at a time: some units, up to end_unit, of a block of rows.
+struct Part {
+  Rows rows;
+  int head_block, first_unit, end_unit;
+};
+
 // Each block goes over parts of work until there are no more. `Unit` is how a warp does a unit:
 //   Shared            what the block's warps have in common: the queries
 //   Scratch           a warp's own shared memory
 //   load_queries(...) by all threads of the block
-//   attend(...)       adds a unit to the warp's sums
+//   attend(...)       adds a unit to the warp's sums; it is told whether it did one before it in this part, and which comes next, or -1
 template <class Unit>
 TAUT_DEVICE void walk(const Args& args, unsigned char* smem) {
   constexpr int kRows = Unit::kRows;
@@ -166,32 +185,45 @@ TAUT_DEVICE void walk(const Args& args, unsigned char* smem) {
   WarpSums* s_sums = reinterpret_cast<WarpSums*>(smem);
   auto* s_shared = reinterpret_cast<typename Unit::Shared*>(s_sums + kWarps);
   auto* s_scratch = reinterpret_cast<typename Unit::Scratch*>(s_shared + 1);
+  auto* s_part = reinterpret_cast<Part*>(s_scratch + kWarps);
+#if TAUT_ARCH_AT_LEAST(90)
+  ptx::griddep_launch();  // `combine` may take a place that becomes free, and wait
+#endif
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int block_units = args.part_units == 1 ? kWarps : kGroupUnits, blocks = (args.parts * args.part_units + block_units - 1) / block_units;
-  for (int64_t task = blockIdx.x; task < int64_t{args.head_blocks} * blocks; task += gridDim.x) {
-    // WHY the block of rows fastest: those of one key head meet in the L2 cache
-    const int head_block = static_cast<int>(task % args.head_blocks), first_unit = static_cast<int>(task / args.head_blocks) * block_units;
-    const Rows rows = Rows::of(args, head_block);
-    if (first_unit >= rows.end_unit || first_unit + block_units <= rows.first_unit) continue;
-    __syncthreads();  // the task before is done with shared memory
-    Unit::load_queries(args, rows, *s_shared);
-    s_sums[warp].clear(lane);
+  for (int task = blockIdx.x; task < args.tasks; task += gridDim.x) {
+    {
+      // WHY the block of rows fastest: those of one key head meet in the L2 cache
+      const int block_units = args.part_units == 1 ? kWarps : kGroupUnits;
+      const int head_block = task % args.head_blocks, first_unit = task / args.head_blocks * block_units;
+      const Rows rows = Rows::of(args, head_block);
+      if (first_unit >= rows.end_unit || first_unit + block_units <= rows.first_unit) continue;
+      __syncthreads();  // the task before is done with shared memory
+      if (threadIdx.x == 0) *s_part = {rows, head_block, first_unit, min(first_unit + block_units, rows.end_unit)};
+      Unit::load_queries(args, rows, *s_shared);
+      s_sums[warp].clear(lane);
+    }
     __syncthreads();
-    for (int unit = first_unit + warp; unit < min(first_unit + block_units, rows.end_unit); unit += kWarps)
-      if (unit >= rows.first_unit) Unit::attend(args, rows, unit, *s_shared, s_scratch[warp], s_sums[warp]);
+    const Part& part = *s_part;  // WHY in shared memory: kernels have no registers to keep it in
+    bool begun = false;
+    for (int unit = part.first_unit + warp; unit < part.end_unit; unit += kWarps)
+      if (unit >= part.rows.first_unit) {
+        Unit::attend(args, part.rows, unit, begun, unit + kWarps < part.end_unit ? unit + kWarps : -1, *s_shared, s_scratch[warp], s_sums[warp]);
+        begun = true;
+      }
     if (args.part_units == 1) {
       __syncwarp();
-      const int unit = first_unit + warp;
-      if (unit >= rows.first_unit && unit < rows.end_unit) store_part<kRows>(args, head_block, unit, rows.count, s_sums + warp, 1, lane, 32);
+      const int unit = part.first_unit + warp;
+      if (unit >= part.rows.first_unit && unit < part.end_unit) store_part<kRows>(args, part.head_block, unit, part.rows.count, s_sums + warp, 1, lane, 32);
     } else {
       __syncthreads();
-      store_part<kRows>(args, head_block, first_unit / kGroupUnits, rows.count, s_sums, kWarps, static_cast<int>(threadIdx.x), kThreads);
+      store_part<kRows>(args, part.head_block, part.first_unit / kGroupUnits, part.rows.count, s_sums, kWarps, static_cast<int>(threadIdx.x), kThreads);
     }
   }
 }
 template <class Unit>
 constexpr int smem_bytes_of() {
-  return static_cast<int>(kWarps * sizeof(Sums<Unit::kRows, Unit::kWidth>) + sizeof(typename Unit::Shared) + kWarps * sizeof(typename Unit::Scratch));
+  return static_cast<int>(kWarps * sizeof(Sums<Unit::kRows, Unit::kWidth>) + sizeof(typename Unit::Shared) + kWarps * sizeof(typename Unit::Scratch) +
+                          sizeof(Part));
 }
 
 // ---- All parts to out and lse
@@ -219,14 +251,15 @@ struct Columns {
 
 // A block has a row; a warp a group of units at a time, which the first warp adds up.
 __global__ void __launch_bounds__(32 * kCombineWarps) decode_combine(const Args args) {
-#if TAUT_ARCH_AT_LEAST(90)
-  ptx::griddep_wait();
-#endif
   __shared__ __align__(16) float s_values[kCombineWarps][256];
   __shared__ float2 s_totals[kCombineWarps];
   const int head_block = blockIdx.x / args.block_rows, r = blockIdx.x % args.block_rows, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Rows rows = Rows::of(args, head_block);
+#if TAUT_ARCH_AT_LEAST(90)
+  ptx::griddep_wait();
+#endif
   if (r >= rows.count) return;
+  const int warps = blockDim.x / 32;
   const int first_group = rows.first_unit / kGroupUnits, end_group = (rows.end_unit + kGroupUnits - 1) / kGroupUnits;
   const auto load = [&](Columns& columns, int part) {
     const int64_t at = (int64_t{head_block} * args.parts + part) * args.block_rows + r;
@@ -236,7 +269,7 @@ __global__ void __launch_bounds__(32 * kCombineWarps) decode_combine(const Args 
   };
   Columns all;
   all.clear();
-  for (int group = first_group; group < end_group; group += kCombineWarps) {
+  for (int group = first_group; group < end_group; group += warps) {
     const int mine = group + warp;
     if (mine < end_group) {
       Columns of_group;
@@ -265,7 +298,7 @@ __global__ void __launch_bounds__(32 * kCombineWarps) decode_combine(const Args 
     }
     __syncthreads();
     if (warp == 0) {
-      for (int w = 0; w < min(kCombineWarps, end_group - group); w++) {
+      for (int w = 0; w < min(warps, end_group - group); w++) {
         Columns of_group;
         of_group.load(s_values[w], lane, 256);
         of_group.most = s_totals[w].x, of_group.total = s_totals[w].y;
@@ -311,6 +344,9 @@ inline Args args_of(const CudaParams& p, int block_rows) {
   Args args{};
   args.q = p.q, args.out = p.out, args.cache = p.cache, args.lse = p.lse, args.rules = p.rules, args.lengths = p.lengths, args.dtype = p.dtype;
   args.rules.window = std::min(p.rules.window, p.Lq + p.keys);  // WHY: sums with it must not overflow
+  const int64_t row_bytes = p.D * kv_element_bytes(p.cache.format);
+  args.plain = p.rules.mask.kind == MaskKind::kNone && p.rules.softcap == 0 && p.rules.alibi_slopes == nullptr && p.D == p.Dv &&
+               (has_codes(p.cache.format) || (p.cache.k_row_stride == row_bytes && p.cache.v_row_stride == row_bytes));
   args.kv_heads = static_cast<int>(p.Hkv), args.group = static_cast<int>(p.Hq / p.Hkv), args.Lq = static_cast<int>(p.Lq);
   args.D = static_cast<int>(p.D), args.Dv = static_cast<int>(p.Dv), args.keys = static_cast<int>(p.keys), args.pages = static_cast<int>(p.pages);
   args.block_rows = block_rows, args.row_blocks = static_cast<int>((p.rows() + block_rows - 1) / block_rows);
@@ -319,6 +355,9 @@ inline Args args_of(const CudaParams& p, int block_rows) {
   const bool whole = int64_t{args.head_blocks} * groups >= 2 * p.device->sm_count;
   args.parts = whole ? groups : units, args.part_units = whole ? kGroupUnits : 1;
   args.row_floats = (args.Dv + 3) / 4 * 4;
+  const int64_t tasks = int64_t{args.head_blocks} * (whole ? groups : (units + kWarps - 1) / kWarps);
+  if (tasks > std::numeric_limits<int>::max()) throw std::runtime_error("attention_decode: more than 2^31 parts of work");
+  args.tasks = static_cast<int>(tasks);
   const int64_t rows = int64_t{args.head_blocks} * args.parts * block_rows;
   args.sums = static_cast<float*>(p.workspace), args.totals = reinterpret_cast<float2*>(args.sums + rows * args.row_floats);
   return args;
@@ -330,12 +369,11 @@ inline int64_t workspace_bytes_of(const CudaParams& p, int block_rows) {
 
 // The kernel that walks, on as many blocks as run at once, `kernel_blocks` a multiprocessor; and what adds up its parts.
 inline void launch_decode(const CudaParams& p, const char* name, void (*kernel)(Args), int smem_bytes, int kernel_blocks, const Args& args) {
-  const int64_t units = int64_t{args.parts} * args.part_units, block_units = args.part_units == 1 ? kWarps : kGroupUnits;
-  const int64_t tasks = args.head_blocks * ((units + block_units - 1) / block_units);
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>(tasks, int64_t{p.device->sm_count} * kernel_blocks));
-  if (tasks) launch(name, kernel, dim3(blocks), dim3(kThreads), smem_bytes, p.stream, args);
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(args.tasks, int64_t{p.device->sm_count} * kernel_blocks));
+  if (blocks) launch(name, kernel, dim3(blocks), dim3(kThreads), smem_bytes, p.stream, args);
   launch_dependent(*p.device, "attention_decode combine", decode_combine, dim3(static_cast<unsigned>(args.head_blocks * args.block_rows)),
-                   dim3(32 * kCombineWarps), 0, p.stream, args);
+                   dim3(static_cast<unsigned>(32 * std::clamp((args.parts * args.part_units + kGroupUnits - 1) / kGroupUnits, 1, kCombineWarps))), 0, p.stream,
+                   args);
 }
 
 }  // namespace

@@ -267,6 +267,15 @@ TAUT_DEVICE uint4 ld_global_nc_16(const void* p TAUT_SITE) {
 #endif
 }
 
+// Asks for the line that holds an address of an object to be brought to the L2 cache. Nobody waits for it.
+TAUT_DEVICE void prefetch_l2(const void* p TAUT_SITE) {
+#if defined(TAUT_EMULATE)
+  emulator::prefetch(p, site);
+#else
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(p));
+#endif
+}
+
 // WHY a wrapper: nvcc made four 4-byte stores of an assignment of a uint4 that it had loaded from shared memory.
 TAUT_DEVICE void st_global_16(void* p, uint4 v) {
 #if defined(TAUT_EMULATE)

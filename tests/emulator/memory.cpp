@@ -474,6 +474,12 @@ uint4 load_global_16(const void* p, Site site) {
   return value;
 }
 
+void prefetch(const void* p, Site site) {
+  const auto a = reinterpret_cast<uintptr_t>(p);
+  if (near_shared(a)) fail("a prefetch of %s at %s:%u", describe(a).c_str(), site.file_name(), site.line());
+  if (checked) access_global(p, 1, Access::kRead, "prefetch");
+}
+
 // ---- the hooks of instrumented code -----------------------------------------------------------------------------------
 
 namespace {
