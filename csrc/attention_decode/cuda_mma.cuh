@@ -11,10 +11,13 @@
 //           scores of row g of tokens 8 t to 8 t + 7, and these, as weights, are the A operand for values that it loads: of just
 //           those tokens. In codes a 32-bit word is four numbers of one token, or of one column: a whole operand. Of floats, two tokens'
 //           words are shuffled bytewise. The scale of a key's codes multiplies the score, that of a value's the weight.
-// BOUND     memory: int4 of D = 128 is 4.2 KB for 32 tokens, 64 mma (some 100 cycles of a multiprocessor of sm_90) and about as many cycles for
-//           the other 550 instructions: 30 bytes a cycle, 6.9 TB/s on 132 of them where memory gives 3.35. Eight loads of 16 bytes a
-//           lane are under way at once, 4 KB a warp; twelve warps of a multiprocessor have 48 KB, and 20 would do.
+// BOUND     memory. On an H200 (4.34 TB/s measured), batch 16, 4096 keys, D = 128: int8 3.56 TB/s where each head has its own keys, 3.1 with a group
+//           of 4 (a quarter of the bytes, so that a block's first and last microseconds count); 16 bits 3.5; int4 2.4, bound by instructions:
+//           some 1100 of a unit of 64 tokens are conversions and mma, and 16 warps of a multiprocessor issue half of the time.
+//           Eight loads of 16 bytes a lane are under way at once, 4 KB a warp.
 //           WHY no cp.async: it would carry to shared memory what then is read once, by the lane that asked for it.
+//           TRIED: units all of one kind, with every question asked of every key: 1.7 to 2.1 times slower. prefetch.global.L2 of the next unit's keys, or
+//           this one's values: 6 to 11% slower, the L2 cache holds less than all warps ask for. Of a part's first unit, while the queries are loaded: it stays.
 // LIMITS    no float32 cache; bf16: from sm_80 on, q not float32, no channels (16 bits are too few for their products)
 #pragma once
 
@@ -104,51 +107,67 @@ struct MmaUnit {
     Places places[2];  // of units by turns
   };
 
-  TAUT_DEVICE static float query(const Args& args, const float* channels, int64_t at, int d, bool there) {
-    const float x = there && d < args.D ? load_number(args.q.data, at + d, args.dtype) : 0.0f;
-    return channels && d < args.D ? x * channels[args.D + args.Dv + d] : x;
+  // A lane's elements of a row of q, every 32nd. WHY the switch around the loop: all loads are under way at once.
+  static constexpr int kLaneDims = kWidth / 32;
+  TAUT_DEVICE static void load_row(float (&x)[kLaneDims], const Args& args, int64_t at, int lane, bool there) {
+    const auto load = [&](auto of) {
+#pragma unroll
+      for (int i = 0; i < kLaneDims; i++) {
+        const int d = lane + 32 * i;
+        x[i] = there && d < args.D ? of(at + d) : 0.0f;
+      }
+    };
+    switch (args.dtype) {
+      case DType::kFloat32: return load([&](int64_t i) { return static_cast<const float*>(args.q.data)[i]; });
+      case DType::kBFloat16: return load([&](int64_t i) { return to_float(static_cast<const __nv_bfloat16*>(args.q.data)[i]); });
+      default: return load([&](int64_t i) { return to_float(static_cast<const __half*>(args.q.data)[i]); });
+    }
   }
-  TAUT_DEVICE static void load_queries(const Args& args, const Rows& rows, Shared& shared) {
+  // Through `s_rows`, shared memory that nobody uses yet.
+  TAUT_DEVICE static void load_queries(const Args& args, const Rows& rows, Shared& shared, Sums<kRows, kWidth>& s_rows) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const float* channels = rows.channels(args);
-#pragma unroll 1
-    for (int r = warp; r < kRows; r += kWarps) {
-      const bool there = r < rows.count;
-      const int64_t at = there ? rows.at(args, args.q, r) : 0;
+    float x[kRows / kWarps][kLaneDims];
+#pragma unroll
+    for (int i = 0; i < kRows / kWarps; i++) {
+      const int r = warp + kWarps * i;
+      load_row(x[i], args, r < rows.count ? rows.at(args, args.q, r) : 0, lane, r < rows.count);
+    }
+#pragma unroll
+    for (int i = 0; i < kRows / kWarps; i++) {
+      const int r = warp + kWarps * i;
       float offset = 0, largest = 0;
-      for (int d = lane; d < args.D; d += 32) {
-        if (channels && there) offset = fmaf(load_number(args.q.data, at + d, args.dtype), channels[d], offset);
-        largest = fmaxf(largest, fabsf(query(args, channels, at, d, there)));
+      if (channels) {
+#pragma unroll
+        for (int j = 0; j < kLaneDims; j++)
+          if (const int d = lane + 32 * j; d < args.D) offset = fmaf(x[i][j], channels[d], offset), x[i][j] *= channels[args.D + args.Dv + d];
       }
+#pragma unroll
+      for (int j = 0; j < kLaneDims; j++) largest = fmaxf(largest, fabsf(x[i][j]));
 #pragma unroll
       for (int lanes = 1; lanes < 32; lanes *= 2) {
         offset += __shfl_xor_sync(kAllLanes, offset, lanes);
         largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, lanes));
       }
-      if (lane == 0) {
-        shared.rows[r] = row_of(args, rows, r), shared.rows[r].offset = offset;
-        // A power of 2, so that nothing is rounded: the largest element becomes 2^10 to 2^11. Of what is no number, or too small, 1.
-        const uint32_t exponent = __float_as_uint(largest) & 0x7f800000u;
-        const bool scales = std::is_same_v<T, __half> && exponent != 0x7f800000u && exponent >= 0x0d000000u;
-        shared.units[r] = scales ? __uint_as_float(exponent - 0x05000000u) : 1.0f;
-      }
+      // A power of 2, so that nothing is rounded: the largest element becomes 2^10 to 2^11. Of what is no number, or too small, 1.
+      const uint32_t exponent = __float_as_uint(largest) & 0x7f800000u;
+      const bool scales = std::is_same_v<T, __half> && exponent != 0x7f800000u && exponent >= 0x0d000000u;
+      const float unit = scales ? __uint_as_float(exponent - 0x05000000u) : 1.0f, inverse = __uint_as_float(0x7f000000u - __float_as_uint(unit));
+      if (lane == 0) shared.rows[r] = row_of(args, rows, r), shared.rows[r].offset = offset, shared.units[r] = unit;
+#pragma unroll
+      for (int j = 0; j < kLaneDims; j++) s_rows.values[r][lane + 32 * j] = x[i][j] * inverse;
     }
     __syncthreads();
     const int g = lane / 4, t = lane % 4;
-    const bool there = g < rows.count;
-    const int64_t at = there ? rows.at(args, args.q, g) : 0;
-    const float inverse = __uint_as_float(0x7f000000u - __float_as_uint(shared.units[g]));  // of a power of 2
 #pragma unroll 1
     for (int step = warp; step < kWidth / 16; step += kWarps) {
-      const int d = kDims * (4 * (step / kSteps) + t) + 4 * (step % kSteps);
-      float x[4];
-#pragma unroll
-      for (int e = 0; e < 4; e++) x[e] = query(args, channels, at, d + e, there) * inverse;
+      const float4 y = *reinterpret_cast<const float4*>(&s_rows.values[g][kDims * (4 * (step / kSteps) + t) + 4 * (step % kSteps)]);
       uint32_t a[4];
-      if constexpr (kCodes || kFp8) operand_of<T>(a, x[0], x[2], x[1], x[3]);
-      else operand_of<T>(a, x[0], x[1], x[2], x[3]);
+      if constexpr (kCodes || kFp8) operand_of<T>(a, y.x, y.z, y.y, y.w);
+      else operand_of<T>(a, y.x, y.y, y.z, y.w);
       shared.q[step][lane] = make_uint4(a[0], a[1], a[2], a[3]);
     }
+    __syncthreads();
   }
 
   // Of a plain unit every row sees every key, and rows are as wide as the kernel: then nothing is asked of a key, and what a lane loads lies at
@@ -383,22 +402,28 @@ struct MmaUnit {
     }
   }
 
-  // Where the keys of a unit are is looked up while the one before it, if `begun`, is attended to.
-  TAUT_DEVICE static void attend(const Args& args, const Rows& rows, int unit, bool begun, int next, const Shared& shared, Scratch& scratch,
-                                 Sums<kRows, kWidth>& s_sums) {
+  // Before the queries are loaded: what the warp's first unit will want.
+  TAUT_DEVICE static void begin(const Args& args, const Rows& rows, int unit, Scratch& scratch) {
+    const int lane = threadIdx.x % 32;
+    Places& places = scratch.places[unit / kWarps % 2];
+    places.find(args, rows, unit, lane);
+    __syncwarp();
+    if (!args.plain || args.D != kWidth) return;
+    prefetch_keys(args, places, lane);
+    prefetch(places.values, lane);
+  }
+  // Where the keys of a unit are is looked up while the one before it is attended to.
+  TAUT_DEVICE static void attend(const Args& args, const Rows& rows, int unit, int next, const Shared& shared, Scratch& scratch, Sums<kRows, kWidth>& s_sums) {
     const int lane = threadIdx.x % 32, now = unit / kWarps % 2;
-    if (!begun) scratch.places[now].find(args, rows, unit, lane);
     if (next >= 0) scratch.places[1 - now].find(args, rows, next, lane);
     __syncwarp();
-    if (is_plain(args, rows, scratch.places[now], unit * kUnit)) attend_to<true>(args, rows, unit, next, shared, scratch, s_sums);
-    else attend_to<false>(args, rows, unit, next, shared, scratch, s_sums);
+    if (is_plain(args, rows, scratch.places[now], unit * kUnit)) attend_to<true>(args, rows, unit, shared, scratch, s_sums);
+    else attend_to<false>(args, rows, unit, shared, scratch, s_sums);
   }
   template <bool kPlain>
-  TAUT_DEVICE static void attend_to(const Args& args, const Rows& rows, int unit, int next, const Shared& shared, Scratch& scratch,
-                                    Sums<kRows, kWidth>& s_sums) {
+  TAUT_DEVICE static void attend_to(const Args& args, const Rows& rows, int unit, const Shared& shared, Scratch& scratch, Sums<kRows, kWidth>& s_sums) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, first = unit * kUnit;
-    const Places &places = scratch.places[unit / kWarps % 2], &next_places = scratch.places[1 - unit / kWarps % 2];
-    if constexpr (kPlain) prefetch(places.values, lane);
+    const Places& places = scratch.places[unit / kWarps % 2];
     float key_scale[2] = {}, value_scale[2] = {};
     if constexpr (kCodes) {
 #pragma unroll
@@ -425,8 +450,6 @@ struct MmaUnit {
     Weights a;
     float most, total;
     weigh<kPlain>(a, most, total, scores, args, shared, places, scratch, first, lane, inverse);
-    if constexpr (kPlain)
-      if (next >= 0) prefetch_keys(args, next_places, lane);
 
     const float most_before = s_sums.most[g], total_before = s_sums.total[g];
     const Merge merge(most_before, most);
@@ -479,15 +502,12 @@ struct MmaUnit {
   }
 };
 
-// Blocks of a multiprocessor. WHY fewer of wide rows: more of their loads are under way at once.
-#ifndef TAUT_TRY_CODES
-#define TAUT_TRY_CODES 4
-#define TAUT_TRY_FLOATS 3
-#endif
+// Blocks of a multiprocessor. TRIED: one more or one fewer, 3 to 25% slower.
 template <KvFormat kFormat, int kWidth>
-constexpr int kMmaBlocks = kWidth > 128         ? 2
-                           : has_codes(kFormat) ? TAUT_TRY_CODES
-                                                : TAUT_TRY_FLOATS;
+constexpr int kMmaBlocks = kWidth > 128                ? 2
+                           : has_codes(kFormat)        ? 4
+                           : kFormat == KvFormat::kFp8 ? 3
+                                                       : 2;
 
 template <int kSm, KvFormat kFormat, int kWidth>
 __global__ void __launch_bounds__(kThreads, kMmaBlocks<kFormat, kWidth>) decode_mma(const Args args) {

@@ -126,7 +126,7 @@ struct Unit {
     Places places;
   };
 
-  TAUT_DEVICE static void load_queries(const Args& args, const Rows& rows, Shared& shared) {
+  TAUT_DEVICE static void load_queries(const Args& args, const Rows& rows, Shared& shared, Sums<kRows, kWidth>&) {
     const int r = threadIdx.x / 32, lane = threadIdx.x % 32;  // a warp has a row
     static_assert(kRows == kWarps);
     const int64_t at = r < rows.count ? rows.at(args, args.q, r) : 0;
@@ -298,7 +298,8 @@ struct Unit {
     }
   }
 
-  TAUT_DEVICE static void attend(const Args& args, const Rows& rows, int unit, bool, int, const Shared& shared, Scratch& scratch, Sums<kRows, kWidth>& s_sums) {
+  TAUT_DEVICE static void begin(const Args&, const Rows&, int, Scratch&) {}
+  TAUT_DEVICE static void attend(const Args& args, const Rows& rows, int unit, int, const Shared& shared, Scratch& scratch, Sums<kRows, kWidth>& s_sums) {
     const int lane = threadIdx.x % 32, first = unit * kUnit;
     scratch.places.find(args, rows, unit, lane);
     __syncwarp();

@@ -173,11 +173,18 @@ struct Part {
   int head_block, first_unit, end_unit;
 };
 
+// The first of a warp's units, every kWarps-th from first_unit on, that any row sees.
+TAUT_DEVICE int first_warp_unit(const Rows& rows, int first_unit, int warp) {
+  const int unit = first_unit + warp, unseen = rows.first_unit - unit;
+  return unseen <= 0 ? unit : unit + (unseen + kWarps - 1) / kWarps * kWarps;
+}
+
 // Each block goes over parts of work until there are no more. `Unit` is how a warp does a unit:
 //   Shared            what the block's warps have in common: the queries
 //   Scratch           a warp's own shared memory
 //   load_queries(...) by all threads of the block
-//   attend(...)       adds a unit to the warp's sums; it is told whether it did one before it in this part, and which comes next, or -1
+//   begin(...)        is told a warp's first unit of a part before the queries are loaded
+//   attend(...)       adds a unit to the warp's sums; it is told which comes next, or -1
 template <class Unit>
 TAUT_DEVICE void walk(const Args& args, unsigned char* smem) {
   constexpr int kRows = Unit::kRows;
@@ -199,17 +206,15 @@ TAUT_DEVICE void walk(const Args& args, unsigned char* smem) {
       if (first_unit >= rows.end_unit || first_unit + block_units <= rows.first_unit) continue;
       __syncthreads();  // the task before is done with shared memory
       if (threadIdx.x == 0) *s_part = {rows, head_block, first_unit, min(first_unit + block_units, rows.end_unit)};
-      Unit::load_queries(args, rows, *s_shared);
+      const int unit = first_warp_unit(rows, first_unit, warp);
+      if (unit < min(first_unit + block_units, rows.end_unit)) Unit::begin(args, rows, unit, s_scratch[warp]);
+      Unit::load_queries(args, rows, *s_shared, s_sums[0]);
       s_sums[warp].clear(lane);
     }
     __syncthreads();
     const Part& part = *s_part;  // WHY in shared memory: kernels have no registers to keep it in
-    bool begun = false;
-    for (int unit = part.first_unit + warp; unit < part.end_unit; unit += kWarps)
-      if (unit >= part.rows.first_unit) {
-        Unit::attend(args, part.rows, unit, begun, unit + kWarps < part.end_unit ? unit + kWarps : -1, *s_shared, s_scratch[warp], s_sums[warp]);
-        begun = true;
-      }
+    for (int unit = first_warp_unit(part.rows, part.first_unit, warp); unit < part.end_unit; unit += kWarps)
+      Unit::attend(args, part.rows, unit, unit + kWarps < part.end_unit ? unit + kWarps : -1, *s_shared, s_scratch[warp], s_sums[warp]);
     if (args.part_units == 1) {
       __syncwarp();
       const int unit = part.first_unit + warp;
@@ -352,7 +357,7 @@ inline Args args_of(const CudaParams& p, int block_rows) {
   args.block_rows = block_rows, args.row_blocks = static_cast<int>((p.rows() + block_rows - 1) / block_rows);
   args.head_blocks = static_cast<int>(p.B * p.Hkv * args.row_blocks);
   const int units = static_cast<int>((p.keys + kUnit - 1) / kUnit), groups = (units + kGroupUnits - 1) / kGroupUnits;
-  const bool whole = int64_t{args.head_blocks} * groups >= 2 * p.device->sm_count;
+  const bool whole = int64_t{args.head_blocks} * groups >= p.device->sm_count;
   args.parts = whole ? groups : units, args.part_units = whole ? kGroupUnits : 1;
   args.row_floats = (args.Dv + 3) / 4 * 4;
   const int64_t tasks = int64_t{args.head_blocks} * (whole ? groups : (units + kWarps - 1) / kWarps);
