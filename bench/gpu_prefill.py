@@ -140,7 +140,9 @@ class Bench:
                     again = torch.equal(out, call(0))
                     apart = 0.0 if expected is None else float((out - expected).abs().max() / expected.abs().max())
                     if not error <= _TOLERANCE or not apart <= _PEER_TOLERANCE or not again:
-                        words = f"off by {error:.2g} of the largest result, {apart:.2g} from torch's" + ("" if again else ", not the same twice")
+                        words = f"off by {error:.2g} of the largest result, {apart:.2g} from torch's" + (
+                            "" if again else ", not the same twice"
+                        )
                         self.add("wrong", id=id, reason=words)
                         print(f"WRONG {id}: {words}", flush=True)
                         continue

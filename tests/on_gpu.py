@@ -67,7 +67,12 @@ def on_gpu(device: str = "cuda") -> Iterator[None]:
     before = _native.ops_for, _native.layout_for
     _native.ops_for = lambda device_type: ops
     _native.layout_for = lambda device_type: layout
+    # WHY: cuda_sm75.dense multiplies with torch's product, which by default may round between parts of K to 16 bits.
+    products = torch.backends.cuda.matmul
+    reduced = products.allow_fp16_reduced_precision_reduction, products.allow_bf16_reduced_precision_reduction
+    products.allow_fp16_reduced_precision_reduction = products.allow_bf16_reduced_precision_reduction = False
     try:
         yield
     finally:
         _native.ops_for, _native.layout_for = before
+        products.allow_fp16_reduced_precision_reduction, products.allow_bf16_reduced_precision_reduction = reduced

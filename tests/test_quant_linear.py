@@ -170,6 +170,8 @@ def test_more_rows_than_a_chunk(impl, activations, format, forced):
     inputs = case.make()
     out = run(case, inputs)
     assert_linear(out, inputs.x, inputs, case, impl=impl)
+    if impl.startswith("cuda_sm75.dense") and "emulated" not in impl:
+        return  # cuBLAS picks its kernel by the number of rows
     assert_same_bits(out[500:530], run(case, inputs, inputs.x[500:530]), f"{impl} on {case}: rows 500 to 530")
 
 
