@@ -61,6 +61,7 @@ EXPECTED = (
     Rule(r"cuda_sm(80_int8|89_fp8)", "mma8_reduce", (LOAD, STORE)),
     Rule("cuda_sm90a_wgmma", "quant_linear_wgmma", (r"HGMMA\.64x\d+x16\.F32{type}", "UTMALDG", "UBLKCP", "STSM")),
     Rule("cuda_sm90a_wgmma", "quant_linear_wgmma_combine", (LOAD, STORE)),
+    Rule("cuda_sm90a_wgmma", "attention_wgmma", (r"HGMMA\.64x\d+x16\.F32{type}", "UTMALDG", STORE, r"MUFU\.EX2")),
 )
 # Never: registers that did not fit and arrays that are indexed at run time; sums in no fixed order.
 FORBIDDEN = {"local memory access": re.compile(r"(?:LDL|STL)\b"), "atomic on floats": re.compile(r"(?:RED|ATOM\w*)\.\S*F(?:16|32|64)")}

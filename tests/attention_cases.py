@@ -46,7 +46,10 @@ class AttentionCase:
     def sizes(self) -> dict[str, int]:
         """What ``taut.explain("attention_prefill", ...)`` takes."""
         names = ("Hq", "Hkv", "Lq", "Lk", "D", "Dv", "B", "dtype")
-        return dict(zip(names, (*self.heads, *self.lengths, *self.dims, self.batch, DTYPE_CODES[self.dtype]), strict=True))
+        sizes = dict(zip(names, (*self.heads, *self.lengths, *self.dims, self.batch, DTYPE_CODES[self.dtype]), strict=True))
+        rules = bool(self.softcap) or self.alibi or self.mask != "none"
+        aligned = self.order != "padded" and not any(dim % 8 for dim in self.dims)
+        return {**sizes, "rules": int(rules), "aligned": int(aligned)}
 
     def make(self) -> dict[str, Tensor | float | int | bool | None]:
         """The arguments of ``attention_prefill``, by name."""
@@ -138,6 +141,18 @@ SHORT = tuple(
         )
     )
 )
+# Of what Hopper's kernel takes: more tiles of keys than its ring holds, window edges inside and between tiles, one row block and several.
+PLAIN = tuple(
+    case
+    for heads, lengths, dims, dtype, causal, window, sinks, order, batch in covering_set(
+        (
+            ((1, 1), (4, 2), (5, 1), (2, 2)), ((1, 1), (1, 200), (3, 3), (40, 20), (130, 130), (9, 641), (40, 700), (27, 300)),
+            ((64, 64), (40, 40), (128, 128), (64, 32), (72, 104), (96, 96)), (torch.bfloat16, torch.float16),
+            (False, True), (0, 1, 16, 150, 256), (False, True), ("contiguous", "tokens_first"), (1, 2),
+        )
+    )
+    for case in (AttentionCase(heads, lengths, dims, dtype, causal, window, 0.0, "none", sinks, False, order, batch),)
+)  # fmt: skip
 # Scores of ten thousand, and of all the same: no overflow, and one key takes all, or none.
 EXTREMES = tuple(
     replace(AttentionCase((4, 2), (60, 150), (64, 64), dtype, spread=spread), softcap=cap)

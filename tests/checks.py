@@ -24,7 +24,7 @@ TILE_ROWS = 8  # a strip of the Rows8 layout
 ROUND_WEIGHTS = ("cuda_sm90a.wgmma", "cuda_sm75.dense", "cpu_avx512bf16.float")
 
 # Impls of attention that round the weights of the values to the dtype of v, as a softmax in that dtype would have it.
-ROUND_SOFTMAX = ("cuda_sm80.mma", "cuda_sm75.mma", "cpu_avx512bf16")
+ROUND_SOFTMAX = ("cuda_sm90a.wgmma", "cuda_sm80.mma", "cuda_sm75.mma", "cpu_avx512bf16")
 
 # Impls that compute with vdpbf16ps: it takes subnormal numbers for zeros, and makes zeros of them.
 FLUSHES = ("cpu_avx512bf16.float",)

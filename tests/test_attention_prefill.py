@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import taut
-from attention_cases import CASES, EXTREMES, LONG, MASKS, SHORT, AttentionCase
+from attention_cases import CASES, EXTREMES, LONG, MASKS, PLAIN, SHORT, AttentionCase
 from cases import DTYPE_CODES, DTYPES
 from checks import ROUND_SOFTMAX, ROUNDING, assert_attention, assert_same_bits
 from taut.ops import attention_prefill as op
@@ -50,7 +50,7 @@ def check(impl: str, case: AttentionCase, arguments: dict | None = None) -> None
         assert_same_bits(arguments[name], value, f"{impl} on {context}: {name} was written to")
 
 
-@pytest.mark.parametrize("case", CASES + LONG + SHORT + EXTREMES, ids=str)
+@pytest.mark.parametrize("case", CASES + LONG + SHORT + PLAIN + EXTREMES, ids=str)
 def test_matches_reference(impl, case, forced):
     forced(impl, **case.sizes())
     check(impl, case)
@@ -114,7 +114,7 @@ def test_exact_mode(impl, dtype, forced):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("how", ("causal", "window", "mask", "additive", "padding"))
 def test_what_is_hidden_does_not_matter(impl, how, dtype, value, forced):
-    forced(impl, dtype=DTYPE_CODES[dtype], D=64)
+    forced(impl, dtype=DTYPE_CODES[dtype], D=64, rules=int(how not in ("causal", "window")))
     case = AttentionCase((6, 2), (50, 170), (64, 48), dtype, causal=how == "causal", window=20 if how == "window" else 0)
     arguments = case.make()
     hidden = torch.zeros(170, dtype=torch.bool)
@@ -155,6 +155,8 @@ def test_rows_that_see_nothing(impl, forced):
     out, lse = attention_prefill(**arguments)
     assert bool((out[:, :, :15] == 0).all())
     assert torch.allclose(lse[:, :, :15], arguments["s_aux"][:, None].expand(-1, 15)[None], rtol=1e-6)
+    if "wgmma" in impl:
+        return  # where there is no key at all, another impl is chosen
     q, k, v = (torch.zeros(shape, dtype=dtype_of(impl)) for shape in ((1, 2, 3, 8), (1, 1, 0, 8), (1, 1, 0, 5)))
     out, lse = attention_prefill(q, k, v)
     assert out.shape == (1, 2, 3, 5) and bool((out == 0).all() and (lse == -torch.inf).all())
@@ -172,7 +174,7 @@ def test_nothing_to_do(impl, shape, forced):
 def test_a_mask_of_the_lowest_number_is_a_mean(impl, forced):
     """transformers adds finfo.min; where that is everywhere, torch gives the mean of v, and so do we."""
     dtype = dtype_of(impl)
-    forced(impl, dtype=DTYPE_CODES[dtype])
+    forced(impl, dtype=DTYPE_CODES[dtype], rules=1)
     q, k, v = (torch.randn(1, 2, length, 16).to(dtype) for length in (5, 80, 80))
     mask = torch.full((1, 1, 5, 80), torch.finfo(torch.float32).min)
     mask[..., 2:, :50] = 0
@@ -202,7 +204,7 @@ def test_batch_and_threads_change_nothing(impl, dtype, forced, threads):
 
 def test_left_padding_is_the_prompt_alone(impl, forced):
     """A padded prompt differs from the prompt alone by rounding only: its keys fall into other tiles."""
-    forced(impl, dtype=DTYPE_CODES[dtype_of(impl)])
+    forced(impl, dtype=DTYPE_CODES[dtype_of(impl)], rules=1)
     case = AttentionCase((4, 2), (90, 90), (64, 64), dtype_of(impl), batch=2)
     arguments = case.make()
     mask = torch.arange(90)[None, :] >= torch.tensor([0, 37])[:, None]
@@ -216,16 +218,20 @@ def test_left_padding_is_the_prompt_alone(impl, forced):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_varlen_is_each_sequence_alone(impl, dtype, forced):
+    plain = "wgmma" in impl  # it takes no slopes
     forced(impl, dtype=DTYPE_CODES[dtype], D=40)
     generator = torch.Generator().manual_seed(3)
     lengths, key_lengths = (5, 0, 70, 1, 33), (9, 4, 70, 200, 0)
     ends_q, ends_k = (torch.tensor((0, *ls)).cumsum(0).to(torch.int32) for ls in (lengths, key_lengths))
     q = torch.randn(sum(lengths) + 2, 6, 40, generator=generator).to(dtype)
     k, v = (torch.randn(sum(key_lengths), 2, width, generator=generator).to(dtype) for width in (40, 24))
-    slopes = torch.rand(6, generator=generator)
+    slopes = None if plain else torch.rand(6, generator=generator)
     out, lse = attention_prefill_varlen(q, k, v, ends_q, ends_k, causal=True, window=50, alibi_slopes=slopes)
     for s in range(5):
         queries, keys = slice(int(ends_q[s]), int(ends_q[s + 1])), slice(int(ends_k[s]), int(ends_k[s + 1]))
+        if plain and key_lengths[s] == 0:  # which it does not take alone
+            assert bool((out[queries] == 0).all() and (lse[:, queries] == -torch.inf).all())
+            continue
         parts = (t[rows].transpose(0, 1)[None] for t, rows in ((q, queries), (k, keys), (v, keys)))
         alone, alone_lse = attention_prefill(*parts, causal=True, window=50, alibi_slopes=slopes)
         assert_same_bits(out[queries].transpose(0, 1)[None].contiguous(), alone, f"{impl}: sequence {s}")

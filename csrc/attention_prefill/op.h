@@ -80,5 +80,11 @@ const char* supported(const CudaParams&);
 int64_t workspace_bytes(const CudaParams&);
 void run(const CudaParams&);
 }  // namespace cuda_sm80_mma
+// The same on Hopper's own tensor-core instructions.
+namespace cuda_sm90a_wgmma {
+const char* supported(const CudaParams&);
+int64_t workspace_bytes(const CudaParams&);
+void run(const CudaParams&);
+}  // namespace cuda_sm90a_wgmma
 
 }  // namespace taut::attention_prefill

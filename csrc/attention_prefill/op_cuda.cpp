@@ -8,7 +8,7 @@ namespace taut::attention_prefill {
 namespace {
 
 // `supported` of an impl whose kernels are in a file for this SM: whether the build has them for the device, too.
-constexpr char kSm75[] = "75", kSm80[] = "80";
+constexpr char kSm75[] = "75", kSm80[] = "80", kSm90a[] = "90a";
 template <const char* kFile, const char* (*kSupported)(const CudaParams&)>
 const char* built(const CudaParams& p) {
   if (const char* why = kSupported(p)) return why;
@@ -16,6 +16,7 @@ const char* built(const CudaParams& p) {
 }
 
 constexpr Impl<CudaParams> kImpls[] = {
+    {"cuda_sm90a.wgmma", built<kSm90a, cuda_sm90a_wgmma::supported>, always, cuda_sm90a_wgmma::run, cuda_sm90a_wgmma::workspace_bytes},
     {"cuda_sm80.mma", built<kSm80, cuda_sm80_mma::supported>, always, cuda_sm80_mma::run, cuda_sm80_mma::workspace_bytes},
     {"cuda_sm75.mma", built<kSm75, cuda_sm75_mma::supported>, always, cuda_sm75_mma::run, cuda_sm75_mma::workspace_bytes},
     {"cuda_sm75.simt", built<kSm75, always<CudaParams>>, always, cuda_sm75_simt::run},
@@ -87,7 +88,11 @@ std::tuple<Tensor, Tensor> attention_prefill_varlen(const Tensor& q, const Tenso
 
 std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
   const auto index = sizes.find("device_index");
-  const Params params = params_of_sizes<Params>(kOp, sizes);
+  Params params = params_of_sizes<Params>(kOp, sizes);
+  params.rules.softmax_scale = 1;  // nobody names it
+  const auto said = [&](const char* name, int64_t otherwise) { return sizes.count(name) ? sizes.at(name) : otherwise; };
+  if (said("rules", 0)) params.rules.mask.kind = MaskKind::kBool;  // softcap, slopes or a mask
+  if (!said("aligned", 1)) params.q.row_stride = 1;
   return explain_table(kOp, kImpls,
                        CudaParams{params, params.Lq, params.Lk, &device(index == sizes.end() ? 0 : static_cast<int>(index->second)), nullptr, nullptr});
 }

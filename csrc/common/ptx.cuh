@@ -391,6 +391,18 @@ TAUT_DEVICE void tma_load_2d(void* dst, const CUtensorMap* map, int inner, int o
 #endif
 }
 
+// The same of a map of four dimensions: a box is of one (head, batch).
+TAUT_DEVICE void tma_load_4d(void* dst, const CUtensorMap* map, int inner, int outer, int head, int batch, uint64_t* barrier TAUT_SITE) {
+#if defined(TAUT_EMULATE)
+  emulator::tma_load_4d(dst, map, inner, outer, head, batch, barrier, site);
+#else
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];\n" ::"r"(shared_address(dst)),
+      "l"(map), "r"(shared_address(barrier)), "r"(inner), "r"(outer), "r"(head), "r"(batch)
+      : "memory");
+#endif
+}
+
 // A stretch of bytes: both addresses and the size are multiples of 16.
 TAUT_DEVICE void bulk_load(void* dst, const void* src, int bytes, uint64_t* barrier TAUT_SITE) {
 #if defined(TAUT_EMULATE)
@@ -423,11 +435,25 @@ TAUT_DEVICE uint64_t swizzled_128b_descriptor(const void* p) {
   return uint64_t{(address & 0x3ffff) >> 4} | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 
+// Of b that lies the other way, columns of 64 n contiguous (128 bytes, swizzled): [n / 64][k][64]. block_bytes: from 64 n to the next.
+TAUT_DEVICE uint64_t swizzled_128b_columns_descriptor(const void* p, int block_bytes) {
+  return (swizzled_128b_descriptor(p) & ~(uint64_t{0x3fff} << 16)) | uint64_t{static_cast<uint32_t>(block_bytes) >> 4} << 16;
+}
+
 // No instruction: what computes these registers stays before this place. WHY: to the compiler they have nothing to do with
 // wgmma.fence; it might put their arithmetic between the fence and the wgmma, which PTX forbids.
 TAUT_DEVICE void wgmma_pin(uint32_t (&a)[4]) {
 #if !defined(TAUT_EMULATE)
   asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])::"memory");
+#endif
+}
+
+// The same for sums; and what reads them stays behind it.
+template <int kCount>
+TAUT_DEVICE void wgmma_pin(float (&d)[kCount]) {
+#if !defined(TAUT_EMULATE)
+#pragma unroll
+  for (int i = 0; i < kCount; i++) asm volatile("" : "+f"(d[i])::"memory");
 #endif
 }
 
@@ -469,27 +495,40 @@ TAUT_DEVICE void wgmma_wait(TAUT_SITE_ONLY) {
   TAUT_R64                                                                                                                                            \
   ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99," \
   "%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-#define TAUT_WGMMA(type, n, registers, operands, a_and_b)                                                                     \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" registers "}, " a_and_b ", 1, 1, 1, 0;\n" \
-               : operands                                                                                                     \
+#define TAUT_WGMMA(type, n, registers, operands, a_and_b, adds, columns)                                                                       \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" registers "}, " a_and_b ", " adds ", 1, 1, " columns ";\n" \
+               : operands                                                                                                                      \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-#define TAUT_WGMMA_OF(type)                                                                          \
-  if constexpr (kN == 64) TAUT_WGMMA(type, 64, TAUT_R32, TAUT_D32, "{%32,%33,%34,%35}, %36");        \
-  else if constexpr (kN == 128) TAUT_WGMMA(type, 128, TAUT_R64, TAUT_D64, "{%64,%65,%66,%67}, %68"); \
-  else TAUT_WGMMA(type, 256, TAUT_R128, TAUT_D128, "{%128,%129,%130,%131}, %132")
+#define TAUT_WGMMA_OF(type, adds, columns)                                                                          \
+  if constexpr (kN == 64) TAUT_WGMMA(type, 64, TAUT_R32, TAUT_D32, "{%32,%33,%34,%35}, %36", adds, columns);        \
+  else if constexpr (kN == 128) TAUT_WGMMA(type, 128, TAUT_R64, TAUT_D64, "{%64,%65,%66,%67}, %68", adds, columns); \
+  else TAUT_WGMMA(type, 256, TAUT_R128, TAUT_D128, "{%128,%129,%130,%131}, %132", adds, columns)
 
-// Type: half or __nv_bfloat16; kN: 64, 128 or 256
-template <class Type, int kN>
+// Type: half or __nv_bfloat16; kN: 64, 128 or 256. kAdds: else d is the product alone. kColumns: b lies the other way.
+template <class Type, int kN, bool kAdds = true, bool kColumns = false>
 TAUT_DEVICE void wgmma_m64k16(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b TAUT_SITE) {
   static_assert(std::is_same_v<Type, half> || std::is_same_v<Type, __nv_bfloat16>);
   static_assert(kN == 64 || kN == 128 || kN == 256);
+  static_assert(kAdds || !kColumns);
 #if defined(TAUT_EMULATE)
-  emulator::wgmma_m64k16(d, kN, a, b, std::is_same_v<Type, __nv_bfloat16>, site);
+  emulator::wgmma_m64k16(d, kN, a, b, std::is_same_v<Type, __nv_bfloat16>, kAdds, kColumns, site);
 #else
   if constexpr (std::is_same_v<Type, half>) {
-    TAUT_WGMMA_OF("f16");
+    if constexpr (kColumns) {
+      TAUT_WGMMA_OF("f16", "1", "1");
+    } else if constexpr (kAdds) {
+      TAUT_WGMMA_OF("f16", "1", "0");
+    } else {
+      TAUT_WGMMA_OF("f16", "0", "0");
+    }
   } else {
-    TAUT_WGMMA_OF("bf16");
+    if constexpr (kColumns) {
+      TAUT_WGMMA_OF("bf16", "1", "1");
+    } else if constexpr (kAdds) {
+      TAUT_WGMMA_OF("bf16", "1", "0");
+    } else {
+      TAUT_WGMMA_OF("bf16", "0", "0");
+    }
   }
 #endif
 }

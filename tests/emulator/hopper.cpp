@@ -80,6 +80,7 @@ struct TensorMap {
   const unsigned char* data;
   int64_t columns, rows, row_bytes;
   int box_columns, box_rows;
+  int64_t heads, head_bytes, batches, batch_bytes;
 };
 static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
 
@@ -154,7 +155,7 @@ struct Wgmma {
   const uint32_t* a;
   uint32_t a_then[4];
   uint64_t b;
-  bool bf16;
+  bool bf16, adds, columns;  // columns: b lies the other way
   Site site;
 };
 
@@ -195,22 +196,31 @@ bool all_poison(const float* d, size_t count) {
   return true;
 }
 
-// Elements 8 * half to 8 * half + 7 of a row of b.
-const unsigned char* b_piece(const Wgmma& w, int row, int half) {
+// 16 bytes of b: of a row elements 8 * half to 8 * half + 7; of b that lies the other way, of 8 rows from `row` on the element k.
+const unsigned char* b_bytes(const Wgmma& w, int row, int half, int k) {
   if (w.b >> 62 != 1) fail("%s: the emulator knows the 128-byte swizzle only", at("wgmma", w.site).c_str());
-  const uint32_t start = static_cast<uint32_t>(w.b & 0x3fff) << 4, group_bytes = static_cast<uint32_t>(w.b >> 32 & 0x3fff) << 4;
-  const auto address = static_cast<uint32_t>(swizzled(start + row / 8 * group_bytes + row % 8 * 128 + half * 16));
+  const uint32_t start = static_cast<uint32_t>(w.b & 0x3fff) << 4, leading = static_cast<uint32_t>(w.b >> 16 & 0x3fff) << 4,
+                 group_bytes = static_cast<uint32_t>(w.b >> 32 & 0x3fff) << 4;
+  const uint32_t in_tile =
+      w.columns ? row / 64 * leading + k / 8 * group_bytes + k % 8 * 128 + row % 64 * 2 : row / 8 * group_bytes + row % 8 * 128 + half * 16;
+  const auto address = static_cast<uint32_t>(swizzled(start + in_tile));
   if (address < kSmemBase || address + 16 > kSmemBase + run.dynamic_bytes)
     fail("%s: row %d of b is at shared address %u, outside of it", at("wgmma", w.site).c_str(), row, address);
   return run.dynamic_smem + (address - kSmemBase);
 }
+const unsigned char* b_piece(const Wgmma& w, int row, int half) { return b_bytes(w, row, half, 0); }
 
+void check_piece(const Wgmma& w, const unsigned char* p) {
+  if (const int writer = unfenced_writer(p, 16); writer >= 0)
+    fail("%s: %s in b was written by thread %d by ordinary stores without fence.proxy.async", at("wgmma", w.site).c_str(), place(p).c_str(), writer);
+  access_shared(p, 16, Access::kRead, "wgmma, operand b,");
+}
+// A row, or its part of those of b that lies the other way: all 16 k of 8 rows are checked by the first of these.
 void check_b(const Wgmma& w, int row) {
-  for (int half = 0; half < 2; half++) {
-    const unsigned char* p = b_piece(w, row, half);
-    if (const int writer = unfenced_writer(p, 16); writer >= 0)
-      fail("%s: %s in b was written by thread %d by ordinary stores without fence.proxy.async", at("wgmma", w.site).c_str(), place(p).c_str(), writer);
-    access_shared(p, 16, Access::kRead, "wgmma, operand b,");
+  if (!w.columns) {
+    for (int half = 0; half < 2; half++) check_piece(w, b_piece(w, row, half));
+  } else if (row % 8 == 0) {
+    for (int k = 0; k < 16; k++) check_piece(w, b_bytes(w, row, 0, k));
   }
 }
 
@@ -227,7 +237,13 @@ void execute(const Wgmma* const (&of)[kWarpgroup], float* const (&d)[kWarpgroup]
   for (int row = 0; row < w.n; row++) {
     run.current = first + row % kWarpgroup;
     if (checked) check_b(w, row);
-    for (int half = 0; half < 2; half++) {
+    if (w.columns && row % 8 != 0) continue;
+    for (int k = 0; w.columns && k < 16; k++) {
+      uint16_t bits[8];
+      memcpy(bits, b_bytes(w, row, 0, k), 16);
+      for (int i = 0; i < 8; i++) columns[k][row / kWidth][i] = value(bits[i]);
+    }
+    for (int half = 0; !w.columns && half < 2; half++) {
       uint16_t bits[8];
       memcpy(bits, b_piece(w, row, half), 16);
       for (int k = 0; k < 8; k++) columns[8 * half + k][row / kWidth][row % kWidth] = value(bits[k]);
@@ -244,7 +260,7 @@ void execute(const Wgmma* const (&of)[kWarpgroup], float* const (&d)[kWarpgroup]
       for (int k = 0; k < 16; k++) sum += a[row][k] * columns[k][eight];
       for (int column = 0; column < 8; column++) {
         float& to = d[row / 16 * 32 + row % 8 * 4 + column / 2][eight * 4 + row % 16 / 8 * 2 + column % 2];
-        to = static_cast<float>(sum[column] + to);
+        to = static_cast<float>(w.adds ? sum[column] + to : sum[column]);
       }
     }
 }
@@ -260,7 +276,7 @@ void retire(int first) {
     const Wgmma& w = wgmma_threads[first].groups.front()[i];
     for (int t = 0; t < kWarpgroup; t++) {
       const Wgmma& other = wgmma_threads[first + t].groups.front()[i];
-      if (other.b != w.b || other.n != w.n || other.bf16 != w.bf16 || other.site.line() != w.site.line())
+      if (other.b != w.b || other.n != w.n || other.bf16 != w.bf16 || other.adds != w.adds || other.columns != w.columns || other.site.line() != w.site.line())
         fail("%s: thread %d of the warpgroup issued another one, %s", at("wgmma", w.site).c_str(), t, at("wgmma", other.site).c_str());
       if (memcmp(other.a, other.a_then, sizeof other.a_then) != 0)
         fail("%s: registers of a changed in thread %d before wgmma.wait_group", at("wgmma", w.site).c_str(), first + t);
@@ -340,20 +356,28 @@ void fence_proxy_async(Site site) {
   fence_generic_writes();
 }
 
-void tensor_map_16bit(CUtensorMap* map, const void* data, int64_t columns, int64_t rows, int64_t row_bytes, int box_columns, int box_rows) {
-  if (reinterpret_cast<uintptr_t>(data) % 16 || row_bytes % 16 || row_bytes <= 0 || columns < 1 || rows < 1 || columns > INT64_C(1) << 32 ||
-      rows > INT64_C(1) << 32 || box_columns * 2 != 128 || box_rows < 1 || box_rows > 256)
+void tensor_map_16bit(CUtensorMap* map, const void* data, int64_t columns, int64_t rows, int64_t row_bytes, int box_columns, int box_rows, int64_t heads,
+                      int64_t head_bytes, int64_t batches, int64_t batch_bytes) {
+  if (heads < 1 || batches < 1 || head_bytes % 16 || batch_bytes % 16 || reinterpret_cast<uintptr_t>(data) % 16 || row_bytes % 16 || row_bytes <= 0 ||
+      columns < 1 || rows < 1 || columns > INT64_C(1) << 32 || rows > INT64_C(1) << 32 || box_columns * 2 != 128 || box_rows < 1 || box_rows > 256)
     fail("not a tensor map: %td columns, %td rows of %td bytes at %p, boxes of %d by %d", static_cast<ptrdiff_t>(columns), static_cast<ptrdiff_t>(rows),
          static_cast<ptrdiff_t>(row_bytes), data, box_columns, box_rows);
-  const TensorMap m{kMapMagic, static_cast<const unsigned char*>(data), columns, rows, row_bytes, box_columns, box_rows};
+  const TensorMap m{kMapMagic,  static_cast<const unsigned char*>(data), columns, rows, row_bytes, box_columns, box_rows, heads, head_bytes, batches,
+                    batch_bytes};
   memcpy(map, &m, sizeof m);
 }
 
 void tma_load_2d(void* dst, const CUtensorMap* map, int inner, int outer, uint64_t* barrier, Site site) {
+  tma_load_4d(dst, map, inner, outer, 0, 0, barrier, site);
+}
+
+void tma_load_4d(void* dst, const CUtensorMap* map, int inner, int outer, int head, int batch, uint64_t* barrier, Site site) {
   const std::string what = at("a TMA load", site);
   TensorMap m;
   memcpy(&m, map, sizeof m);
   if (m.magic != kMapMagic) fail("%s: not a tensor map", what.c_str());
+  if (head < 0 || head >= m.heads || batch < 0 || batch >= m.batches) fail("%s: there is no head %d of %d", what.c_str(), head, batch);
+  m.data += head * m.head_bytes + batch * m.batch_bytes;
   for (int64_t r = std::max(0, outer); r < std::min(m.rows, int64_t{outer} + m.box_rows); r++) {
     const int64_t begin = std::max(0, inner), end = std::min(m.columns, int64_t{inner} + m.box_columns);
     if (checked && end > begin) access_global(m.data + r * m.row_bytes + begin * 2, static_cast<size_t>(end - begin) * 2, Access::kRead, what.c_str());
@@ -404,7 +428,7 @@ void wgmma_commit(Site) {
   mine.open.clear();
 }
 
-void wgmma_m64k16(float* d, int n, const uint32_t* a, uint64_t b, bool bf16, Site site) {
+void wgmma_m64k16(float* d, int n, const uint32_t* a, uint64_t b, bool bf16, bool adds, bool columns, Site site) {
   note("wgmma", site);
   if (n < 8 || n > 256 || n % 8) fail("%s: n is %d", at("wgmma", site).c_str(), n);
   if (run.current / kWarpgroup * kWarpgroup + kWarpgroup > run.threads)
@@ -424,7 +448,7 @@ void wgmma_m64k16(float* d, int n, const uint32_t* a, uint64_t b, bool bf16, Sit
   } else if (sums.value.size() != count) {
     fail("%s: n is %d, but %zu with the wgmma in flight on the same accumulators", at("wgmma", site).c_str(), n, sums.value.size() * 2);
   }
-  Wgmma w{d, n, a, {}, b, bf16, site};
+  Wgmma w{d, n, a, {}, b, bf16, adds, columns, site};
   memcpy(w.a_then, a, 16);
   ARegisters& registers = mine.a[a];
   memcpy(registers.value, a, 16);

@@ -14,7 +14,8 @@ struct CUtensorMap {
 namespace emulator {
 
 // On the host. box_columns * 2 bytes are the width of the 128-byte swizzle.
-void tensor_map_16bit(CUtensorMap* map, const void* data, int64_t columns, int64_t rows, int64_t row_bytes, int box_columns, int box_rows);
+void tensor_map_16bit(CUtensorMap* map, const void* data, int64_t columns, int64_t rows, int64_t row_bytes, int box_columns, int box_rows, int64_t heads = 1,
+                      int64_t head_bytes = 0, int64_t batches = 1, int64_t batch_bytes = 0);
 
 void mbarrier_init(uint64_t* barrier, int count, Site site);
 void mbarrier_arrive(uint64_t* barrier, int expected_bytes, Site site);
@@ -22,13 +23,14 @@ void mbarrier_wait(uint64_t* barrier, uint32_t parity, Site site);
 void fence_proxy_async(Site site);
 
 void tma_load_2d(void* dst, const CUtensorMap* map, int inner, int outer, uint64_t* barrier, Site site);
+void tma_load_4d(void* dst, const CUtensorMap* map, int inner, int outer, int head, int batch, uint64_t* barrier, Site site);
 void bulk_load(void* dst, const void* src, int bytes, uint64_t* barrier, Site site);
 
 uint32_t shared_address(const void* p);  // as a wgmma descriptor has it
 void wgmma_fence(Site site);
 void wgmma_commit(Site site);
 void wgmma_wait(int pending, Site site);
-void wgmma_m64k16(float* d, int n, const uint32_t* a, uint64_t b, bool bf16, Site site);
+void wgmma_m64k16(float* d, int n, const uint32_t* a, uint64_t b, bool bf16, bool adds, bool columns, Site site);
 
 void stmatrix_x4_trans(void* row, const uint32_t* r, Site site);
 
