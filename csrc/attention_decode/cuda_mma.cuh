@@ -90,7 +90,8 @@ struct MmaUnit {
   // Keys: 16 bytes are so many dims of a token (of codes: of four), kSteps steps of 16 of an mma; a row is kKeyChunks times as much from
   // four lanes.
   static constexpr int kDims = kInt4 || !(kCodes || kFp8) ? 8 : kFp8 ? 16 : 4, kSteps = kDims / 4, kKeyChunks = kWidth / (4 * kDims);
-  static constexpr int kKeyLoads = kHalves * (kCodes ? 1 : 4) * kKeyChunks, kKeyBatch = kKeyLoads < kLoads ? kKeyLoads : kLoads;
+  static constexpr int kKeyLoads = kHalves * (kCodes ? 1 : 4) * kKeyChunks, kMostKeyLoads = kWidth > 128 && !kCodes ? kLoads / 2 : kLoads;
+  static constexpr int kKeyBatch = kKeyLoads < kMostKeyLoads ? kKeyLoads : kMostKeyLoads;
   // Values: 16 bytes are so many columns, of a token, or of four or (int4) eight. Eight lanes have kSpan of them, each a fragment's.
   static constexpr int kColumns = kCodes ? 4 : kFp8 ? 16 : 8, kSpan = 8 * kColumns, kSpans = kWidth / kSpan;
   static constexpr int kSpanLoads = kHalves * (kInt4 ? 1 : kCodes ? 2 : 8);  // of a lane, of a span
@@ -510,7 +511,7 @@ constexpr int kMmaBlocks = kWidth > 128                ? 2
                                                        : 2;
 
 template <int kSm, KvFormat kFormat, int kWidth>
-__global__ void __launch_bounds__(kThreads, kMmaBlocks<kFormat, kWidth>) decode_mma(const Args args) {
+__global__ void __launch_bounds__(kThreads, kMmaBlocks<kSm, kFormat, kWidth>) decode_mma(const Args args) {
   if constexpr (kCompiledFor<kSm>) {
     TAUT_DYNAMIC_SMEM(smem);
     walk<MmaUnit<kSm, kFormat, kWidth>>(args, smem);
@@ -529,7 +530,8 @@ template <int kSm, KvFormat kFormat>
 void start_mma(const CudaParams& p) {
   const auto start = [&]<int kWidth>() {
     using Unit = MmaUnit<kSm, kFormat, kWidth>;
-    launch_decode(p, "attention_decode mma", decode_mma<kSm, kFormat, kWidth>, smem_bytes_of<Unit>(), kMmaBlocks<kFormat, kWidth>, args_of(p, Unit::kRows));
+    launch_decode(p, "attention_decode mma", decode_mma<kSm, kFormat, kWidth>, smem_bytes_of<Unit>(), kMmaBlocks<kSm, kFormat, kWidth>,
+                  args_of(p, Unit::kRows));
   };
   const int64_t width = std::max(p.D, p.Dv);
   if (width > 128) return start.template operator()<256>();
