@@ -171,7 +171,7 @@ class Bench:
 
 
 def error_of(out: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> float:
-    """The largest error of the last rows of the first sequence's first head and the last one's last over the largest result; ``inf`` for NaN."""
+    """The largest error of the last rows of the first and of the last head over the largest result; ``inf`` for a NaN."""
     worst, rows = 0.0, min(_CHECKED_ROWS, q.shape[2])
     for b, h in ((0, 0), (q.shape[0] - 1, q.shape[1] - 1)):
         key_head = h // (q.shape[1] // k.shape[1])

@@ -90,8 +90,7 @@ struct MmaUnit {
   // Keys: 16 bytes are so many dims of a token (of codes: of four), kSteps steps of 16 of an mma; a row is kKeyChunks times as much from
   // four lanes.
   static constexpr int kDims = kInt4 || !(kCodes || kFp8) ? 8 : kFp8 ? 16 : 4, kSteps = kDims / 4, kKeyChunks = kWidth / (4 * kDims);
-  static constexpr int kKeyLoads = kHalves * (kCodes ? 1 : 4) * kKeyChunks, kMostKeyLoads = kWidth > 128 && !kCodes ? kLoads / 2 : kLoads;
-  static constexpr int kKeyBatch = kKeyLoads < kMostKeyLoads ? kKeyLoads : kMostKeyLoads;
+  static constexpr int kKeyLoads = kHalves * (kCodes ? 1 : 4) * kKeyChunks, kKeyBatch = kKeyLoads < kLoads ? kKeyLoads : kLoads;
   // Values: 16 bytes are so many columns, of a token, or of four or (int4) eight. Eight lanes have kSpan of them, each a fragment's.
   static constexpr int kColumns = kCodes ? 4 : kFp8 ? 16 : 8, kSpan = 8 * kColumns, kSpans = kWidth / kSpan;
   static constexpr int kSpanLoads = kHalves * (kInt4 ? 1 : kCodes ? 2 : 8);  // of a lane, of a span
@@ -418,7 +417,9 @@ struct MmaUnit {
     const int lane = threadIdx.x % 32, now = unit / kWarps % 2;
     if (next >= 0) scratch.places[1 - now].find(args, rows, next, lane);
     __syncwarp();
-    if (is_plain(args, rows, scratch.places[now], unit * kUnit)) attend_to<true>(args, rows, unit, shared, scratch, s_sums);
+    // WHY not all: on sm_80 the registers of rows of 256 floats do not suffice for two loops.
+    constexpr bool kHasPlain = kCodes || kWidth <= 128;
+    if (kHasPlain && is_plain(args, rows, scratch.places[now], unit * kUnit)) attend_to<kHasPlain>(args, rows, unit, shared, scratch, s_sums);
     else attend_to<false>(args, rows, unit, shared, scratch, s_sums);
   }
   template <bool kPlain>
@@ -504,9 +505,9 @@ struct MmaUnit {
 };
 
 // Blocks of a multiprocessor. TRIED: one more or one fewer, 3 to 25% slower.
-template <KvFormat kFormat, int kWidth>
+template <int kSm, KvFormat kFormat, int kWidth>
 constexpr int kMmaBlocks = kWidth > 128                ? 2
-                           : has_codes(kFormat)        ? 4
+                           : has_codes(kFormat)        ? (kSm < 80 ? 3 : 4)
                            : kFormat == KvFormat::kFp8 ? 3
                                                        : 2;
 

@@ -141,14 +141,16 @@ def explain(op: str, device: str = "cpu", **sizes: Any) -> list[Verdict]:
 _EXPLAIN_SIZES = {
     "attention_backward": ("B", "Hq", "Hkv", "Lq", "Lk", "D", "Dv", "dtype"),
     "attention_decode": ("kv_format", "dtype", "D", "Dv", "channels", "aligned", "device_index"),
-    "attention_prefill": ("B", "Hq", "Hkv", "Lq", "Lk", "D", "Dv", "dtype", "device_index"),
+    "attention_prefill": ("B", "Hq", "Hkv", "Lq", "Lk", "D", "Dv", "dtype", "rules", "aligned", "device_index"),
     "decoder_layers": ("head_dim",),
     "kv_append": ("device_index",),
     "quant_linear": ("M", "N", "K", "format", "group_size", "zeros", "activations", "dtype", "device_index"),
     "quant_embedding": (),
     "quantize_weight": (),
+    "pack_sparse": (),
     "rms_norm": (),
     "roofline": (),
+    "sparse_linear": ("M", "N", "K", "format", "group_size", "n", "m", "v", "activations", "dtype"),
     "split_rope": (),
 }
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/common/dtypes.h numbers them

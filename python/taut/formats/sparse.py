@@ -1,14 +1,23 @@
-"""Which weights may be nonzero. A ``Pattern`` is N:M, as sparse tensor cores have it, or vector-wise V:N:M (VENOM, arXiv 2310.02065)."""
+"""Which weights may be nonzero, and what a sparse weight is stored as.
+
+A ``Pattern`` is N:M, as sparse tensor cores have it, or vector-wise V:N:M (VENOM, arXiv 2310.02065); a ``SparseFormat`` a pattern over a
+low-bit format; a ``SparseCanonical`` a weight in it, as checkpoints hold it.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["PATTERNS", "VECTORS", "Pattern"]
+from . import WeightFormat
+
+__all__ = ["PATTERNS", "SPARSE_WEIGHTS", "VECTORS", "Pattern", "SparseCanonical", "SparseFormat", "densify", "sparsify"]
+
+SPARSE_WEIGHTS = ("int8", "int4", "fp8_e4m3")  # without zero points
 
 PATTERNS = ((2, 4), (1, 4), (2, 8), (4, 8))  # N:M
 VECTORS = (1, 8, 16)  # rows that share their places
@@ -61,7 +70,7 @@ class Pattern:
         self.check_k(k)
         groups = -(-rows // self.v)
         summed = torch.nn.functional.pad(scores.float(), (0, 0, 0, groups * self.v - rows)).view(groups, self.v, k).sum(1)
-        order = summed.view(groups, k // self.m, self.m).sort(-1, descending=True, stable=True).indices[..., : self.n]
+        order = summed.view(groups, k // self.m, self.m).sort(dim=-1, descending=True, stable=True).indices[..., : self.n]
         kept = torch.zeros(groups, k // self.m, self.m, dtype=torch.bool, device=scores.device).scatter_(-1, order, True)
         return kept.view(groups, k).repeat_interleave(self.v, 0)[:rows]
 
@@ -72,3 +81,118 @@ class Pattern:
         groups = -(-rows // self.v)
         used = torch.nn.functional.pad(weight != 0, (0, 0, 0, groups * self.v - rows)).view(groups, self.v, k).any(1)
         return bool((used.view(groups, k // self.m, self.m).sum(-1) <= self.n).all())
+
+
+class SparseCanonical(NamedTuple):
+    """A sparse weight ``[N, K]`` in canonical form, row-major, of which ``Kk = K * n / m`` are kept in a row.
+
+    ``codes``: of ``[N, Kk]``, as the dense format has them. ``scales``: of ``[N, K]``, as the dense format has them; groups count the dense
+    k. ``meta``: uint8 ``[ceil(N / v), ceil(Kk * b / 8)]``: places within their m, ascending, b = 2 (m = 4) or 3 (m = 8) bits each, a
+    little-endian string.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    meta: Tensor
+
+
+@dataclass(frozen=True)
+class SparseFormat:
+    """``pattern`` over ``weights``, which are int8, int4 or fp8_e4m3 without zero points. Raises ``ValueError`` for other weights."""
+
+    weights: WeightFormat
+    pattern: Pattern
+
+    def __post_init__(self) -> None:
+        if self.weights.name not in SPARSE_WEIGHTS or self.weights.zeros:
+            raise ValueError(f"sparse weights are {', '.join(SPARSE_WEIGHTS)}, without zero points; got {self.weights}")
+
+    def __str__(self) -> str:
+        return f"{self.pattern} {self.weights}"
+
+    @property
+    def place_bits(self) -> int:
+        return 2 if self.pattern.m == 4 else 3
+
+    def kept(self, in_features: int) -> int:
+        """Numbers a row keeps. Raises ``ValueError`` where blocks of m do not divide ``in_features``."""
+        self.pattern.check_k(in_features)
+        return in_features // self.pattern.m * self.pattern.n
+
+    def codes_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        return self.weights.codes_shape(out_features, self.kept(in_features))
+
+    def scales_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        return self.weights.scales_shape(out_features, in_features)
+
+    def meta_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        return (-(-out_features // self.pattern.v), -(-self.kept(in_features) * self.place_bits // 8))
+
+    def canonical_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes of codes, scales and places."""
+        rows, columns = self.codes_shape(out_features, in_features)
+        scale_rows, groups = self.scales_shape(out_features, in_features)
+        meta_rows, meta_columns = self.meta_shape(out_features, in_features)
+        return rows * columns + scale_rows * groups * 2 + meta_rows * meta_columns
+
+    def bits_per_weight(self, out_features: int, in_features: int) -> float:
+        """Of the canonical form, for each weight of the dense matrix: codes, scales and places."""
+        return 8 * self.canonical_bytes(out_features, in_features) / (out_features * in_features)
+
+    def layout_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes in Sparse8 (``csrc/common/sparse.h``), padding and headers included."""
+        self.pattern.check_k(in_features)
+        blocks, strips, group = -(-in_features // 32), -(-out_features // 8), max(self.weights.group_size or 128, 32)
+        kept, field = 32 // self.pattern.m * self.pattern.n, 2 if self.pattern.m == 4 else 4
+        places = -(-kept // 4 * field // 8) * 32 if self.pattern.v == 1 else kept // 2
+        superblocks = -(-blocks // (4 * group // 32))
+        return strips * (superblocks * 64 + blocks * (kept * self.weights.bits + places))
+
+
+def _unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+    """``count`` integers of ``bits`` bits from each row of little-endian strings: uint8 ``[rows, count]``."""
+    each = (packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    each = each.flatten(-2)[..., : count * bits].unflatten(-1, (count, bits))
+    return (each << torch.arange(bits, dtype=torch.uint8, device=packed.device)).sum(-1, dtype=torch.uint8)
+
+
+def _pack_bits(values: Tensor, bits: int) -> Tensor:
+    each = ((values[..., None] >> torch.arange(bits, dtype=torch.uint8, device=values.device)) & 1).flatten(-2)
+    each = torch.nn.functional.pad(each, (0, -each.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (each << torch.arange(8, dtype=torch.uint8, device=values.device)).sum(-1, dtype=torch.uint8)
+
+
+def sparsify(codes: Tensor, scales: Tensor, mask: Tensor, format: SparseFormat) -> SparseCanonical:
+    """A dense weight in canonical form, and which of it are kept (bool ``[N, K]``, as ``Pattern.mask`` gives), to a sparse one.
+
+    A block of m that keeps fewer than n keeps zeros besides, at its first free places. What is not kept is dropped, zero or not.
+    Raises ``ValueError`` if the mask does not hold to the pattern.
+    """
+    rows, k = mask.shape
+    pattern = format.pattern
+    if not pattern.holds(mask):
+        raise ValueError(f"the mask keeps more than {pattern} allows")
+    shared = torch.nn.functional.pad(mask, (0, 0, 0, -rows % pattern.v)).unflatten(0, (-1, pattern.v)).any(1)
+    blocks = shared.unflatten(1, (-1, pattern.m))
+    # kept ones first, then the first free places; then in order
+    order = (~blocks).to(torch.uint8).sort(dim=-1, stable=True).indices[..., : pattern.n].sort(-1).values
+    places = order.flatten(1).to(torch.uint8)
+    index = (order + torch.arange(0, k, pattern.m, device=mask.device)[:, None]).flatten(1).repeat_interleave(pattern.v, 0)[:rows]
+    whole = codes.view(torch.uint8) if format.weights.bits == 8 else _unpack_bits(codes, 4, k)
+    zero = 8 if format.weights.name == "int4" else 0
+    kept = torch.where(mask, whole, zero).gather(1, index)
+    kept = kept.view(format.weights.codes_dtype) if format.weights.bits == 8 else _pack_bits(kept, 4)
+    return SparseCanonical(kept.contiguous(), scales, _pack_bits(places, format.place_bits))
+
+
+def densify(weight: SparseCanonical, in_features: int, format: SparseFormat) -> tuple[Tensor, Tensor]:
+    """The dense weight's codes, and which are kept (bool ``[N, K]``): the inverse of ``sparsify``."""
+    rows, pattern, kept = weight.codes.shape[0], format.pattern, format.kept(in_features)
+    places = _unpack_bits(weight.meta, format.place_bits, kept).long()
+    first = torch.arange(kept, device=places.device) // pattern.n * pattern.m
+    index = (places + first).repeat_interleave(pattern.v, 0)[:rows]
+    whole = weight.codes.view(torch.uint8) if format.weights.bits == 8 else _unpack_bits(weight.codes, 4, kept)
+    dense = torch.full((rows, in_features), 8 if format.weights.name == "int4" else 0, dtype=torch.uint8, device=whole.device)
+    dense.scatter_(1, index, whole)
+    mask = torch.zeros(rows, in_features, dtype=torch.bool, device=whole.device).scatter_(1, index, True)
+    return dense.view(format.weights.codes_dtype) if format.weights.bits == 8 else _pack_bits(dense, 4), mask

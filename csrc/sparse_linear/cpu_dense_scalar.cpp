@@ -1,0 +1,78 @@
+// COMPUTES  out[M,N] = x[M,K] @ dequant(w)[N,K]^T + bias, as quant_linear does for the same weight with its zeros written out: the same bits
+// LAYOUT    w: Sparse8 (common/sparse.h), made Rows8 (common/formats.h) in scratch memory, kRowsAtATime rows at a time
+// WORK      strips are made dense in parallel; then the best kernel of quant_linear multiplies by them all; its outputs move to their columns
+// BOUND     quant_linear's, plus about a nanosecond for four dense weights of a thread
+// LIMITS    none: any N, K, M, format, pattern, group, dtype, and any processor
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "sparse_linear/op.h"
+
+namespace taut::sparse_linear::cpu_dense_scalar {
+namespace {
+
+constexpr int64_t kRowsAtATime = 512;  // 2 MB of int8 at K = 4096
+
+// A strip of Sparse8 as one of Rows8.
+void expand_strip(const Sparse8& w, const uint8_t* packed, int64_t strip, uint8_t* out) {
+  const Rows8 dense = w.dense();
+  const uint8_t* in = packed + strip * w.strip_bytes();
+  const int64_t per_superblock = dense.blocks_per_superblock(), kept = w.kept_per_block(), vectors = w.chunks() * code_bits(w.spec.format) / 8;
+  const bool whole = code_bits(w.spec.format) == 8;
+  for (int64_t block = 0; block < dense.num_blocks(); block++) {
+    if (block % per_superblock == 0) {
+      std::memcpy(out, in, dense.header_bytes());
+      in += dense.header_bytes(), out += dense.header_bytes();
+    }
+    uint8_t codes[8][32];
+    std::memset(codes, sparse_zero(w.spec.format), sizeof codes);
+    const uint8_t* places = in + w.code_block_bytes();
+    for (int64_t j = 0; j < kept; j++) {
+      const int64_t chunk = j / 4, first = j / w.pattern.n * w.pattern.m, at = chunk % vectors * 32 + j % 4;
+      const int shift = whole ? 0 : static_cast<int>(chunk / vectors * 4), mask = whole ? 255 : 15;
+      if (w.pattern.v == 1) {
+        const uint8_t* fields = places + chunk * w.field_bits() / 8 * 32 + j % 4;
+        const int field_shift = static_cast<int>(chunk * w.field_bits() % 8);
+        for (int64_t r = 0; r < 8; r++) codes[r][first + (fields[r * 4] >> field_shift & w.field_mask())] = in[at + r * 4] >> shift & mask;
+      } else {
+        const int64_t k = first + (places[j / 2] >> j % 2 * 4 & 15) % w.pattern.m;
+        for (int64_t r = 0; r < 8; r++) codes[r][k] = in[at + r * 4] >> shift & mask;
+      }
+    }
+    for (int64_t r = 0; r < 8; r++)
+      for (int64_t c = 0; c < (whole ? 8 : 4); c++)
+        for (int64_t i = 0; i < 4; i++)
+          out[c * 32 + r * 4 + i] = static_cast<uint8_t>(whole ? codes[r][c * 4 + i] : codes[r][c * 4 + i] | codes[r][(c + 4) * 4 + i] << 4);
+    in += w.block_bytes(), out += dense.block_bytes();
+  }
+}
+
+}  // namespace
+
+void run(const Params& p) {
+  const Sparse8 w = p.sparse();
+  const int64_t N = p.weight.N, M = p.M, element = p.dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t rows_at_a_time = std::min(N, kRowsAtATime);
+  // WHY not scratch(): quant_linear uses it for its own.
+  std::vector<uint8_t> dense(w.dense().strip_bytes() * ((rows_at_a_time + 7) / 8) + 64), part;
+  const bool whole = N <= rows_at_a_time;
+  if (!whole) part.resize(M * rows_at_a_time * element + 64);
+  const auto aligned = [](std::vector<uint8_t>& bytes) { return bytes.data() + -reinterpret_cast<uintptr_t>(bytes.data()) % 64; };
+  for (int64_t n = 0; n < N; n += rows_at_a_time) {
+    const int64_t rows = std::min(rows_at_a_time, N - n), strips = (rows + 7) / 8, tasks = std::clamp<int64_t>(strips, 1, p.num_threads);
+    parallel_tasks(tasks, [&](int64_t task) {
+      for (int64_t s = strips * task / tasks; s < strips * (task + 1) / tasks; s++)
+        expand_strip(w, p.packed, n / 8 + s, aligned(dense) + s * w.dense().strip_bytes());
+    });
+    quant_linear::Params call = p;
+    call.packed = aligned(dense), call.weight.N = rows;
+    if (p.bias) call.bias = static_cast<const uint8_t*>(p.bias) + n * element;
+    if (!whole) call.out = aligned(part);
+    quant_linear::choose(call)(call);
+    if (whole) continue;
+    for (int64_t m = 0; m < M; m++) std::memcpy(static_cast<uint8_t*>(p.out) + (m * N + n) * element, aligned(part) + m * rows * element, rows * element);
+  }
+}
+
+}  // namespace taut::sparse_linear::cpu_dense_scalar

@@ -1,0 +1,33 @@
+// sparse_linear: out[M,N] = x[M,K] @ dequant(w)[N,K]^T + bias[N], w with few nonzeros (common/sparse.h).
+#pragma once
+
+#include "common/sparse.h"
+#include "quant_linear/op.h"
+
+namespace taut::sparse_linear {
+
+constexpr const char* kSchema =
+    "sparse_linear(Tensor x, Tensor packed, Tensor? bias, int out_features, int format, int group_size, int n, int m, int v, int activations) -> Tensor";
+
+// As quant_linear's, activations too; `packed` is in Sparse8, `weight` the dense weight.
+struct Params : quant_linear::Params {
+  SparsePattern pattern;
+  Sparse8 sparse() const { return {weight, pattern}; }
+};
+
+namespace cpu_scalar {
+void run(const Params&);
+}
+// Makes some rows of w dense, has quant_linear multiply with them, and goes on to the next.
+namespace cpu_dense_scalar {
+void run(const Params&);
+}
+namespace cpu_avx2 {
+void run_rows(const Params&);
+}
+namespace cpu_avx512vnni {
+void run_rows(const Params&);     // v = 1
+void run_vectors(const Params&);  // v = 16
+}  // namespace cpu_avx512vnni
+
+}  // namespace taut::sparse_linear

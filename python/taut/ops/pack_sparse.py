@@ -1,0 +1,85 @@
+"""pack_sparse, unpack_sparse: a sparse weight between its canonical form and the layout that CPU kernels read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ..formats import WeightFormat
+from ..formats.sparse import Pattern, SparseCanonical, SparseFormat
+
+
+def pack_sparse(weight: SparseCanonical, in_features: int, format: SparseFormat) -> Tensor:
+    """Canonical form to Sparse8 (``csrc/common/sparse.h``): ``uint8``, 1-D, opaque. A bijection.
+
+    Raises ``ValueError`` if shapes or dtypes are off, scales are not finite, places within their m do not ascend, or the tensors are not
+    on the CPU.
+    """
+    codes, scales, meta = weight
+    device = _native.device_of(codes=codes, scales=scales, meta=meta)
+    if device.type != "cpu":
+        raise ValueError(f"sparse weights are packed on the CPU, got {device}")
+    rows = codes.shape[0] if codes.dim() == 2 else 0
+    expected = (
+        ("codes", codes, format.weights.codes_dtype, format.codes_shape(rows, in_features)),
+        ("scales", scales, torch.float16, format.scales_shape(rows, in_features)),
+        ("meta", meta, torch.uint8, format.meta_shape(rows, in_features)),
+    )
+    for name, part, dtype, shape in expected:
+        if part.dtype != dtype or tuple(part.shape) != shape:
+            raise ValueError(
+                f"{name} of a {format} weight [{rows}, {in_features}] must be {dtype} {list(shape)}, got {part.dtype} {list(part.shape)}"
+            )
+    if not bool(torch.isfinite(scales).all()):
+        raise ValueError("scales must be finite")
+    try:
+        return torch.ops.taut.pack_sparse(codes, scales, meta, in_features, *_arguments(format))
+    except RuntimeError as error:
+        if "must ascend" not in str(error):
+            raise
+        raise ValueError(str(error).splitlines()[0]) from None
+
+
+def unpack_sparse(packed: Tensor, out_features: int, in_features: int, format: SparseFormat) -> SparseCanonical:
+    """The inverse of ``pack_sparse``. Raises ``ValueError`` where ``packed`` is no such weight's."""
+    check_sparse(packed, out_features, in_features, format)
+    return SparseCanonical(*torch.ops.taut.unpack_sparse(packed, out_features, in_features, *_arguments(format)))
+
+
+def check_sparse(packed: Tensor, out_features: int, in_features: int, format: SparseFormat) -> None:
+    expected = format.layout_bytes(out_features, in_features)
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() != expected or packed.device.type != "cpu":
+        raise ValueError(
+            f"packed must be uint8 [{expected}] on the CPU for a {format} weight [{out_features}, {in_features}], "
+            f"got {packed.dtype} {list(packed.shape)} on {packed.device}"
+        )
+
+
+def _arguments(format: SparseFormat) -> tuple[int, int, int, int, int]:
+    """How kernels are told of a format."""
+    pattern = format.pattern
+    return format.weights.code, format.weights.group_size, pattern.n, pattern.m, pattern.v
+
+
+def _format(format: int, group_size: int, n: int, m: int, v: int) -> SparseFormat:
+    return SparseFormat(WeightFormat.of_code(format, group_size, False), Pattern(n, m, v))
+
+
+@torch.library.register_fake("taut::pack_sparse")
+def _fake_pack(
+    codes: Tensor, scales: Tensor, meta: Tensor, in_features: int, format: int, group_size: int, n: int, m: int, v: int
+) -> Tensor:
+    return codes.new_empty(_format(format, group_size, n, m, v).layout_bytes(codes.shape[0], in_features), dtype=torch.uint8)
+
+
+@torch.library.register_fake("taut::unpack_sparse")
+def _fake_unpack(
+    packed: Tensor, out_features: int, in_features: int, format: int, group_size: int, n: int, m: int, v: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    f = _format(format, group_size, n, m, v)
+    return (
+        packed.new_empty(f.codes_shape(out_features, in_features), dtype=f.weights.codes_dtype),
+        packed.new_empty(f.scales_shape(out_features, in_features), dtype=torch.float16),
+        packed.new_empty(f.meta_shape(out_features, in_features), dtype=torch.uint8),
+    )

@@ -1,0 +1,105 @@
+"""Named inputs of the ops on sparse weights: a set that covers every pair of settings."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cases import DTYPE_CODES, DTYPES, LinearCase, LinearInputs, covering_set
+from taut.formats import ACTIVATIONS, WeightFormat
+from taut.formats.sparse import Pattern, SparseCanonical, SparseFormat, densify, sparsify
+from taut.ops.pack_sparse import pack_sparse
+from taut.ops.quantize_weight import quantize_weight
+
+PATTERNS = tuple(Pattern(n, m, v) for n, m in ((2, 4), (1, 4), (2, 8), (4, 8)) for v in (1, 8, 16))
+WEIGHTS = tuple(
+    WeightFormat(name, group) for name, groups in (("int8", (0, 32, 128)), ("int4", (32, 64, 0)), ("fp8_e4m3", (0, 64))) for group in groups
+)
+
+
+@dataclass(frozen=True)
+class SparseCase:
+    """``x [M, K]`` in ``dtype`` times a sparse weight ``[N, K]``."""
+
+    M: int
+    N: int
+    K: int
+    format: SparseFormat
+    activations: str = "int8"
+    dtype: torch.dtype = torch.float32
+    bias: bool = False
+
+    def __str__(self) -> str:
+        weights = self.format.weights
+        name = f"{weights.name}{f'g{weights.group_size}' if weights.group_size else 'row'}"
+        end = f"{str(self.dtype).removeprefix('torch.')}{'-bias' if self.bias else ''}"
+        return f"N{self.N}_K{self.K}_M{self.M}-{str(self.format.pattern).replace(':', '_')}-{name}-a{self.activations}-{end}"
+
+    @property
+    def seed(self) -> int:
+        return zlib.crc32(str(self).encode())
+
+    @property
+    def dense(self) -> LinearCase:
+        return LinearCase(self.M, self.N, self.K, self.format.weights, self.activations, self.dtype, self.bias)
+
+    def sizes(self) -> dict[str, int]:
+        weights, pattern = self.format.weights, self.format.pattern
+        return {
+            "M": self.M, "N": self.N, "K": self.K, "format": weights.code, "group_size": weights.group_size, "n": pattern.n, "m": pattern.m,
+            "v": pattern.v, "activations": ACTIVATIONS[self.activations], "dtype": DTYPE_CODES[self.dtype],
+        }  # fmt: skip
+
+    def weight(self) -> SparseCanonical:
+        """Random, now and then a block with fewer nonzeros than the pattern allows, and extreme codes."""
+        return random_sparse(self.N, self.K, self.format, torch.Generator().manual_seed(self.seed))
+
+    def make(self, weight: SparseCanonical | None = None) -> tuple[LinearInputs, Tensor]:
+        """What the dense op would take, but for its packed weight; and the packed sparse weight."""
+        weight = self.weight() if weight is None else weight
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        x = torch.randn(self.M, self.K, generator=generator)
+        x[:, torch.rand(self.K, generator=generator) < 0.02] *= 30
+        bias = torch.randn(self.N, generator=generator).to(self.dtype) if self.bias else None
+        codes, _ = densify(weight, self.K, self.format)
+        inputs = LinearInputs(x.to(self.dtype), torch.empty(0, dtype=torch.uint8), bias, codes, weight.scales, None, None)
+        return inputs, pack_sparse(weight, self.K, self.format)
+
+
+def random_sparse(rows: int, k: int, format: SparseFormat, generator: torch.Generator) -> SparseCanonical:
+    w = torch.randn(rows, k, generator=generator)
+    mask = format.pattern.mask(torch.rand(rows, k, generator=generator))
+    if rows:
+        mask &= torch.rand(rows, k, generator=generator) < 0.97
+    parts = quantize_weight(torch.where(mask, w, 0.0), format.weights)
+    if format.weights.name == "int8" and rows:
+        parts.codes[torch.rand(rows, k, generator=generator) < 0.02] = -128
+    return sparsify(parts.codes, parts.scales, mask, format)
+
+
+def sparse_cases() -> tuple[SparseCase, ...]:
+    rows = covering_set(
+        (
+            (1, 2, 3, 5, 13, 40), ((1, 8), (8, 32), (17, 64), (40, 200), (33, 1096), (70, 520), (16, 128)), WEIGHTS, PATTERNS,
+            tuple(ACTIVATIONS), DTYPES, (False, True),
+        )
+    )  # fmt: skip
+    return tuple(
+        SparseCase(m, n, k, SparseFormat(weights, pattern), activations, dtype, bias)
+        for m, (n, k), weights, pattern, activations, dtype, bias in rows
+        if activations in weights.kind.activations
+    )
+
+
+# Besides, what the special kernels take, in every format and with both kinds of activations.
+SPECIAL = tuple(
+    SparseCase(m, n, k, SparseFormat(WeightFormat(name, group), pattern), activations, torch.float32, True)
+    for m in (1, 4, 6, 27)
+    for n, k in ((16, 256), (72, 1032), (9, 96))
+    for name, group in (("int8", 0), ("int8", 64), ("int4", 32), ("int4", 0))
+    for pattern in (Pattern(2, 4), Pattern(2, 4, 16), Pattern(4, 8, 16))
+    for activations in (("int8", "int8_row") if name == "int8" else ("int8",))
+)

@@ -1,0 +1,121 @@
+"""Sparse weights: canonical form, packing and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from checks import assert_same_bits
+from sparse_cases import PATTERNS, WEIGHTS, random_sparse
+from taut.formats import WeightFormat
+from taut.formats.sparse import Pattern, SparseFormat, densify, sparsify
+from taut.ops.pack_sparse import pack_sparse, unpack_sparse
+from taut.ops.quantize_weight import quantize_weight
+
+OP = "pack_sparse"
+INT8_2_4 = SparseFormat(WeightFormat("int8", 0), Pattern(2, 4))
+
+
+def assert_round_trip(n: int, k: int, format: SparseFormat, seed: int) -> None:
+    weight = random_sparse(n, k, format, torch.Generator().manual_seed(seed))
+    before = [part.clone() for part in weight]
+    packed = pack_sparse(weight, k, format)
+    assert packed.numel() == format.layout_bytes(n, k)
+    for name, old, new, back in zip(weight._fields, before, weight, unpack_sparse(packed, n, k, format), strict=True):
+        assert_same_bits(old, new, f"{name} was written to")
+        assert_same_bits(back, old, f"{format} [{n}, {k}], seed {seed}: {name} packed and unpacked")
+    codes, mask = densify(weight, k, format)
+    assert format.pattern.holds(mask) and mask.sum() == n * format.kept(k)
+    again = sparsify(codes, weight.scales, mask, format)
+    for old, new in zip(weight, again, strict=True):
+        assert_same_bits(new, old, f"{format} [{n}, {k}], seed {seed}: dense and back")
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_round_trip(weights, pattern):
+    for n, k in ((1, 8), (8, 32), (17, 136), (33, 520), (16, 1032)):
+        assert_round_trip(n, k, SparseFormat(weights, pattern), n + k)
+
+
+@settings(max_examples=150, deadline=None, print_blob=True)
+@given(
+    n=st.integers(0, 50), blocks=st.integers(1, 90), weights=st.sampled_from(WEIGHTS), pattern=st.sampled_from(PATTERNS),
+    seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_round_trip_fuzz(n, blocks, weights, pattern, seed):
+    assert_round_trip(n, blocks * pattern.m, SparseFormat(weights, pattern), seed)
+
+
+def test_a_weight_that_is_2_4_already_loses_nothing():
+    """Import: a dense weight with zeros in the right places, found and packed, gives the same numbers."""
+    w = torch.randn(24, 64, generator=torch.Generator().manual_seed(3))
+    w *= Pattern(2, 4).mask(w.abs())
+    assert Pattern(2, 4).holds(w) and not Pattern(1, 4).holds(w)
+    parts = quantize_weight(w, INT8_2_4.weights)
+    weight = sparsify(parts.codes, parts.scales, w != 0, INT8_2_4)
+    codes, _ = densify(weight, 64, INT8_2_4)
+    assert_same_bits(codes, parts.codes, "the codes")
+
+
+@pytest.mark.parametrize(
+    ("format", "bits"),
+    [
+        (SparseFormat(WeightFormat("int8", 0), Pattern(2, 4)), 5.0),
+        (SparseFormat(WeightFormat("int4", 0), Pattern(2, 4)), 3.0),
+        (SparseFormat(WeightFormat("int4", 32), Pattern(2, 4)), 3.5),
+        (SparseFormat(WeightFormat("int4", 0), Pattern(2, 4, 16)), 2.0625),
+        (SparseFormat(WeightFormat("int8", 0), Pattern(4, 8)), 5.5),
+        (SparseFormat(WeightFormat("int8", 0), Pattern(1, 4)), 2.5),
+    ],
+    ids=str,
+)
+def test_bits_are_counted_honestly(format, bits):
+    scales = 0 if format.weights.group_size else 16 / 4096  # of a row
+    assert format.bits_per_weight(64, 4096) == pytest.approx(bits + scales)
+    packed = random_sparse(64, 4096, format, torch.Generator().manual_seed(1))
+    assert format.canonical_bytes(64, 4096) == sum(part.nbytes for part in packed)
+
+
+def test_places_that_do_not_ascend_are_refused():
+    weight = random_sparse(8, 32, INT8_2_4, torch.Generator().manual_seed(5))
+    meta = weight.meta.clone()
+    meta[3, 1] = 0b01_10  # the places 2 and 1
+    with pytest.raises(ValueError, match="must ascend; row 3 has 1 after 2"):
+        pack_sparse(weight._replace(meta=meta), 32, INT8_2_4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w._replace(codes=w.codes[:, :-1]), r"codes of a 2:4 int8 per row weight \[8, 32\] must be torch.int8 \[8, 16\]"),
+        (lambda w: w._replace(meta=w.meta.int()), "meta .* must be torch.uint8"),
+        (lambda w: w._replace(scales=w.scales.float()), "scales .* must be torch.float16"),
+        (lambda w: w._replace(scales=w.scales * float("inf")), "scales must be finite"),
+    ],
+)
+def test_bad_parts_are_refused(change, words):
+    weight = random_sparse(8, 32, INT8_2_4, torch.Generator().manual_seed(5))
+    with pytest.raises(ValueError, match=words):
+        pack_sparse(change(weight), 32, INT8_2_4)
+
+
+def test_what_no_format_is():
+    with pytest.raises(ValueError, match="without zero points"):
+        SparseFormat(WeightFormat("int4", 32, True), Pattern())
+    with pytest.raises(ValueError, match="int8, int4, fp8_e4m3"):
+        SparseFormat(WeightFormat("nf4", 64), Pattern())
+    with pytest.raises(ValueError, match="K is 30, which blocks of 4"):
+        INT8_2_4.codes_shape(8, 30)
+    with pytest.raises(ValueError, match="keeps more than 2:4 allows"):
+        sparsify(torch.zeros(1, 4, dtype=torch.int8), torch.ones(1, 1).half(), torch.ones(1, 4, dtype=torch.bool), INT8_2_4)
+
+
+def test_opcheck():
+    weight = random_sparse(9, 32, INT8_2_4, torch.Generator().manual_seed(5))
+    arguments = (32, INT8_2_4.weights.code, 0, 2, 4, 1)
+    torch.library.opcheck(torch.ops.taut.pack_sparse.default, (*weight, *arguments))
+    packed = pack_sparse(weight, 32, INT8_2_4)
+    torch.library.opcheck(torch.ops.taut.unpack_sparse.default, (packed, 9, *arguments))

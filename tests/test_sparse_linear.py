@@ -1,0 +1,140 @@
+"""sparse_linear, every impl and every case, against the float64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import taut
+from checks import assert_linear, assert_same_bits
+from sparse_cases import SPECIAL, SparseCase, sparse_cases
+from taut.formats import WeightFormat
+from taut.formats.sparse import Pattern, SparseFormat
+from taut.ops import sparse_linear as sparse_op
+from taut.ops.sparse_linear import dequantize_sparse, sparse_linear
+
+OP = "sparse_linear"
+INT8 = SparseFormat(WeightFormat("int8", 32), Pattern(2, 4))
+PATTERNS = (Pattern(2, 4), Pattern(2, 4, 16), Pattern(4, 8, 8))
+
+
+def kernel_of(impl: str, case: SparseCase) -> str:
+    """Whose roundings are to be expected: of the dense kernel that multiplies in the end."""
+    if impl != "cpu_scalar.dense":
+        return impl
+    return next(row.impl for row in taut.explain("quant_linear", **case.dense.sizes()) if row.chosen)
+
+
+def check(impl: str, case: SparseCase) -> None:
+    inputs, packed = case.make()
+    before = [tensor.clone() for tensor in (inputs.x, packed)]
+    block = torch.full((case.M, case.N), float("nan"), dtype=case.dtype)
+    del block
+    out = sparse_linear(inputs.x, packed, inputs.bias, case.N, case.format, case.activations)
+    again = sparse_linear(inputs.x, packed, inputs.bias, case.N, case.format, case.activations)
+    assert_linear(out, inputs.x, inputs, case.dense, impl=kernel_of(impl, case))
+    assert_same_bits(out, again, f"{impl} on {case}, run twice")
+    for old, new in zip(before, (inputs.x, packed), strict=True):
+        assert_same_bits(old, new, f"{impl} on {case}: an input was written to")
+
+
+@pytest.mark.parametrize("case", sparse_cases() + SPECIAL, ids=str)
+def test_matches_reference(impl, case, forced):
+    forced(impl, **case.sizes())
+    check(impl, case)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_rows_and_threads_change_nothing(impl, pattern, forced, threads):
+    case = SparseCase(7, 200, 1040, SparseFormat(WeightFormat("int8", 64), pattern))
+    forced(impl, **case.sizes())
+    inputs, packed = case.make()
+    threads(1)
+    expected = sparse_linear(inputs.x, packed, None, case.N, case.format, "int8")
+    for count in (2, 3):
+        threads(count)
+        found = sparse_linear(inputs.x, packed, None, case.N, case.format, "int8")
+        assert_same_bits(found, expected, f"{impl}: {count} threads")
+    if impl != "cpu_scalar.dense":  # it may pick another dense kernel
+        for m in range(7):
+            row = sparse_linear(inputs.x[m : m + 1], packed, None, case.N, case.format, "int8")
+            assert_same_bits(row, expected[m : m + 1], f"{impl}: row {m} alone")
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("name", ("int8", "int4"))
+def test_codes_that_need_no_rounding(impl, pattern, name, forced):
+    """x that int8 activations hold exactly: what is left are a few roundings of sums."""
+    case = SparseCase(5, 48, 256, SparseFormat(WeightFormat(name, 32), pattern))
+    forced(impl, **case.sizes())
+    weight = case.weight()
+    weight = weight._replace(scales=torch.full_like(weight.scales, 0.5))
+    _, packed = case.make(weight)
+    x = torch.randint(-127, 128, (5, 256), generator=torch.Generator().manual_seed(2)).float()
+    x.view(5, 8, 32)[:, :, 0] = 127  # of every 32 the largest: then int8 activations round nothing
+    w = dequantize_sparse(weight, 256, case.format, torch.float64)
+    found = sparse_linear(x, packed, None, 48, case.format, "int8")
+    assert bool(((found - x.double() @ w.T).abs() <= 5e-7 * (x.double().abs() @ w.T.abs())).all())
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+def test_a_row_that_is_no_number_gives_nan(impl, value, forced):
+    case = SparseCase(3, 24, 96, INT8)
+    forced(impl, **case.sizes())
+    inputs, packed = case.make()
+    x = inputs.x.clone()
+    x[1, 5] = value
+    out = sparse_linear(x, packed, None, 24, INT8, "int8")
+    assert bool(out[1].isnan().all() and out[[0, 2]].isfinite().all())
+
+
+def test_strided_x_and_leading_dimensions(impl, forced):
+    case = SparseCase(6, 24, 64, INT8)
+    forced(impl, **case.sizes())
+    inputs, packed = case.make()
+    expected = sparse_linear(inputs.x, packed, None, 24, INT8)
+    wide = torch.full((6, 100), float("nan"))
+    wide[:, 20:84] = inputs.x
+    assert_same_bits(sparse_linear(wide[:, 20:84], packed, None, 24, INT8), expected, "part of wider rows")
+    assert_same_bits(sparse_linear(inputs.x.view(2, 3, 64), packed, None, 24, INT8).view(6, 24), expected, "two leading dimensions")
+    assert sparse_linear(inputs.x[:0], packed, None, 24, INT8).shape == (0, 24)
+
+
+def test_gradients():
+    case = SparseCase(5, 24, 64, INT8)
+    inputs, packed = case.make()
+    x, bias = inputs.x.clone().requires_grad_(), torch.randn(24, requires_grad=True)
+    out = sparse_linear(x, packed, bias, 24, INT8, "float")
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    w = dequantize_sparse(case.weight(), 64, INT8)
+    assert torch.allclose(x.grad, grad @ w, atol=1e-4) and torch.allclose(bias.grad, grad.sum(0), atol=1e-5)
+
+
+def test_opcheck_and_compile():
+    case = SparseCase(5, 24, 64, INT8)
+    inputs, packed = case.make()
+    arguments = (24, INT8.weights.code, 32, 2, 4, 1, 1)
+    torch.library.opcheck(torch.ops.taut.sparse_linear.default, (inputs.x, packed, None, *arguments))
+    compiled = torch.compile(lambda x: sparse_linear(x * 1.0, packed, None, 24, INT8) + 1.0, fullgraph=True, backend="aot_eager")
+    assert_same_bits(compiled(inputs.x), sparse_linear(inputs.x, packed, None, 24, INT8) + 1.0, "compiled")
+
+
+def test_bad_calls():
+    case = SparseCase(5, 24, 64, INT8)
+    inputs, packed = case.make()
+    with pytest.raises(ValueError, match=r"packed must be uint8 \[\d+\] on the CPU for a 2:4 int8 group 32 weight \[24, 32\]"):
+        sparse_linear(inputs.x[:, :32], packed, None, 24, INT8)
+    with pytest.raises(ValueError, match=r"bias must be torch.float32 \[24\]"):
+        sparse_linear(inputs.x, packed, torch.zeros(23), 24, INT8)
+    with pytest.raises(ValueError, match="cannot be multiplied with 'fp8_row'"):
+        sparse_linear(inputs.x, packed, None, 24, INT8, "fp8_row")
+    with pytest.raises(ValueError, match="x must be float32"):
+        sparse_linear(inputs.x.double(), packed, None, 24, INT8)
+    with pytest.raises(RuntimeError, match="n:m must be"):
+        torch.ops.taut.sparse_linear(inputs.x, packed, None, 24, 8, 32, 3, 4, 1, 1)
+
+
+def test_cost_counts_what_is_kept():
+    dense = 2 * 7 * 64 * 4096
+    assert sparse_op.cost(7, 64, 4096, INT8)["flops"] * 2 == dense
