@@ -121,7 +121,7 @@ def test_the_weak_symbol_check_can_fail(tmp_path):
 def test_isa_suffixes_have_flags():
     for path in KERNELS:
         suffixes = path.stem.split("_")[1:]
-        assert suffixes[-1] == "scalar" or isa_of(path) or path.suffix == ".cu", (
+        assert suffixes[-1] in ("scalar", "dense") or isa_of(path) or path.suffix == ".cu", (
             f"{name_of(path)}: CMakeLists.txt has no flags for {suffixes[-1]}"
         )
 

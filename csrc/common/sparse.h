@@ -28,32 +28,35 @@ constexpr int sparse_zero(Format format) { return format == Format::kInt8 ? 128 
 struct SparsePattern {
   int64_t n, m, v;
   constexpr bool is_known() const { return ((m == 4 && (n == 1 || n == 2)) || (m == 8 && (n == 2 || n == 4))) && (v == 1 || v == 8 || v == 16); }
-  constexpr int64_t kept(int64_t k) const { return k / m * n; }
-  constexpr int64_t place_bits() const { return m == 4 ? 2 : 3; }  // of the canonical form
+  [[gnu::always_inline]] constexpr int64_t kept(int64_t k) const { return k / m * n; }
+  [[gnu::always_inline]] constexpr int64_t place_bits() const { return m == 4 ? 2 : 3; }  // of the canonical form
 };
 
+// WHY always inlined: a copy that stands alone is a weak symbol, and one compiled for AVX-512 might be linked for everyone.
 struct Sparse8 {
   WeightSpec spec;  // of the dense weight
   SparsePattern pattern;
 
   static constexpr int64_t kRows = 8, kBlockK = 32;
-  constexpr Rows8 dense() const { return {spec}; }
+  [[gnu::always_inline]] constexpr Rows8 dense() const { return {spec}; }
 
-  constexpr int64_t kept_per_block() const { return kBlockK / pattern.m * pattern.n; }  // of a row: 16 or 8
-  constexpr int64_t chunks() const { return kept_per_block() / 4; }
-  constexpr int64_t span() const { return 4 / pattern.n * pattern.m; }  // dense k of a chunk
-  constexpr int64_t field_bits() const { return pattern.m == 4 ? 2 : 4; }
-  constexpr int64_t code_block_bytes() const { return chunks() * 32 * code_bits(spec.format) / 8; }
-  constexpr int64_t place_block_bytes() const { return pattern.v == 1 ? (chunks() * field_bits() + 7) / 8 * 32 : kept_per_block() / 2; }
-  constexpr int64_t block_bytes() const { return code_block_bytes() + place_block_bytes(); }
-  constexpr int64_t superblock_bytes() const { return dense().header_bytes() + dense().blocks_per_superblock() * block_bytes(); }
-  constexpr int64_t strip_bytes() const { return dense().num_superblocks() * dense().header_bytes() + dense().num_blocks() * block_bytes(); }
-  constexpr int64_t total_bytes() const { return dense().num_strips() * strip_bytes(); }
+  [[gnu::always_inline]] constexpr int64_t kept_per_block() const { return kBlockK / pattern.m * pattern.n; }  // of a row: 16 or 8
+  [[gnu::always_inline]] constexpr int64_t chunks() const { return kept_per_block() / 4; }
+  [[gnu::always_inline]] constexpr int64_t span() const { return 4 / pattern.n * pattern.m; }  // dense k of a chunk
+  [[gnu::always_inline]] constexpr int64_t field_bits() const { return pattern.m == 4 ? 2 : 4; }
+  [[gnu::always_inline]] constexpr int64_t code_block_bytes() const { return chunks() * 32 * code_bits(spec.format) / 8; }
+  [[gnu::always_inline]] constexpr int64_t place_block_bytes() const { return pattern.v == 1 ? (chunks() * field_bits() + 7) / 8 * 32 : kept_per_block() / 2; }
+  [[gnu::always_inline]] constexpr int64_t block_bytes() const { return code_block_bytes() + place_block_bytes(); }
+  [[gnu::always_inline]] constexpr int64_t superblock_bytes() const { return dense().header_bytes() + dense().blocks_per_superblock() * block_bytes(); }
+  [[gnu::always_inline]] constexpr int64_t strip_bytes() const {
+    return dense().num_superblocks() * dense().header_bytes() + dense().num_blocks() * block_bytes();
+  }
+  [[gnu::always_inline]] constexpr int64_t total_bytes() const { return dense().num_strips() * strip_bytes(); }
   // Of the canonical form.
-  constexpr int64_t kept() const { return pattern.kept(spec.K); }
-  constexpr int64_t kept_row_bytes() const { return (kept() * code_bits(spec.format) + 7) / 8; }
-  constexpr int64_t meta_rows() const { return (spec.N + pattern.v - 1) / pattern.v; }
-  constexpr int64_t meta_row_bytes() const { return (kept() * pattern.place_bits() + 7) / 8; }
+  [[gnu::always_inline]] constexpr int64_t kept() const { return pattern.kept(spec.K); }
+  [[gnu::always_inline]] constexpr int64_t kept_row_bytes() const { return (kept() * code_bits(spec.format) + 7) / 8; }
+  [[gnu::always_inline]] constexpr int64_t meta_rows() const { return (spec.N + pattern.v - 1) / pattern.v; }
+  [[gnu::always_inline]] constexpr int64_t meta_row_bytes() const { return (kept() * pattern.place_bits() + 7) / 8; }
 
   // Offsets of what belongs to row n: by its dense k (scales), by its kept number j.
   [[gnu::always_inline]] constexpr int64_t header_offset(int64_t n, int64_t k) const {
@@ -85,7 +88,7 @@ struct Sparse8 {
     return pattern.v == 1 ? place : static_cast<int>((j / pattern.n * pattern.m + place) % 16);
   }
   [[gnu::always_inline]] constexpr int place_of(int64_t, int field) const { return static_cast<int>(field % pattern.m); }
-  constexpr int field_mask() const { return pattern.v == 1 ? (1 << field_bits()) - 1 : 15; }
+  [[gnu::always_inline]] constexpr int field_mask() const { return pattern.v == 1 ? (1 << field_bits()) - 1 : 15; }
   // The dense k of the kept number j of row n.
   [[gnu::always_inline]] int64_t dense_k(const uint8_t* packed, int64_t n, int64_t j) const {
     return j / pattern.n * pattern.m + place_of(j, packed[place_offset(n, j)] >> place_shift(j) & field_mask());

@@ -41,8 +41,8 @@ constexpr Impl<Params> kImpls[] = {
     {"cpu_avx512vnni.int8_rows", rows_avx512vnni, few_rows, cpu_avx512vnni::run_rows},
     {"cpu_avx2.int8_rows", rows_avx2, few_rows_avx2, cpu_avx2::run_rows},
 #endif
-    {"cpu_scalar.dense", always, always, cpu_dense_scalar::run},
-    {"cpu_scalar.plain", always, always, cpu_scalar::run},
+    {"cpu_dense", always, always, cpu_dense::run},
+    {"cpu_scalar", always, always, cpu_scalar::run},
 };
 
 Activations activations_for(Format format, int64_t activations) {

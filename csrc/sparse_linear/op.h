@@ -19,7 +19,7 @@ namespace cpu_scalar {
 void run(const Params&);
 }
 // Makes some rows of w dense, has quant_linear multiply with them, and goes on to the next.
-namespace cpu_dense_scalar {
+namespace cpu_dense {
 void run(const Params&);
 }
 namespace cpu_avx2 {

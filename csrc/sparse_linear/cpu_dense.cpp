@@ -9,7 +9,7 @@
 
 #include "sparse_linear/op.h"
 
-namespace taut::sparse_linear::cpu_dense_scalar {
+namespace taut::sparse_linear::cpu_dense {
 namespace {
 
 constexpr int64_t kRowsAtATime = 512;  // 2 MB of int8 at K = 4096
@@ -75,4 +75,4 @@ void run(const Params& p) {
   }
 }
 
-}  // namespace taut::sparse_linear::cpu_dense_scalar
+}  // namespace taut::sparse_linear::cpu_dense
