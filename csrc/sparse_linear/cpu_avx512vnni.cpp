@@ -37,8 +37,8 @@ struct Avx512Vnni : quant_linear::Simd512 {
 
 // ---- Vectors of 16 rows
 
-constexpr int64_t kXRows = 96;  // 400 KB of x at K = 4096: in the L2 cache beside 32 KB of weights
-constexpr int kTile = 12;       // rows of x whose sums are in registers
+constexpr int64_t kXRows = 192;  // 800 KB of x at K = 4096: in the L2 cache beside 32 KB of weights
+constexpr int kTile = 12;        // rows of x whose sums are in registers
 
 // Of 16 rows: codes less their zero [blocks][4 chunks][64], shuffles of x [blocks / 4][2][64], for each block what 128 too much of x adds [16],
 // and the scales [groups][16].
@@ -89,20 +89,28 @@ void unpack(const Sparse8& w, const uint8_t* at, int64_t far, const Panel& panel
   }
 }
 
-// What 16 rows keep of a row of x: [blocks][16].
-TAUT_INLINE void pick(const uint8_t* x, const uint8_t* shuffles, int64_t blocks, uint8_t* picked) {
+// Asks for the cache line of out that 16 outputs go to. WHY: rows of out lie far apart, and a store that misses holds up those behind it.
+TAUT_INLINE void prefetch_out(const Params& p, int64_t m, int64_t strip) {
+  const int64_t element = p.dtype == DType::kFloat32 ? 4 : 2;
+  quant_linear::prefetch_write(static_cast<const char*>(p.out) + (m * p.weight.N + strip * 8) * element);
+}
+
+// What 16 rows keep of a row of x, one of kTile whose 4 blocks lie side by side: [blocks / 4][kTile][4][16]. WHY: then a row is a constant away.
+TAUT_INLINE void pick(const uint8_t* x, int64_t to_next, const uint8_t* shuffles, int64_t blocks, uint8_t* picked) {
   const __m512i even = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
   for (int64_t block = 0; block < blocks; block += 4) {
+    _mm_prefetch(reinterpret_cast<const char*>(x + to_next + block * 32), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(x + to_next + block * 32 + 64), _MM_HINT_T0);
     const __m512i a = _mm512_shuffle_epi8(_mm512_loadu_si512(x + block * 32), _mm512_load_si512(shuffles + block * 32));
     const __m512i b = _mm512_shuffle_epi8(_mm512_loadu_si512(x + block * 32 + 64), _mm512_load_si512(shuffles + block * 32 + 64));
-    _mm512_storeu_si512(picked + block * 16, _mm512_permutex2var_epi64(a, even, b));
+    _mm512_store_si512(picked + block / 4 * (kTile * 64), _mm512_permutex2var_epi64(a, even, b));
   }
 }
 
 // sums[kRows][16]. kWholeRow: x has one scale a row, and sums in int32 go on for a group of the weight.
 template <bool kWholeRow, int kRows>
-__attribute__((noinline)) void micro(const Panel& panel, int64_t blocks, int64_t blocks_per_group, const uint8_t* x, int64_t x_stride, const float* m,
-                                     int64_t m_stride, float* sums) {
+__attribute__((noinline)) void micro(const Panel& panel, int64_t blocks, int64_t blocks_per_group, const uint8_t* picked, const float* m, int64_t m_stride,
+                                     float* sums) {
   __m512 total[kRows];
   __m512i sum[kRows];
   TAUT_FOR (int r = 0; r < kRows; r++) total[r] = _mm512_setzero_ps();
@@ -113,7 +121,8 @@ __attribute__((noinline)) void micro(const Panel& panel, int64_t blocks, int64_t
     if (kWholeRow)
       TAUT_FOR (int r = 0; r < kRows; r++) sum[r] = _mm512_setzero_si512();
     __m512i start = _mm512_setzero_si512();
-    for (; block < end; block++, codes += 256, x += 16) {
+    for (; block < end; block++, codes += 256) {
+      const uint8_t* x = picked + block / 4 * (kTile * 64) + block % 4 * 16;
       if (kWholeRow) start = _mm512_add_epi32(start, _mm512_load_si512(panel.starts + block * 16));
       else
         TAUT_FOR (int r = 0; r < kRows; r++) sum[r] = _mm512_load_si512(panel.starts + block * 16);
@@ -122,7 +131,7 @@ __attribute__((noinline)) void micro(const Panel& panel, int64_t blocks, int64_t
         TAUT_FOR (int r = 0; r < kRows; r++) {
           // WHY asm: gcc would load and broadcast into registers that it then spills.
           __m512i four;
-          asm volatile("vpbroadcastd %1,%0" : "=v"(four) : "m"(*reinterpret_cast<const int32_t*>(x + r * x_stride + c * 4)));
+          asm volatile("vpbroadcastd %1,%0" : "=v"(four) : "m"(*reinterpret_cast<const int32_t*>(x + r * 64 + c * 4)));
           asm volatile("vpdpbusd %2,%1,%0" : "+v"(sum[r]) : "v"(four), "v"(code));
         }
       }
@@ -137,18 +146,18 @@ __attribute__((noinline)) void micro(const Panel& panel, int64_t blocks, int64_t
 }
 
 template <bool kWholeRow, int... kRows>
-void micro_rows(int rows, const Panel& panel, int64_t blocks, int64_t blocks_per_group, const uint8_t* x, int64_t x_stride, const float* m, int64_t m_stride,
-                float* sums, std::integer_sequence<int, kRows...>) {
-  using Micro = void (*)(const Panel&, int64_t, int64_t, const uint8_t*, int64_t, const float*, int64_t, float*);
+void micro_rows(int rows, const Panel& panel, int64_t blocks, int64_t blocks_per_group, const uint8_t* picked, const float* m, int64_t m_stride, float* sums,
+                std::integer_sequence<int, kRows...>) {
+  using Micro = void (*)(const Panel&, int64_t, int64_t, const uint8_t*, const float*, int64_t, float*);
   static constexpr Micro kTable[] = {micro<kWholeRow, kRows + 1>...};
-  kTable[rows - 1](panel, blocks, blocks_per_group, x, x_stride, m, m_stride, sums);
+  kTable[rows - 1](panel, blocks, blocks_per_group, picked, m, m_stride, sums);
 }
 
 template <bool kInt4, bool kWholeRow>
 void run_panels(const Params& p) {
   const Sparse8 w = p.sparse();
   const int64_t blocks = w.dense().num_blocks(), padded_k = (blocks + 3) / 4 * 128, m_stride = padded_k / 32;
-  const int64_t pairs = (w.dense().num_strips() + 1) / 2, num_tasks = std::min(p.num_threads, pairs), picked_stride = padded_k / 2;
+  const int64_t pairs = (w.dense().num_strips() + 1) / 2, num_tasks = std::min(p.num_threads, pairs);
   const Quantized a(p, padded_k, 0);
   const int64_t quantizers = std::min(p.num_threads, p.M);
   parallel_tasks(quantizers, [&](int64_t task) {
@@ -156,20 +165,22 @@ void run_panels(const Params& p) {
     for (int64_t r = p.M * task / quantizers; r < p.M * (task + 1) / quantizers; r++) a.row(p, r, padded_k, buffer, 0x80);
   });
   parallel_tasks(num_tasks, [&](int64_t task) {
-    uint8_t* memory = scratch(1, Panel::bytes(blocks) + kTile * picked_stride + 128);
+    uint8_t* memory = scratch(1, Panel::bytes(blocks) + kTile * padded_k / 2 + 128);
     const Panel panel(memory, blocks);
     uint8_t* picked = memory + (Panel::bytes(blocks) + 63) / 64 * 64;
     std::memset(panel.shuffles, 0, (blocks + 3) / 4 * 128);
-    for (int64_t begin = 0; begin < p.M; begin += kXRows) {
-      const int64_t end = std::min(p.M, begin + kXRows);
+    const int64_t parts = (p.M + kXRows - 1) / kXRows;
+    for (int64_t part = 0; part < parts; part++) {
+      const int64_t begin = p.M * part / parts / kTile * kTile, end = part + 1 == parts ? p.M : p.M * (part + 1) / parts / kTile * kTile;
       for (int64_t pair = pairs * task / num_tasks; pair < pairs * (task + 1) / num_tasks; pair++) {
         const int64_t strip = 2 * pair, far = strip + 1 < w.dense().num_strips() ? w.strip_bytes() : 0;
         unpack<kInt4>(w, p.packed + strip * w.strip_bytes(), far, panel);
         for (int64_t r = begin; r < end; r += kTile) {
           const int rows = static_cast<int>(std::min<int64_t>(kTile, end - r));
-          for (int i = 0; i < rows; i++) pick(a.x + (r + i) * padded_k, panel.shuffles, blocks, picked + i * picked_stride);
+          for (int i = 0; i < rows; i++) prefetch_out(p, r + i, strip);
+          for (int i = 0; i < rows; i++) pick(a.x + (r + i) * padded_k, padded_k, panel.shuffles, blocks, picked + i * 64);
           alignas(64) float sums[kTile * 16];
-          micro_rows<kWholeRow>(rows, panel, blocks, w.dense().blocks_per_group(), picked, picked_stride, a.m + r * m_stride, m_stride, sums,
+          micro_rows<kWholeRow>(rows, panel, blocks, w.dense().blocks_per_group(), picked, a.m + r * m_stride, m_stride, sums,
                                 std::make_integer_sequence<int, kTile>());
           for (int i = 0; i < rows; i++) {
             store_any(p, r + i, strip, sums + i * 16, a.unit[r + i]);
