@@ -4,8 +4,8 @@ One layer, ``N14336_K4096`` unless it is another, at each number of rows of x. C
 picks and with each kernel that runs no AMX (a processor without it has those); sparse_linear with each pattern, by every impl. Each
 result is checked against float64 first. Weights are cold: copies that together exceed ``--cold-mb`` are rotated. Contenders take turns
 (``bench/timing.py``). JSON lines: op (sparse_linear), case, format (pattern and weights), activations, impl, median_us, p10_us, p90_us,
-nbytes (of the packed weight), gb_s, gflop_s (of the dense product), dense_ratio (over the fastest dense kernel), dense_ratio_no_amx, commit,
-machine, torch, threads, run.
+nbytes (of the packed weight), gb_s, gflop_s (of the dense product), dense_ratio (over the fastest dense kernel), dense_ratio_no_amx,
+commit, machine, torch, threads, run.
 """
 
 from __future__ import annotations
@@ -134,12 +134,11 @@ def race(layer: Layer, m: int, rounds: int, seconds_each: float, shared: dict[st
     lines = []
     for (pattern, impl, picked, error, _), timing in zip(entries, timings, strict=True):
         us, nbytes = timing.median_us, layer.packed[pattern][0].nbytes
-        lines.append({
-            "op": "sparse_linear", "case": f"N{layer.n}_K{layer.k}_M{m}", "format": f"{pattern}_{layer.name}", "pattern": pattern, "impl": impl,
-            "picked": picked, "median_us": us, "p10_us": timing.p10_us, "p90_us": timing.p90_us, "samples": timing.samples, "nbytes": nbytes,
-            "copies": len(layer.packed[pattern]), "gb_s": nbytes / us / 1e3, "gflop_s": 2 * m * layer.n * layer.k / us / 1e3,
-            "dense_ratio": dense / us, "dense_ratio_no_amx": without_amx / us, "max_error": error, **shared,
-        })  # fmt: skip
+        line = {"op": "sparse_linear", "case": f"N{layer.n}_K{layer.k}_M{m}", "format": f"{pattern}_{layer.name}", "pattern": pattern}
+        line |= {"impl": impl, "picked": picked, "median_us": us, "p10_us": timing.p10_us, "p90_us": timing.p90_us}
+        line |= {"samples": timing.samples, "nbytes": nbytes, "copies": len(layer.packed[pattern]), "gb_s": nbytes / us / 1e3}
+        line |= {"gflop_s": 2 * m * layer.n * layer.k / us / 1e3, "dense_ratio": dense / us, "dense_ratio_no_amx": without_amx / us}
+        lines.append({**line, "max_error": error, **shared})
     return lines
 
 
@@ -168,12 +167,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for m in args.m or ROWS:
                 lines = race(layer, m, args.rounds, args.seconds, shared)
                 for line in lines:
-                    print(
-                        f"{line['case']:>18} {line['format']:>22} {line['median_us']:>9.0f} us {line['gb_s']:>6.1f} GB/s {line['gflop_s']:>7.0f} GFLOP/s "
-                        f"{line['dense_ratio']:>5.2f}x dense, {line['dense_ratio_no_amx']:>5.2f}x without AMX  {line['impl']}"
-                        f"{' *' if line['picked'] else ''}",
-                        flush=True,
-                    )
+                    speed = f"{line['median_us']:>9.0f} us {line['gb_s']:>6.1f} GB/s {line['gflop_s']:>7.0f} GFLOP/s"
+                    ratios = f"{line['dense_ratio']:>5.2f}x dense, {line['dense_ratio_no_amx']:>5.2f}x without AMX"
+                    impl = f"{line['impl']}{' *' if line['picked'] else ''}"
+                    print(f"{line['case']:>18} {line['format']:>22} {speed} {ratios}  {impl}", flush=True)
                 if args.json:
                     args.json.parent.mkdir(parents=True, exist_ok=True)
                     with args.json.open("a") as file:

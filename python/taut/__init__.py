@@ -6,14 +6,14 @@ from . import integrations
 from ._native import batch_invariant, build_info, cpu_features, explain, force_impl, list_impls
 from .formats import WeightFormat
 from .fuse import unfuse
-from .nn import QuantLinear
+from .nn import QuantLinear, SparseLinear
 from .roofline import Roofline, roofline
 from .swap import SwapReport, swap
 
 __version__ = build_info()["version"]
 __all__ = [
-    "Cache", "Config", "QuantLinear", "Roofline", "SwapReport", "WeightFormat", "batch_invariant", "build_info", "cpu_features",
-    "explain", "force_impl", "list_impls", "roofline", "save", "swap", "unfuse",
+    "Cache", "Config", "QuantLinear", "Roofline", "SparseLinear", "SwapReport", "WeightFormat", "batch_invariant", "build_info",
+    "cpu_features", "explain", "force_impl", "list_impls", "roofline", "save", "swap", "unfuse",
 ]  # fmt: skip
 
 integrations.install()

@@ -15,22 +15,26 @@ from . import _native
 from . import fuse as fusing
 from . import head as heads
 from .formats import ACTIVATIONS, FORMATS, KINDS, WeightFormat, check_activations, resolve_activations
-from .nn import PackedWeight, QuantLinear
+from .formats.sparse import Pattern, SparseFormat
+from .nn import PackedWeight, QuantLinear, SparseLinear
 from .ops.pack_weight import check_device
 
-_RULE_KEYS = ("weights", "group_size", "zeros", "activations")
+_RULE_KEYS = ("weights", "group_size", "zeros", "activations", "sparsity")
 
 
 @dataclass(frozen=True)
 class Rule:
     """How one module is quantized: a format and an activation mode; ``format=None`` leaves the module alone."""
 
-    format: WeightFormat | None
+    format: WeightFormat | SparseFormat | None
     activations: str
 
 
-def make_rule(weights: str | None, group_size: int | None = None, zeros: bool = False, activations: str = "auto") -> Rule:
-    """A checked rule. ``weights``: a name of ``taut.formats.KINDS`` or None (leave alone); ``group_size`` None: the format's default."""
+def make_rule(
+    weights: str | None, group_size: int | None = None, zeros: bool = False, activations: str = "auto", sparsity: str | None = None
+) -> Rule:
+    """A checked rule. ``weights``: a name of ``taut.formats.KINDS`` or None (leave alone); ``group_size`` None: the format's default;
+    ``sparsity``: a pattern ("2:4", "16:2:4"), or None for dense weights."""
     if not isinstance(activations, str):
         raise ValueError(f"activations must be one of auto, {', '.join(ACTIVATIONS)}, got {activations!r}")
     check_activations(activations)
@@ -44,29 +48,35 @@ def make_rule(weights: str | None, group_size: int | None = None, zeros: bool = 
         raise ValueError(f"group_size must be 32, 64, 128, 0 (one scale a row) or None, got {group_size!r}")
     format = WeightFormat(weights, group_size, zeros)
     check_activations(activations, format)
-    return Rule(format, activations)
+    return Rule(format if sparsity is None else SparseFormat(format, Pattern.parse(sparsity)), activations)
+
+
+def low_bit(linear: nn.Linear, rule: Rule) -> QuantLinear:
+    """What takes the place of a linear layer by this rule."""
+    module = SparseLinear if isinstance(rule.format, SparseFormat) else QuantLinear
+    return module.from_float(linear, rule.format, rule.activations)
 
 
 class RuleBook:
     """Which rule applies to a module name: the first matching ``rules`` entry, else ``skip``, else the default.
 
-    ``rules`` maps a name pattern (fnmatch: ``*.mlp.*``) to a dict with any of weights, group_size, zeros, activations
+    ``rules`` maps a name pattern (fnmatch: ``*.mlp.*``) to a dict with any of weights, group_size, zeros, activations, sparsity
     (what is left out keeps the default), or to None (leave alone). ``skip`` is a list of such patterns; a pattern also
     matches a module's last name (``lm_head``) or a whole part of its path. Raises ``ValueError`` on unknown formats or keys.
     """
 
     def __init__(
         self, weights: str | None = "int4", group_size: int | None = None, zeros: bool = False, activations: str = "auto",
-        skip: Sequence[str] | None = None, rules: Mapping[str, Mapping | None] | None = None,
+        skip: Sequence[str] | None = None, rules: Mapping[str, Mapping | None] | None = None, sparsity: str | None = None,
     ) -> None:  # fmt: skip
         if weights is None:
             raise ValueError(f"weights must be one of {', '.join(FORMATS)}; use skip or rules to leave modules alone")
-        self.default = make_rule(weights, group_size, zeros, activations)
+        self.default = make_rule(weights, group_size, zeros, activations, sparsity)
         if not isinstance(skip, (list, tuple, set, type(None))) or not all(isinstance(pattern, str) for pattern in skip or ()):
             raise ValueError(f"skip must be a list of module name patterns, got {skip!r}")
         self.skip = list(skip or ())
         self.rules: list[tuple[str, Rule]] = []
-        base = {"weights": weights, "group_size": group_size, "zeros": zeros, "activations": activations}
+        base = {"weights": weights, "group_size": group_size, "zeros": zeros, "activations": activations, "sparsity": sparsity}
         if rules is not None and not isinstance(rules, Mapping):
             raise ValueError(f"rules must map module name patterns to settings, got {rules!r}")
         for pattern, settings in (rules or {}).items():
@@ -282,6 +292,8 @@ def plan(model: nn.Module, book: RuleBook, dtype: torch.dtype | None = None) -> 
             reason = "the output head is left in float by default; name it in rules to swap it"
         if rule.format is None and type(module) is nn.Linear:
             reason = f"left alone by {why}"
+        if reason is None and isinstance(rule.format, SparseFormat):
+            reason = why_not_sparse(module, rule.format)
         if reason is None:
             chosen.append((name, module, rule))
         else:
@@ -289,6 +301,15 @@ def plan(model: nn.Module, book: RuleBook, dtype: torch.dtype | None = None) -> 
     if not chosen:
         raise ValueError(nothing_to_swap(kept))
     return chosen, kept
+
+
+def why_not_sparse(linear: nn.Linear, format: SparseFormat) -> str | None:
+    """Why a linear layer that can have low bits cannot be sparse, in words; None if it can."""
+    if linear.in_features % format.pattern.m:
+        return f"its {linear.in_features} inputs cannot be cut in blocks of {format.pattern.m}, as sparsity {format.pattern} wants"
+    if linear.weight.device.type not in ("cpu", "meta"):
+        return f"sparse weights are for the CPU, and it is on {linear.weight.device}"
+    return None
 
 
 def _can_untie(model: nn.Module, module: nn.Module, facts: _Facts) -> bool:
@@ -315,7 +336,7 @@ def swap(
     model: nn.Module, weights: str = "int4", *, group_size: int | None = None, zeros: bool = False, activations: str = "auto",
     skip: Sequence[str] | None = None, rules: Mapping[str, Mapping | None] | None = None,
     lm_head: str | None = None, fuse: bool | str = "auto", strict: bool = False, attention: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Callable[[int, int, str], None] | None = None, sparsity: str | None = None,
 ) -> SwapReport:  # fmt: skip
     """Replaces the ``nn.Linear`` layers of ``model`` by ``QuantLinear``, in place, one at a time.
 
@@ -330,6 +351,9 @@ def swap(
     ``fuse``: decoder layers whose linear layers are all low-bit then run as a few fused ops on the CPU (see README); "auto"
     fuses what can be, True asks for at least one, False leaves them alone. ``strict``: every decoder layer must be fused.
     ``attention``: a transformers model then attends by taut's ops too, as after ``model.set_attn_implementation("taut")``.
+    ``sparsity``: "2:4", "1:4", "2:8", "4:8", or with 8 or 16 rows that share places "16:2:4": the layers become ``SparseLinear``, on the
+    CPU, with int8, int4 or fp8_e4m3 weights without zeros. A weight that holds to the pattern keeps its nonzeros; of another one the
+    largest of each block are kept, which costs much more than low bits do. Sparse layers are not fused.
     ``progress(done, total, name)`` is called before each layer. The output head is swapped only by ``lm_head``, or if a rule
     names it; one that is tied then gets low bits of its own beside the float embeddings. Other tied weights and modules taut
     does not know are kept, and named with their reason in the returned report. Raises ``ValueError`` for bad settings, a
@@ -338,7 +362,7 @@ def swap(
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     fusing.check_mode(fuse, strict)
-    book = RuleBook(weights, group_size, zeros, activations, skip, rules)
+    book = RuleBook(weights, group_size, zeros, activations, skip, rules, sparsity)
     record = _recorder(model)
     check_attention(attention, model)
     chosen, kept = plan(model, book)
@@ -353,7 +377,7 @@ def swap(
         name, module, rule = chosen.pop(0)  # WHY pop: so that each float weight is freed as soon as it is replaced
         if progress:
             progress(index, total, name)
-        new = QuantLinear.from_float(module, rule.format, rule.activations)
+        new = low_bit(module, rule)
         new.train(module.training)
         model.set_submodule(name, new)
         if name in tied:
@@ -371,12 +395,9 @@ def swap(
     if attention:
         set_attention(model, report)
     if record is not None:
-        settings = {"weights": weights, "group_size": group_size, "zeros": zeros, "activations": activations}
-        record(
-            model,
-            {**settings, "skip": skip, "rules": rules, "lm_head": lm_head, "fuse": fuse, "strict": strict, "attention": attention},
-            report,
-        )
+        settings = {"weights": weights, "group_size": group_size, "zeros": zeros, "activations": activations, "sparsity": sparsity}
+        settings |= {"skip": skip, "rules": rules, "lm_head": lm_head, "fuse": fuse, "strict": strict, "attention": attention}
+        record(model, settings, report)
     return report
 
 
@@ -425,7 +446,8 @@ def check_values(name: str, weight: torch.Tensor, rule: Rule) -> None:
     if weight.device.type == "meta":
         raise ValueError(f"{name} is on the meta device: load the model first, or give taut.Config to from_pretrained")
     try:
-        check_device(weight.device, rule.format)
+        if not isinstance(rule.format, SparseFormat):
+            check_device(weight.device, rule.format)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     least, most = torch.aminmax(weight.detach())

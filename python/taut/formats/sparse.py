@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import WeightFormat
+from . import Kind, WeightFormat
 
 __all__ = ["PATTERNS", "SPARSE_WEIGHTS", "VECTORS", "Pattern", "SparseCanonical", "SparseFormat", "densify", "sparsify"]
 
@@ -95,6 +95,9 @@ class SparseCanonical(NamedTuple):
     scales: Tensor
     meta: Tensor
 
+    def to(self, device: torch.device | str) -> SparseCanonical:
+        return SparseCanonical(*(part.to(device) for part in self))
+
 
 @dataclass(frozen=True)
 class SparseFormat:
@@ -109,6 +112,21 @@ class SparseFormat:
 
     def __str__(self) -> str:
         return f"{self.pattern} {self.weights}"
+
+    # As a dense format has them.
+    zeros = has_global_scale = False
+
+    @property
+    def kind(self) -> Kind:
+        return self.weights.kind
+
+    @property
+    def name(self) -> str:
+        return self.weights.name
+
+    @property
+    def group_size(self) -> int:
+        return self.weights.group_size
 
     @property
     def place_bits(self) -> int:

@@ -31,7 +31,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import _native
 from .. import fuse as fusing
 from .. import head as heads
-from ..nn import QuantLinear
+from ..formats.sparse import SparseFormat
+from ..nn import QuantLinear, SparseLinear
 from ..nn.packed_weight import PARTS
 from ..swap import (
     Kept,
@@ -43,6 +44,7 @@ from ..swap import (
     check_values,
     head_to_swap,
     held_bytes,
+    low_bit,
     make_rule,
     plan,
     set_attention,
@@ -56,18 +58,18 @@ logger = logging.getLogger("taut")
 
 METHOD = "taut"
 VERSION = 1
-_RULE_KEYS = ("weights", "group_size", "zeros", "activations")
+_RULE_KEYS = ("weights", "group_size", "zeros", "activations", "sparsity")
 _ARGUMENTS = (*_RULE_KEYS, "skip", "rules", "lm_head", "fuse", "strict", "attention")
-_DEFAULTS = {"lm_head": None, "fuse": "auto", "strict": False, "attention": False}  # not written into config.json
+_DEFAULTS = {"lm_head": None, "fuse": "auto", "strict": False, "attention": False, "sparsity": None}  # not written into config.json
 _WRITTEN = ("modules", "tied")  # by taut, not by users
-_TENSORS = (*PARTS, "bias")
+_TENSORS = (*PARTS, "meta", "bias")
 
 
 @register_quantization_config(METHOD)
 class Config(QuantizationConfigMixin):
     """How ``from_pretrained`` quantizes a model: ``AutoModelForCausalLM.from_pretrained(name, quantization_config=taut.Config())``.
 
-    ``weights``, ``group_size``, ``zeros``, ``activations``: as ``taut.swap`` takes them. ``skip``: names or patterns of
+    ``weights``, ``group_size``, ``zeros``, ``activations``, ``sparsity``: as ``taut.swap`` takes them. ``skip``: names or patterns of
     modules to leave alone. ``rules``: pattern -> a dict of the first four, or None to leave alone (see ``taut.swap``).
     ``lm_head``: a format for the output head, None to leave it in float.
     ``fuse``, ``strict``: whether decoder layers run as fused ops, and must; ``attention``: whether the model attends by taut's
@@ -82,10 +84,11 @@ class Config(QuantizationConfigMixin):
         skip: Sequence[str] | None = None, rules: Mapping[str, Mapping | None] | None = None,
         modules: Sequence[Mapping[str, Any]] | None = None, tied: Mapping[str, str] | None = None,
         lm_head: str | None = None, fuse: bool | str = "auto", strict: bool = False, attention: bool = False,
+        sparsity: str | None = None,
     ) -> None:  # fmt: skip
         self.quant_method = METHOD
-        self.weights, self.group_size, self.zeros, self.activations = weights, group_size, zeros, activations
-        self.book = RuleBook(weights, group_size, zeros, activations, skip, rules)
+        self.weights, self.group_size, self.zeros, self.activations, self.sparsity = weights, group_size, zeros, activations, sparsity
+        self.book = RuleBook(weights, group_size, zeros, activations, skip, rules, sparsity)
         fusing.check_mode(fuse, strict)
         heads.make_head_rule(lm_head)
         check_attention(attention)
@@ -100,6 +103,7 @@ class Config(QuantizationConfigMixin):
 
     def _check_modules(self) -> None:
         for entry in self.modules or ():
+            entry.setdefault("sparsity", None)  # which checkpoints of dense weights do not name
             unknown = set(entry) ^ {*_RULE_KEYS, "names"}
             if unknown:
                 raise ValueError(f"modules: {sorted(unknown)[0]!r} is unknown or missing; an entry has {', '.join(_RULE_KEYS)}, names")
@@ -256,7 +260,7 @@ class TautQuantizer(HfQuantizer):
             old = linears[name]
             if type(old) is not nn.Linear:
                 raise ValueError(f"{name} is low-bit in the checkpoint, but here it is a {type(old).__name__}, not an nn.Linear")
-            new = QuantLinear(
+            new = (SparseLinear if isinstance(rule.format, SparseFormat) else QuantLinear)(
                 old.in_features, old.out_features, old.bias is not None,
                 format=rule.format, activations=rule.activations, dtype=dtype, device="meta",
             )  # fmt: skip
@@ -289,7 +293,7 @@ class TautQuantizer(HfQuantizer):
             return False  # transformers has an error of its own for this, and an option to go on
         try:
             check_values(name, weight, rule)
-            new = QuantLinear.from_float(_Loaded(weight, linear), rule.format, rule.activations)
+            new = low_bit(_Loaded(weight, linear), rule)
         except ValueError as error:
             self.refused.append(str(error))  # WHY not raise: transformers would turn it into a RuntimeError of forty lines
             return False
@@ -449,7 +453,7 @@ def _check_files(model: nn.Module, chosen: Mapping[str, Rule], files: Iterable[s
     for name in chosen:
         module = model.get_submodule(name)
         for key in _TENSORS:
-            expected = getattr(module, key)
+            expected = getattr(module, key, None)
             if expected is None:
                 continue
             if key not in found.get(name, {}):
@@ -459,7 +463,7 @@ def _check_files(model: nn.Module, chosen: Mapping[str, Rule], files: Iterable[s
                 raise ValueError(f"{full} must be {list(expected.shape)} for {module.format}, the checkpoint has {list(shape)}")
             if key != "bias" and dtype != _SAFETENSORS_NAMES[expected.dtype]:
                 raise ValueError(f"{full} must be {_SAFETENSORS_NAMES[expected.dtype]}, the checkpoint has {dtype}")
-        extra = sorted(set(found[name]) & {"weight", *_TENSORS} - {key for key in _TENSORS if getattr(module, key) is not None})
+        extra = sorted(set(found[name]) & {"weight", *_TENSORS} - {key for key in _TENSORS if getattr(module, key, None) is not None})
         if extra:
             raise ValueError(f"the checkpoint has {found[name][extra[0]][0]}, which a {module.format} layer does not have")
 
@@ -471,7 +475,8 @@ def record_modules(model: PreTrainedModel) -> None:
     groups: dict[tuple, dict[str, list[str]]] = {}
     for name, module in linears.items():
         if isinstance(module, QuantLinear):
-            key = (module.format.name, module.format.group_size, module.format.zeros, module.activations)
+            pattern = str(module.format.pattern) if isinstance(module, SparseLinear) else None
+            key = (module.format.name, module.format.group_size, module.format.zeros, module.activations, pattern)
             groups.setdefault(key, {}).setdefault(_star(name), []).append(name)
     config.modules, config.tied = [], heads.tied_tables(model) or None
     for key, patterns in groups.items():
@@ -480,7 +485,8 @@ def record_modules(model: PreTrainedModel) -> None:
             # Layers that differ in numbers only are one line, where every layer of that form is in this format.
             alike = [name for name in linears if _star(name) == pattern]
             names += [pattern] if len(alike) == len(members) > 1 else members
-        config.modules.append({**dict(zip(_RULE_KEYS, key, strict=True)), "names": names})
+        written = {name: value for name, value in zip(_RULE_KEYS, key, strict=True) if name != "sparsity" or value is not None}
+        config.modules.append({**written, "names": names})
 
 
 def _star(name: str) -> str:

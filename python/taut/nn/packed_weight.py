@@ -82,6 +82,15 @@ class PackedWeight(nn.Module):
     out_features: int
     in_features: int
     format: WeightFormat
+    parts = PARTS  # names of the canonical form's parameters
+    canonical_type: type = Canonical
+
+    def _pack(self, parts: Canonical) -> Tensor:
+        """Canonical form to the layout of the device it is on. Raises ``ValueError`` where it is not of this format."""
+        return pack_weight(*parts, self.in_features, self.format)
+
+    def _unpack(self) -> Canonical:
+        return unpack_weight(self.packed, self.out_features, self.in_features, self.format)
 
     def _make_weight(
         self, out_features: int, in_features: int, format: WeightFormat, dtype: torch.dtype | None, device: torch.device | str | None
@@ -104,7 +113,7 @@ class PackedWeight(nn.Module):
 
     def _set_packed(self, packed: Tensor) -> None:
         self.packed, self._layout = packed, _native.layout_for(packed.device.type)
-        for name in PARTS:
+        for name in self.parts:
             setattr(self, name, None)
 
     def finalize(self) -> None:
@@ -119,15 +128,15 @@ class PackedWeight(nn.Module):
         else:
             if self.qweight.device.type == "meta":
                 raise ValueError("this module was built on the meta device and holds no weight yet: load a state_dict first")
-            self._set_packed(pack_weight(*self.canonical(), self.in_features, self.format))
+            self._set_packed(self._pack(self.canonical()))
 
     def canonical(self) -> Canonical:
         """``(codes, scales, zeros or None, global_scale or None)`` as they are stored on disk."""
         if self.packed is None:
-            parts = (getattr(self, name) for name in PARTS)
-            return Canonical(*(None if part is None else part.data for part in parts))
+            parts = (getattr(self, name) for name in self.parts)
+            return self.canonical_type(*(None if part is None else part.data for part in parts))
         self.finalize()
-        return unpack_weight(self.packed, self.out_features, self.in_features, self.format)
+        return self._unpack()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as numbers, ``[out_features, in_features]``."""
@@ -153,7 +162,7 @@ class PackedWeight(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         # .half() and .to(dtype) cast every float parameter; codes and scales are what is stored, and must not be rounded.
-        held = {name: value for name in (*PARTS, "packed") if (value := getattr(self, name)) is not None}
+        held = {name: value for name in (*self.parts, "packed") if (value := getattr(self, name)) is not None}
         for name in held:
             setattr(self, name, None)
         try:
@@ -180,13 +189,13 @@ class PackedWeight(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.packed is not None:
-            for name, value in zip(PARTS, self.canonical(), strict=True):
+            for name, value in zip(self.parts, self.canonical(), strict=True):
                 if value is not None:
                     destination[prefix + name] = value
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs) -> None:
         has = {"zeros": self.format.zeros, "global_scale": self.format.has_global_scale}
-        names = [name for name in PARTS if has.get(name, True)]
+        names = [name for name in self.parts if has.get(name, True)]
         values = {name: state_dict.get(prefix + name) for name in names}
         missing_keys.extend(prefix + name for name, value in values.items() if value is None)
         if all(value is not None for value in values.values()):
@@ -194,15 +203,15 @@ class PackedWeight(nn.Module):
                 if tuple(values["qweight"].shape) != self.format.codes_shape(self.out_features, self.in_features):
                     expected = list(self.format.codes_shape(self.out_features, self.in_features))
                     raise ValueError(f"qweight must be {expected}, got {list(values['qweight'].shape)}")
-                parts = Canonical(*(values[name].detach() if name in values else None for name in PARTS))
+                parts = self.canonical_type(*(values[name].detach() if name in values else None for name in self.parts))
                 if not (local_metadata.get("assign_to_params_buffers") or self._like.is_meta):
                     parts = parts.to(self._like.device)
-                self._set_packed(pack_weight(*parts, self.in_features, self.format))
+                self._set_packed(self._pack(parts))
             except ValueError as error:
                 error_msgs.append(f"{prefix.rstrip('.')}: {error}")
         rest = {key: value for key, value in state_dict.items() if key not in {prefix + name for name in names}}
-        held = {name: getattr(self, name) for name in PARTS}
-        for name in PARTS:  # WHY: else the parent reports them as missing
+        held = {name: getattr(self, name) for name in self.parts}
+        for name in self.parts:  # WHY: else the parent reports them as missing
             setattr(self, name, None)
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if self.packed is None:

@@ -1,0 +1,105 @@
+"""SparseLinear: an ``nn.Linear`` of whose weight few numbers are kept, in a low-bit format."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import activation_code, check_activations
+from ..formats.sparse import SparseCanonical, SparseFormat, sparsify
+from ..ops.pack_sparse import pack_sparse, unpack_sparse
+from ..ops.quant_linear import FLOAT_DTYPES
+from ..ops.quantize_weight import quantize_weight
+from ..ops.sparse_linear import dequantize_sparse, sparse_linear
+from .quant_linear import QuantLinear
+
+
+class SparseLinear(QuantLinear):
+    """``y = x @ dequant(w)^T + bias`` for ``x [..., in_features]`` in float32, bfloat16 or float16, on the CPU; w is N:M or V:N:M sparse.
+
+    ``format``: a ``taut.formats.sparse.SparseFormat``. ``activations``: as for ``QuantLinear``.
+    In a ``state_dict`` the weight is in canonical form: ``qweight``, ``scales``, ``meta`` (``SparseCanonical``). Else as ``PackedWeight``.
+    Raises ``ValueError`` where the pattern's blocks do not divide ``in_features``, and on another device than the CPU.
+    """
+
+    parts = ("qweight", "scales", "meta")
+    canonical_type = SparseCanonical
+    format: SparseFormat
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, format: SparseFormat, activations: str = "auto",
+        dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+    ) -> None:  # fmt: skip
+        nn.Module.__init__(self)  # WHY not nn.Linear's: it would allocate a float weight
+        self.in_features, self.out_features, self.format, self.activations = in_features, out_features, format, activations
+        activation_code(activations, format.weights)
+        shapes = (
+            (format.codes_shape(out_features, in_features), format.weights.codes_dtype),
+            (format.scales_shape(out_features, in_features), format.weights.scales_dtype),
+            (format.meta_shape(out_features, in_features), torch.uint8),
+        )
+        for name, (shape, kind) in zip(self.parts, shapes, strict=True):
+            setattr(self, name, nn.Parameter(torch.empty(shape, dtype=kind, device=device), requires_grad=False))
+        self.zeros = self.global_scale = None  # what a QuantLinear may have besides
+        self.register_buffer("packed", None, persistent=False)
+        self._layout = 0
+        self.register_buffer("_like", torch.empty(0, dtype=dtype, device=device), persistent=False)
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None)
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, format: SparseFormat, activations: str = "auto") -> SparseLinear:
+        """Prunes and quantizes the weight of ``linear``, whose bias it takes over.
+
+        A weight that holds to the pattern keeps its nonzeros; of another one the largest of each block are kept. Raises ``ValueError``.
+        """
+        check_activations(activations, format.weights)
+        weight = linear.weight.detach()
+        if weight.device.type != "cpu":
+            raise ValueError(f"sparse weights are for the CPU; this one is on {weight.device}")
+        mask = weight != 0 if format.pattern.holds(weight) else format.pattern.mask(weight.float().abs())
+        parts = quantize_weight(torch.where(mask, weight, 0.0), format.weights)
+        module = cls(linear.in_features, weight.shape[0], bias=False, format=format, activations=activations, device="meta")
+        module._set_packed(pack_sparse(sparsify(parts.codes, parts.scales, mask, format), linear.in_features, format))
+        module._like = torch.empty(0, dtype=weight.dtype)
+        if linear.bias is not None:
+            module.bias = linear.bias
+        return module
+
+    def _set_packed(self, packed: Tensor) -> None:
+        self.packed = packed
+        for name in self.parts:
+            setattr(self, name, None)
+
+    def _pack(self, parts: SparseCanonical) -> Tensor:
+        return pack_sparse(parts, self.in_features, self.format)
+
+    def _unpack(self) -> SparseCanonical:
+        return unpack_sparse(self.packed, self.out_features, self.in_features, self.format)
+
+    def finalize(self) -> None:
+        if self.packed is None:
+            if self.qweight.device.type == "meta":
+                raise ValueError("this module was built on the meta device and holds no weight yet: load a state_dict first")
+            self._set_packed(self._pack(self.canonical()))
+
+    def _moved_packed(self, packed: Tensor, fn) -> Tensor:
+        device = fn(packed.new_empty(0)).device
+        if device.type not in ("cpu", "meta"):
+            raise ValueError(f"a SparseLinear has kernels for the CPU; it cannot be moved to {device}")
+        return packed.to(device)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        self.finalize()
+        return dequantize_sparse(self.canonical(), self.in_features, self.format, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"SparseLinear takes x [..., {self.in_features}], got {list(x.shape)}")
+        if x.dtype not in FLOAT_DTYPES:
+            raise ValueError(f"SparseLinear takes float32, bfloat16 or float16, got {x.dtype}")
+        if self.packed is None:
+            self.finalize()
+        bias = self.bias
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        return sparse_linear(x, self.packed, bias, self.out_features, self.format, self.activations)
