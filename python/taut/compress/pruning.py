@@ -1,0 +1,290 @@
+"""compress: a language model, decoder layer by decoder layer, made sparse, low-bit or both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import WeightFormat
+from ..formats.sparse import Pattern, SparseFormat, sparsify
+from ..nn import PackedWeight, QuantLinear, SparseLinear
+from ..ops.pack_sparse import pack_sparse
+from ..swap import matches
+from .calibration import Inputs, Statistics, decoder_layers, gather
+from .solver import Solved, by_error, by_score, error_of
+
+METHODS = ("magnitude", "wanda", "sparsegpt", "gptq")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One linear layer: ``error`` is the share of its output's energy that changed on the calibration text."""
+
+    name: str
+    out_features: int
+    in_features: int
+    error: float
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass
+class CompressReport:
+    """What ``compress`` did. ``kept``: linear layers left alone, and why."""
+
+    method: str
+    format: str
+    layers: list[LayerReport] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def mean_error(self) -> float:
+        return sum(layer.error for layer in self.layers) / max(1, len(self.layers))
+
+    def __str__(self) -> str:
+        before, after = (sum(getattr(layer, name) for layer in self.layers) for name in ("bytes_before", "bytes_after"))
+        lines = [
+            f"{self.method}: {len(self.layers)} linear layers to {self.format}, {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB; "
+            f"{self.mean_error:.2%} of their outputs' energy changed on the calibration text, at most "
+            f"{max((layer.error for layer in self.layers), default=0.0):.2%}"
+        ]
+        return "\n".join(lines + [f"kept {name}: {reason}" for name, reason in self.kept.items()])
+
+
+@torch.no_grad()
+def compress(
+    model: nn.Module, ids: Tensor, *, sparsity: str | None = "2:4", weights: str | None = None, group_size: int | None = None,
+    activations: str = "auto", method: str = "sparsegpt", skip: Sequence[str] | None = None, damping: float = 0.01, batch: int = 4,
+    state: str | os.PathLike | None = None, progress: Callable[[int, int, str], None] | None = None,
+) -> CompressReport:  # fmt: skip
+    """Makes the linear layers in the decoder layers of ``model`` sparse, low-bit or both, in place.
+
+    ``ids``: calibration text, int64 ``[sequences, tokens]`` (``calibration_ids``). ``sparsity``: "2:4", "16:2:4" and the like, or None.
+    ``weights``: "int4" or "int8" (then layers become ``SparseLinear``, or ``QuantLinear`` without sparsity), or None: they stay
+    ``nn.Linear`` with zeros. ``method``: "magnitude" (needs no text, but reports errors on it), "wanda" (arXiv 2306.11695), "sparsegpt"
+    (2301.00774: pruning and rounding, jointly), "gptq" (2210.17323: rounding alone). ``skip``: patterns of names to leave alone.
+    Embeddings, norms and the output head are never touched.
+
+    Each decoder layer sees what the compressed layers before it give. Memory: hidden states of all tokens, and ``[K, K]`` float64 for
+    each input of one decoder layer. ``state``: a directory; each finished decoder layer is written there, and a run that was broken off
+    goes on after the last one. Raises ``ValueError`` for settings that do not fit, a model without one list of decoder layers, and a
+    state of another model, text or settings.
+    """
+    pattern, format = _check(model, ids, sparsity, weights, group_size, method, damping, batch)
+    target = SparseFormat(format, pattern) if pattern is not None and format is not None else format
+    name_of_list, layers = decoder_layers(model)
+    chosen, kept = _choose(layers, name_of_list, pattern, list(skip or ()))
+    report = CompressReport(method, str(target or pattern), kept=kept)
+    settings = {
+        "sparsity": sparsity, "weights": None if format is None else str(format), "method": method, "damping": damping, "batch": batch,
+        "skip": sorted(skip or ()), "version": 1,
+    }  # fmt: skip
+    store = None if state is None else _State(Path(state), {**settings, "model": _fingerprint(model), "text": _hash(ids)})
+    was_training = model.training
+    model.eval()
+    inputs = Inputs(model, layers, ids, batch)
+    solved: dict[str, Solved] = {}
+    for index, layer in enumerate(layers):
+        if progress:
+            progress(index, len(layers), f"{name_of_list}.{index}")
+        linears = chosen[index]
+        found = None if store is None else store.load(index)
+        if found is None:
+            statistics = gather(inputs, layer, index, linears) if linears else {}
+            parts, reports = {}, []
+            for name, linear in linears.items():
+                parts[name] = _solve(linear, statistics[name], pattern, format, method, damping)
+                error = error_of(linear.weight.float(), parts[name].weight, statistics[name].gram)
+                before = linear.weight.numel() * linear.weight.element_size()
+                after = _bytes(linear, pattern, target)
+                reports.append(LayerReport(name, linear.out_features, linear.in_features, error, before, after))
+            if store is not None:
+                store.save(index, parts, reports)
+        else:
+            parts, reports = found
+        for name, part in parts.items():
+            linears[name].weight.copy_(part.weight)
+        report.layers += reports
+        solved |= {name: Solved(part.weight[:0], part.mask, part.codes, part.scales) for name, part in parts.items()}
+        inputs.advance(layer, index)
+    if format is not None:
+        for name, part in solved.items():
+            model.set_submodule(name, _module(model.get_submodule(name), part, format, target, activations))
+        _record(model, format, sparsity, activations, skip)
+    model.train(was_training)
+    if progress:
+        progress(len(layers), len(layers), "")
+    return report
+
+
+def _check(
+    model: nn.Module,
+    ids: Tensor,
+    sparsity: str | None,
+    weights: str | None,
+    group_size: int | None,
+    method: str,
+    damping: float,
+    batch: int,
+) -> tuple[Pattern | None, WeightFormat | None]:  # fmt: skip
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; accepted: {', '.join(METHODS)}")
+    if sparsity is None and weights is None:
+        raise ValueError("there is nothing to do: give sparsity, weights or both")
+    if method == "gptq" and (sparsity is not None or weights is None):
+        raise ValueError("gptq rounds dense weights: give weights and no sparsity; sparsegpt does both")
+    if method != "gptq" and sparsity is None:
+        raise ValueError(f"{method} prunes: give sparsity; gptq rounds dense weights")
+    if weights not in (None, "int4", "int8"):
+        raise ValueError(f"weights must be int4, int8 or None, got {weights!r}")
+    if ids.dim() != 2 or ids.dtype != torch.int64 or ids.shape[0] < 1 or ids.shape[1] < 2:
+        raise ValueError(f"ids must be int64 [sequences, tokens], at least one sequence of two tokens; got {ids.dtype} {list(ids.shape)}")
+    if not 0 < damping < 1 or batch < 1:
+        raise ValueError(f"damping must be between 0 and 1 and batch at least 1, got {damping} and {batch}")
+    if any(isinstance(module, PackedWeight) for module in model.modules()):
+        raise ValueError("this model has low-bit layers already: compress a float one")
+    return None if sparsity is None else Pattern.parse(sparsity), None if weights is None else WeightFormat(weights, group_size)
+
+
+def _choose(
+    layers: nn.ModuleList, prefix: str, pattern: Pattern | None, skip: list[str]
+) -> tuple[list[dict[str, nn.Linear]], dict[str, str]]:
+    """Linear layers of each decoder layer by full name, and those left alone with the reason."""
+    chosen, kept, used = [], {}, set()
+    for index, layer in enumerate(layers):
+        here = {}
+        for inner, module in layer.named_modules():
+            name = f"{prefix}.{index}.{inner}"
+            if not isinstance(module, nn.Linear):
+                continue
+            fits = [text for text in skip if matches(name, text)]
+            used.update(fits)
+            if type(module) is not nn.Linear:
+                kept[name] = f"{type(module).__name__} is a subclass of nn.Linear with behaviour of its own"
+            elif fits:
+                kept[name] = f"skip {fits[0]!r}"
+            elif pattern is not None and module.in_features % pattern.m:
+                kept[name] = f"its {module.in_features} inputs cannot be cut in blocks of {pattern.m}"
+            elif module.weight.device.type != "cpu":
+                raise ValueError(f"{name} is on {module.weight.device}: compress computes on the CPU; move the model there")
+            else:
+                here[name] = module
+        chosen.append(here)
+    if unknown := set(skip) - used:
+        raise ValueError(f"pattern {sorted(unknown)[0]!r} matches no linear layer in the decoder layers")
+    if not any(chosen):
+        raise ValueError("there is nothing to compress: every linear layer in the decoder layers is left alone")
+    return chosen, kept
+
+
+def _solve(
+    linear: nn.Linear, statistics: Statistics, pattern: Pattern | None, format: WeightFormat | None, method: str, damping: float
+) -> Solved:
+    weight = linear.weight.float()
+    if not bool(weight.isfinite().all()):
+        raise ValueError("a weight holds a NaN or an infinity")
+    if method in ("sparsegpt", "gptq"):
+        return by_error(weight, statistics.gram, pattern, format, damping)
+    return by_score(weight, weight.abs() * (statistics.norms if method == "wanda" else 1.0), pattern, format)
+
+
+def _bytes(linear: nn.Linear, pattern: Pattern | None, target: Any) -> int:
+    if target is not None:
+        return target.canonical_bytes(linear.out_features, linear.in_features)
+    return linear.weight.numel() * linear.weight.element_size()
+
+
+def _module(linear: nn.Linear, part: Solved, format: WeightFormat, target: Any, activations: str) -> QuantLinear:
+    """The low-bit module with exactly the codes that were found."""
+    k, dtype = linear.in_features, linear.weight.dtype
+    if part.mask is None:
+        return QuantLinear.from_canonical(part.codes, part.scales, None, None, linear.bias, k, format, activations, dtype)
+    module = SparseLinear(k, linear.out_features, bias=False, format=target, activations=activations, device="meta")
+    module._set_packed(pack_sparse(sparsify(part.codes, part.scales, part.mask, target), k, target))
+    module._like = torch.empty(0, dtype=dtype)
+    if linear.bias is not None:
+        module.bias = linear.bias
+    return module
+
+
+def _record(model: nn.Module, format: WeightFormat, sparsity: str | None, activations: str, skip: Sequence[str] | None) -> None:
+    """Notes in a transformers model how it was made, so that ``taut.save`` writes what ``from_pretrained`` reads."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None or not isinstance(model, modeling.PreTrainedModel):
+        return
+    from ..integrations import transformers
+    from ..swap import SwapReport, swapped_entry
+
+    report = SwapReport()
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            size = module.out_features * module.in_features * module._like.element_size()
+            report.swapped.append(swapped_entry(name, module, size))
+    settings = {"weights": format.name, "group_size": format.group_size, "activations": activations, "sparsity": sparsity}
+    transformers.record_swap(model, {**settings, "skip": None if skip is None else list(skip)}, report)
+
+
+# ---- State: a run that was broken off goes on
+
+
+def _hash(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:32]
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Of all parameters' names, shapes and some of their numbers."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // 64)][:64].float()
+        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype} {some.tolist()}".encode())
+    return digest.hexdigest()[:32]
+
+
+class _State:
+    """A directory: ``state.json`` says of what run, ``layer-<index>.pt`` holds what became of a decoder layer."""
+
+    def __init__(self, folder: Path, run: dict[str, Any]) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        known = folder / "state.json"
+        if known.exists():
+            try:
+                other = json.loads(known.read_text())
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{known} is no state of compress: {error}") from None
+            if different := sorted(key for key in {*run, *other} if run.get(key) != other.get(key)):
+                raise ValueError(f"{folder} holds the state of another run: {', '.join(different)} differ; give another directory")
+        else:
+            self._replace(known, lambda path: path.write_text(json.dumps(run, indent=1)))
+
+    @staticmethod
+    def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"layer-{index}.pt"
+
+    def save(self, index: int, parts: dict[str, Solved], reports: list[LayerReport]) -> None:
+        content = {"parts": {name: vars(part) for name, part in parts.items()}, "reports": [vars(report) for report in reports]}
+        self._replace(self._path(index), lambda path: torch.save(content, path))
+
+    def load(self, index: int) -> tuple[dict[str, Solved], list[LayerReport]] | None:
+        if not self._path(index).exists():
+            return None
+        content = torch.load(self._path(index), weights_only=True)
+        return {name: Solved(**part) for name, part in content["parts"].items()}, [LayerReport(**each) for each in content["reports"]]
