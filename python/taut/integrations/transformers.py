@@ -338,7 +338,7 @@ class TautQuantizer(HfQuantizer):
     def _finalize(self, model: nn.Module) -> None:
         for name in self.chosen:
             module = model.get_submodule(name)
-            expected = {key: value for key in _TENSORS if isinstance(value := getattr(module, key), Tensor)}
+            expected = {key: value for key in _TENSORS if isinstance(value := getattr(module, key, None), Tensor)}
             lost = [key for key, value in expected.items() if not getattr(value, "_is_hf_initialized", False)]
             if lost:
                 raise ValueError(f"the checkpoint lacks {', '.join(f'{name}.{key}' for key in lost)}")
