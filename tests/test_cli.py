@@ -13,7 +13,8 @@ transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file
 
-from taut import QuantLinear, cli, list_impls, models
+from taut import QuantLinear, SparseLinear, cli, list_impls, models
+from taut.formats.sparse import Pattern
 from taut.report import microbench
 from taut.report.worker import WorkerDied
 from tiny_models import write_checkpoint, write_gguf
@@ -289,3 +290,53 @@ def test_failures_that_are_no_bad_input(taut, checkpoint, monkeypatch):
     assert taut("generate", checkpoint, "--prompt", "x")[0] == 130
     assert taut()[0] == 2
     assert taut("--help")[0] == 0
+
+
+def test_compress_writes_a_sparse_model(taut, checkpoint, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog, and then it sleeps. " * 40)
+    arguments = (
+        "compress",
+        checkpoint,
+        tmp_path / "out",
+        "--calibration",
+        text,
+        "--sequences",
+        6,
+        "--length",
+        64,
+        "--state",
+        tmp_path / "state",
+    )
+    code, out, err = taut(*arguments, "--weights", "int8", "--method", "sparsegpt")
+    assert code == 0, err
+    assert "sparsegpt: 14 linear layers to 2:4 int8 per row" in out
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert sum(isinstance(module, SparseLinear) for module in loaded.modules()) == 14
+    code, out, err = taut("generate", tmp_path / "out", "--prompt", "The", "--max-new-tokens", 3)
+    assert code == 0, err
+
+
+def test_compress_writes_floats_with_zeros(taut, checkpoint, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog, and then it sleeps. " * 40)
+    arguments = ("--calibration", text, "--sequences", 4, "--length", 32, "--weights", "none", "--method", "wanda", "--sparsity", "4:8")
+    code, _, err = taut("compress", checkpoint, tmp_path / "out", *arguments)
+    assert code == 0, err
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert Pattern(4, 8).holds(loaded.model.layers[1].mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--sequences", 1000), "the calibration text is too short"),
+        (("--method", "guess", "--sequences", 2, "--length", 32), "unknown method"),
+        (("--sparsity", "none", "--sequences", 2, "--length", 32), "sparsegpt prunes: give sparsity"),
+    ],
+)
+def test_compress_says_what_is_wrong(taut, checkpoint, tmp_path, arguments, words):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    code, _, err = taut("compress", checkpoint, tmp_path / "out", "--calibration", text, *arguments)
+    assert code != 0 and words in err and not (tmp_path / "out").exists()

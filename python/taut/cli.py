@@ -172,6 +172,52 @@ def quantize(
 
 
 @app.command()
+def compress(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="a model directory, a hub id, or a GGUF file", show_default=False)],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="the directory to write", show_default=False)],
+    calibration: Annotated[Path, typer.Option(help="a text file that is like what the model will read", show_default=False)],
+    sparsity: Annotated[str | None, typer.Option(help="2:4, 16:2:4 and the like; none: dense [default: 2:4]")] = "2:4",
+    weights: Annotated[str | None, typer.Option(help="int4, int8, or none: floats with zeros [default: int4]")] = "int4",
+    group_size: GroupSize = None,
+    activations: Activations = "auto",
+    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, or gptq (dense)")] = "sparsegpt",
+    sequences: Annotated[int, typer.Option(help="of the calibration text", min=1)] = 64,
+    length: Annotated[int, typer.Option(help="of a sequence, in tokens", min=2)] = 512,
+    skip: Skip = None,
+    state: Annotated[Path | None, typer.Option(help="a directory for finished layers, so that a broken run goes on")] = None,
+    dtype: Dtype = "float32",
+    force: Annotated[bool, typer.Option("--force", help="replace what DST holds; it stays whole until the new one is complete")] = False,
+    threads: Threads = None,
+) -> None:
+    """Prune a model's layers, round what is kept, and write it where from_pretrained can read it."""
+    from . import models
+    from .compress import calibration_ids
+    from .compress import compress as compress_model
+
+    none = (None, "none")
+    _set_threads(threads)
+    models.check_target(target.absolute(), force)
+    text = calibration.read_text(encoding="utf-8")
+    found = models.find_source(source)
+    tokenizer = models.load_tokenizer(found)
+    ids = calibration_ids(tokenizer, text, sequences, length)
+    with _progress(f"compressing {source}") as progress:
+        model, _ = models.load_model(found, dtype, None, progress)
+        report = compress_model(
+            model, ids, sparsity=None if sparsity in none else sparsity, weights=None if weights in none else weights,
+            group_size=group_size, activations=activations, method=method, skip=skip, state=state, progress=progress,
+        )  # fmt: skip
+        progress(1, 1, f"writing {target}")
+        if weights in none:
+            models.write_directory(target, lambda folder: (model.save_pretrained(folder), tokenizer.save_pretrained(folder)), force)
+        else:
+            models.save(model, tokenizer, target, force)
+    typer.echo(str(report))
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    typer.echo(f"wrote {target} ({size / 1e6:.1f} MB)")
+
+
+@app.command()
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="what to answer, or to go on from; - reads standard input")],
