@@ -408,7 +408,7 @@ struct MmaUnit {
     Places& places = scratch.places[unit / kWarps % 2];
     places.find(args, rows, unit, lane);
     __syncwarp();
-    if (!args.plain || args.D != kWidth) return;
+    if (!is_plain(args, rows, places, unit * kUnit)) return;
     prefetch_keys(args, places, lane);
     prefetch(places.values, lane);
   }

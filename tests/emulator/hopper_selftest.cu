@@ -108,7 +108,8 @@ __global__ void hopper_gemm(const CUtensorMap x_map, Arguments p) {
       const bool left_out = fault == kOneWarpLess && warp == 3 && j == 3;
       // not by its wrapper: the wrapper has the n that production kernels use, and n is an argument here
       if (!left_out)
-        emulator::wgmma_m64k16(d, p.n, a[j % 2], ptx::swizzled_128b_descriptor(b), std::is_same_v<Type, __nv_bfloat16>, std::source_location::current());
+        emulator::wgmma_m64k16(d, p.n, a[j % 2], ptx::swizzled_128b_descriptor(b), std::is_same_v<Type, __nv_bfloat16>, true, false,
+                               std::source_location::current());
       ptx::wgmma_commit();
     }
     if (fault == kEarlyRelease) __syncwarp(), ptx::mbarrier_arrive(empty + stage, lane == 0);
