@@ -26,6 +26,8 @@ const char* needs_vectors(const Params& p) {
 }
 const char* rows_avx2(const Params& p) { return cpu_features().avx2 ? needs_rows(p) : "this processor has no AVX2 with FMA and F16C"; }
 const char* rows_avx512vnni(const Params& p) { return cpu_features().avx512vnni ? needs_rows(p) : "this processor has no AVX-512 VNNI"; }
+const char* dense_avx2(const Params&) { return cpu_features().avx2 ? nullptr : "this processor has no AVX2 with FMA and F16C"; }
+const char* vectors_avx2(const Params& p) { return cpu_features().avx2 ? needs_vectors(p) : "this processor has no AVX2 with FMA and F16C"; }
 const char* vectors_avx512vnni(const Params& p) { return cpu_features().avx512vnni ? needs_vectors(p) : "this processor has no AVX-512 VNNI"; }
 
 // One row of x: memory binds, and AVX2, a strip a vector, reads it 15 to 30% faster. Beyond some rows of x making w dense costs less than
@@ -43,7 +45,9 @@ constexpr Impl<Params> kImpls[] = {
 #if defined(__x86_64__)
     {"cpu_avx512vnni.int8_vectors", vectors_avx512vnni, without_amx, cpu_avx512vnni::run_vectors},
     {"cpu_avx512vnni.int8_rows", rows_avx512vnni, few_rows, cpu_avx512vnni::run_rows},
+    {"cpu_avx2.int8_vectors", vectors_avx2, without_amx, cpu_avx2::run_vectors},
     {"cpu_avx2.int8_rows", rows_avx2, few_rows_avx2, cpu_avx2::run_rows},
+    {"cpu_avx2.dense", dense_avx2, always, cpu_avx2::run_dense},
 #endif
     {"cpu_dense", always, always, cpu_dense::run},
     {"cpu_scalar", always, always, cpu_scalar::run},

@@ -21,13 +21,17 @@ void run(const Params&);
 // Makes some rows of w dense, has quant_linear multiply with them, and goes on to the next.
 namespace cpu_dense {
 void run(const Params&);
-}
+using ExpandStrip = void (*)(const Sparse8& w, const uint8_t* strip, uint8_t* out);  // of Sparse8, to one of Rows8
+void run_with(const Params&, ExpandStrip);
+}  // namespace cpu_dense
 namespace cpu_avx2 {
-void run_rows(const Params&);
-}
-namespace cpu_avx512vnni {
 void run_rows(const Params&);     // v = 1
 void run_vectors(const Params&);  // v = 16
+void run_dense(const Params&);
+}  // namespace cpu_avx2
+namespace cpu_avx512vnni {
+void run_rows(const Params&);
+void run_vectors(const Params&);
 }  // namespace cpu_avx512vnni
 
 }  // namespace taut::sparse_linear
