@@ -91,7 +91,7 @@ Tensor sparse_linear(const Tensor& x, const Tensor& packed, const std::optional<
   params.out = out.mutable_data_ptr(), params.dtype = dtype, params.M = M;
   params.weight = w.spec, params.pattern = w.pattern, params.activations = mode;
   params.num_threads = quant_linear::useful_threads(M, w.spec);
-  select(kOp, kImpls, params).run(params);
+  sparse_linear::choose(params)(params);
   return out;
 }
 
@@ -112,6 +112,9 @@ std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
 const bool registered = register_table(kOp, "cpu", kImpls, explain);
 
 }  // namespace
+
+void (*choose(const Params& p))(const Params&) { return select(kOp, kImpls, p).run; }
+
 }  // namespace taut::sparse_linear
 
 STABLE_TORCH_LIBRARY_FRAGMENT(taut, m) { m.def(taut::sparse_linear::kSchema); }

@@ -9,11 +9,9 @@ namespace taut::sparse_linear {
 constexpr const char* kSchema =
     "sparse_linear(Tensor x, Tensor packed, Tensor? bias, int out_features, int format, int group_size, int n, int m, int v, int activations) -> Tensor";
 
-// As quant_linear's, activations too; `packed` is in Sparse8, `weight` the dense weight.
-struct Params : quant_linear::Params {
-  SparsePattern pattern;
-  Sparse8 sparse() const { return {weight, pattern}; }
-};
+using quant_linear::Params;  // `packed` in Sparse8; prologues and residuals too
+// The impl that the table gives for this call; throws where one is forced that cannot run it.
+void (*choose(const Params&))(const Params&);
 
 namespace cpu_scalar {
 void run(const Params&);
