@@ -45,16 +45,16 @@ struct Avx2 : quant_linear::Simd256 {
 
 // ---- Vectors of 16 rows
 
-constexpr int64_t kXRows = 96;       // that share unpacked codes: 200 KB of x for 2048 k, in the L2 cache
+constexpr int64_t kXRows = 192;      // that share unpacked codes: 400 KB of x for 2048 k, in the L2 cache. TRIED: 96, 144: 1 to 6% slower
 constexpr int64_t kPanelPairs = 32;  // 2048 k: 16 KB of codes of 4 bits
 constexpr int kTile = 6;             // rows of x: 6 x 2 sums + 2 codes + 1 broadcast + 1 product = 16 registers
 
 // Of 16 rows and some k, in pairs of 32: a step is one sum, of one or (kChunks = 8) two blocks; a pass has nibbles of their codes.
 struct Panel {
-  alignas(64) int8_t codes[kPanelPairs * 8 * 64 * 2];   // [steps][passes][kChunks][2 strips][32]
-  alignas(64) int16_t starts[kPanelPairs * 2 * 2][32];  // [steps][passes][2 strips][16]
-  alignas(64) float scales[kPanelPairs * 2 * 2][16];    // [steps][passes][2 strips][8], 16 times as much for high nibbles
-  alignas(64) uint8_t shuffles[kPanelPairs * 2][32];    // [blocks]
+  alignas(64) int8_t codes[kPanelPairs * 8 * 64 * 2];     // [steps][passes][kChunks][2 strips][32]
+  alignas(64) int16_t starts[kPanelPairs * 2 * 2][32];    // [steps][passes][2 strips][16]
+  alignas(64) float scales[kPanelPairs * 2 * 2][16];      // [steps][passes][2 strips][8], 16 times as much for high nibbles
+  alignas(64) uint8_t shuffles[kPanelPairs * 2 + 2][32];  // [blocks], and two more
 };
 
 // Walks the blocks of a strip.
@@ -132,27 +132,31 @@ void unpack(const Params& p, const Sparse8& w, int64_t strip, int64_t first, int
   }
 }
 
-// What 16 rows keep of a row of x, 32 bytes of each pair: chunk c of block b is at 16 * (c / 2) + 8 * b + 4 * (c % 2), or, where the blocks share
-// a sum, alternate chunks of two of each are at 4 * c. A row of kTile: [pairs][kTile][32].
-template <int kChunks>
-TAUT_INLINE void pick(const uint8_t* x, const Panel& panel, int64_t pairs, uint8_t* picked) {
-  for (int64_t pair = 0; pair < pairs; pair++, x += 64, picked += kTile * 32) {
-    const __m256i a = _mm256_shuffle_epi8(Avx2::load(x, 0), Avx2::load_bytes(panel.shuffles[2 * pair]));
-    const __m256i b = _mm256_shuffle_epi8(Avx2::load(x + 32, 0), Avx2::load_bytes(panel.shuffles[2 * pair + 1]));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(picked), kChunks == 8 ? _mm256_unpacklo_epi16(a, b) : _mm256_unpacklo_epi64(a, b));
+// What 16 rows keep of a pair of blocks of x: chunk c of block b is at 16 * (c / 2) + 8 * b + 4 * (c % 2), or, where the blocks share a sum,
+// alternate chunks of two of each are at 4 * c.
+template <int kChunks, int kRows>
+TAUT_INLINE void pick(const uint8_t* x, int64_t x_stride, const uint8_t* shuffles, uint8_t (*picked)[32]) {
+  const __m256i first = Avx2::load(shuffles, 0), second = Avx2::load(shuffles + 32, 0);
+  TAUT_FOR (int r = 0; r < kRows; r++) {
+    const __m256i a = _mm256_shuffle_epi8(Avx2::load(x + r * x_stride, 0), first), b = _mm256_shuffle_epi8(Avx2::load(x + r * x_stride + 32, 0), second);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(picked[r]), kChunks == 8 ? _mm256_unpacklo_epi16(a, b) : _mm256_unpacklo_epi64(a, b));
   }
 }
 
-// sums[kRows][16] += picked @ panel. m: int16x2 of a step, twice the same where it has one block. x: that of the next tile, to be fetched.
+// sums[kRows][16] += x @ panel. m: int16x2 of a step, twice the same where it has one block.
+// WHY the next pair is picked beforehand: what was just stored would be waited for. The one after the last is read and not used.
 template <int kPasses, int kChunks, int kRows>
-__attribute__((noinline)) void micro(const Panel& panel, int64_t pairs, const uint8_t* picked, const int32_t* m, int64_t m_stride, const uint8_t* x,
-                                     int64_t x_stride, float* sums) {
+__attribute__((noinline)) void micro(const Panel& panel, int64_t pairs, const uint8_t* x, int64_t x_stride, const int32_t* m, int64_t m_stride, float* sums) {
   constexpr int kSteps = 8 / kChunks;
-  const uint8_t* codes = reinterpret_cast<const uint8_t*>(panel.codes);
+  const uint8_t *codes = reinterpret_cast<const uint8_t*>(panel.codes), *shuffles = panel.shuffles[0];
   const int16_t* starts = panel.starts[0];
   const float* scales = panel.scales[0];
-  for (int64_t pair = 0; pair < pairs; pair++, picked += kTile * 32, m += kSteps, x += 64) {
-    TAUT_FOR (int r = 0; r < kRows; r++) _mm_prefetch(reinterpret_cast<const char*>(x + r * x_stride), _MM_HINT_T0);
+  alignas(32) uint8_t buffers[2][kRows][32];
+  pick<kChunks, kRows>(x, x_stride, shuffles, buffers[0]);
+  for (int64_t pair = 0; pair < pairs; pair++, m += kSteps) {
+    x += 64, shuffles += 64;
+    pick<kChunks, kRows>(x, x_stride, shuffles, buffers[(pair + 1) % 2]);
+    const uint8_t* picked = buffers[pair % 2][0];
     TAUT_FOR (int step = 0; step < kSteps; step++)
       TAUT_FOR (int pass = 0; pass < kPasses; pass++, codes += kChunks * 64, starts += 32, scales += 16) {
         __m256i sum[kRows][2];
@@ -183,11 +187,11 @@ __attribute__((noinline)) void micro(const Panel& panel, int64_t pairs, const ui
 }
 
 template <int kPasses, int kChunks, int... kRows>
-void micro_rows(int rows, const Panel& panel, int64_t pairs, const uint8_t* picked, const int32_t* m, int64_t m_stride, const uint8_t* x, int64_t x_stride,
-                float* sums, std::integer_sequence<int, kRows...>) {
-  using Micro = void (*)(const Panel&, int64_t, const uint8_t*, const int32_t*, int64_t, const uint8_t*, int64_t, float*);
+void micro_rows(int rows, const Panel& panel, int64_t pairs, const uint8_t* x, int64_t x_stride, const int32_t* m, int64_t m_stride, float* sums,
+                std::integer_sequence<int, kRows...>) {
+  using Micro = void (*)(const Panel&, int64_t, const uint8_t*, int64_t, const int32_t*, int64_t, float*);
   static constexpr Micro kTable[] = {micro<kPasses, kChunks, kRows + 1>...};
-  kTable[rows - 1](panel, pairs, picked, m, m_stride, x, x_stride, sums);
+  kTable[rows - 1](panel, pairs, x, x_stride, m, m_stride, sums);
 }
 
 template <int kPasses, int kChunks>
@@ -196,14 +200,15 @@ void run_panels(const Params& p) {
   const int64_t pairs = (w.dense().num_blocks() + 1) / 2, padded_k = pairs * 64, m_stride = pairs * (8 / kChunks);
   const int64_t doubles = (w.dense().num_strips() + 1) / 2, num_tasks = std::min(p.num_threads, doubles), quantizers = std::min(p.num_threads, p.M);
   const bool whole_row = p.activations == quant_linear::Activations::kInt8Row;
-  uint8_t* x = scratch(0, p.M * (padded_k + m_stride * 4 + 4));
-  int32_t* m = reinterpret_cast<int32_t*>(x + p.M * padded_k);
+  const int64_t x_stride = padded_k + 64;  // a pair more is read; and rows a multiple of 4096 apart would share a few sets of the L1 cache
+  uint8_t* x = scratch(0, p.M * (x_stride + m_stride * 4 + 4));
+  int32_t* m = reinterpret_cast<int32_t*>(x + p.M * x_stride);
   float* unit = reinterpret_cast<float*>(m + p.M * m_stride);
   parallel_tasks(quantizers, [&](int64_t task) {
     float* buffer = reinterpret_cast<float*>(scratch(1, padded_k * 4));
     for (int64_t r = p.M * task / quantizers; r < p.M * (task + 1) / quantizers; r++) {
       unit[r] = quant_linear::quantize_row(load_row(p, r, padded_k, buffer), padded_k, p.activations, [&](int64_t k, __m256i q, float multiple) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(x + r * padded_k + k), _mm256_xor_si256(q, Avx2::splat(0x80)));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(x + r * x_stride + k), _mm256_xor_si256(q, Avx2::splat(0x80)));
         const int16_t multiple16 = whole_row ? 1 : static_cast<int16_t>(multiple);
         int16_t* to = reinterpret_cast<int16_t*>(m + r * m_stride) + k / 32 * (8 / kChunks);
         for (int i = 0; i < 8 / kChunks; i++) to[i] = multiple16;
@@ -214,10 +219,9 @@ void run_panels(const Params& p) {
   // Parts of k of equal length; tiles of rows differ by one.
   const int64_t most = kPanelPairs, k_parts = (pairs + most - 1) / most, row_parts = (p.M + kXRows - 1) / kXRows;
   parallel_tasks(num_tasks, [&](int64_t task) {
-    uint8_t* memory = scratch(1, sizeof(Panel) + kPanelPairs * kTile * 32 + kXRows * 64);
+    uint8_t* memory = scratch(1, sizeof(Panel) + kXRows * 64);
     Panel& panel = *reinterpret_cast<Panel*>(memory);
-    uint8_t* picked = memory + sizeof(Panel);
-    float* sums = reinterpret_cast<float*>(picked + kPanelPairs * kTile * 32);
+    float* sums = reinterpret_cast<float*>(memory + sizeof(Panel));
     for (int64_t row_part = 0; row_part < row_parts; row_part++) {
       const int64_t m0 = p.M * row_part / row_parts, rows = p.M * (row_part + 1) / row_parts - m0, tiles = (rows + kTile - 1) / kTile;
       for (int64_t pair = doubles * task / num_tasks; pair < doubles * (task + 1) / num_tasks; pair++) {
@@ -228,15 +232,100 @@ void run_panels(const Params& p) {
           unpack<kPasses, kChunks>(p, w, strip, 2 * begin, count, panel);
           for (int64_t tile = 0; tile < tiles; tile++) {
             const int64_t r0 = rows * tile / tiles, r1 = rows * (tile + 1) / tiles;
-            const uint8_t* from = x + (m0 + r0) * padded_k + begin * 64;
-            for (int64_t r = 0; r < r1 - r0; r++) pick<kChunks>(from + r * padded_k, panel, count, picked + r * 32);
-            micro_rows<kPasses, kChunks>(static_cast<int>(r1 - r0), panel, count, picked, m + (m0 + r0) * m_stride + begin * (8 / kChunks), m_stride,
-                                         from + (r1 - r0) * padded_k, padded_k, sums + r0 * 16, std::make_integer_sequence<int, kTile>());
+            micro_rows<kPasses, kChunks>(static_cast<int>(r1 - r0), panel, count, x + (m0 + r0) * x_stride + begin * 64, x_stride,
+                                         m + (m0 + r0) * m_stride + begin * (8 / kChunks), m_stride, sums + r0 * 16, std::make_integer_sequence<int, kTile>());
           }
         }
         for (int64_t r = 0; r < rows; r++)
           for (int i = 0; i < 2; i++)
             if (strip + i < w.dense().num_strips()) store_any(p, m0 + r, strip + i, sums + r * 16 + i * 8, unit[m0 + r]);
+      }
+    }
+  });
+}
+
+// ---- The same, for few rows of x: weights are unpacked in registers
+
+// sums[kRows][2 strips][8]. Of 4-bit codes an int16 sum is of (code - 8) * x: it begins at -8 times the sum of what is picked of x.
+template <bool kInt4, int kRows>
+__attribute__((noinline)) void multiply_pair(const Sparse8& w, const uint8_t* at, int64_t far, const uint8_t* x, int64_t x_stride, const float* m,
+                                             int64_t m_stride, float* sums) {
+  constexpr int kCodeBytes = kInt4 ? 64 : 128, kBlockBytes = kCodeBytes + 8;
+  constexpr int64_t kPrefetch = 2304;
+  const Rows8 dense = w.dense();
+  const int64_t blocks_per_group = dense.blocks_per_group(), header_bytes = dense.header_bytes(), superblock_bytes = w.superblock_bytes();
+  __m256 total[kRows][2];
+  TAUT_FOR (int r = 0; r < kRows; r++) total[r][0] = total[r][1] = Avx2::zero();
+  const __m256i low = Avx2::splat(15);
+  for (int64_t left = dense.num_blocks(), block = 0; left > 0; at += superblock_bytes) {
+    const uint8_t* codes = at + header_bytes;
+    for (int g = 0; g < 4 && left > 0; g++)
+      for (int64_t b = 0; b < blocks_per_group && left > 0; b++, left--, block++, codes += kBlockBytes) {
+        TAUT_FOR (int i = 0; i < 2; i++)
+          TAUT_FOR (int line = 0; line < kBlockBytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(codes + i * far + kPrefetch + line), _MM_HINT_T0);
+        const __m128i nibbles = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + kCodeBytes)), nibble = _mm_set1_epi8(15);
+        const __m128i bytes = _mm_unpacklo_epi8(_mm_and_si128(nibbles, nibble), _mm_and_si128(_mm_srli_epi16(nibbles, 4), nibble));
+        const __m256i shuffle = _mm256_permute4x64_epi64(_mm256_castsi128_si256(bytes), 0x50);
+        alignas(32) uint8_t picked[kRows][32];  // chunk c is at 16 * (c / 2) + 4 * (c % 2)
+        __m256i sum[kRows][2];
+        TAUT_FOR (int r = 0; r < kRows; r++) {
+          const __m256i mine = _mm256_shuffle_epi8(Avx2::load(x + r * x_stride + block * 32, 0), shuffle);
+          _mm256_store_si256(reinterpret_cast<__m256i*>(picked[r]), mine);
+          if constexpr (kInt4) {
+            const __m256i parts = _mm256_sad_epu8(mine ^ Avx2::splat(128), _mm256_setzero_si256());
+            const __m128i all = _mm_add_epi32(_mm256_castsi256_si128(parts), _mm256_extracti128_si256(parts, 1));  // and 16 * 128
+            const __m128i start = _mm_and_si128(_mm_sub_epi32(_mm_set1_epi32(8 * 2048), _mm_slli_epi32(all, 3)), _mm_set1_epi32(0xffff));
+            sum[r][0] = sum[r][1] = _mm256_broadcastd_epi32(start);
+          } else {
+            sum[r][0] = sum[r][1] = _mm256_setzero_si256();
+          }
+        }
+        TAUT_FOR (int i = 0; i < 2; i++)
+          TAUT_FOR (int c = 0; c < 4; c++) {
+            const __m256i packed = Avx2::load(codes + i * far + (kInt4 ? c % 2 : c) * 32, 0);
+            const __m256i code = kInt4 ? _mm256_and_si256(c < 2 ? packed : _mm256_srli_epi16(packed, 4), low) : _mm256_sub_epi8(packed, Avx2::splat(128));
+            const __m256i size = kInt4 ? code : _mm256_abs_epi8(code);
+            TAUT_FOR (int r = 0; r < kRows; r++) {
+              const __m256i four = Avx2::broadcast4(picked[r] + c / 2 * 16 + c % 2 * 4);
+              if constexpr (kInt4) sum[r][i] = _mm256_add_epi16(sum[r][i], _mm256_maddubs_epi16(size, four));
+              else sum[r][i] = _mm256_add_epi32(sum[r][i], _mm256_madd_epi16(_mm256_maddubs_epi16(size, _mm256_sign_epi8(four, code)), _mm256_set1_epi16(1)));
+            }
+          }
+        TAUT_FOR (int i = 0; i < 2; i++) {
+          const __m256 scale = Avx2::from_fp16(at + g * 16 + i * far, 0);
+          TAUT_FOR (int r = 0; r < kRows; r++) {
+            const __m256i whole = kInt4 ? _mm256_madd_epi16(sum[r][i], _mm256_set1_epi16(1)) : sum[r][i];
+            total[r][i] = Avx2::fma(_mm256_cvtepi32_ps(whole), _mm256_mul_ps(scale, Avx2::splat_float(m[r * m_stride + block])), total[r][i]);
+          }
+        }
+      }
+  }
+  TAUT_FOR (int r = 0; r < kRows; r++)
+    TAUT_FOR (int i = 0; i < 2; i++) _mm256_store_ps(sums + (r * 2 + i) * 8, total[r][i]);
+}
+
+template <bool kInt4>
+void run_pairs(const Params& p) {
+  const Sparse8 w = p.sparse();
+  const int64_t strips = w.dense().num_strips(), pairs = (strips + 1) / 2, blocks = w.dense().num_blocks(), padded_k = blocks * 32;
+  const int64_t num_tasks = std::min(p.num_threads, pairs);
+  parallel_tasks(num_tasks, [&](int64_t task) {
+    const Quantized a(p, padded_k, 1);
+    float* buffer = a.unit + p.M;
+    for (int64_t r = 0; r < p.M; r++) a.row(p, r, padded_k, buffer, 0);
+    for (int64_t pair = pairs * task / num_tasks; pair < pairs * (task + 1) / num_tasks; pair++) {
+      const int64_t strip = 2 * pair, far = strip + 1 < strips ? w.strip_bytes() : 0;
+      for (int64_t r = 0; r < p.M;) {
+        const auto rows = [&]<int kRows>() {
+          alignas(32) float sums[kRows * 16];
+          multiply_pair<kInt4, kRows>(w, p.packed + strip * w.strip_bytes(), far, a.x + r * padded_k, padded_k, a.m + r * blocks, blocks, sums);
+          for (int i = 0; i < kRows; i++)
+            for (int s = 0; s < (far ? 2 : 1); s++) store_any(p, r + i, strip + s, sums + (i * 2 + s) * 8, a.unit[r + i]);
+          r += kRows;
+        };
+        if (p.M - r >= 4) rows.template operator()<4>();
+        else if (p.M - r >= 2) rows.template operator()<2>();
+        else rows.template operator()<1>();
       }
     }
   });
@@ -296,6 +385,7 @@ void expand_strip(const Sparse8& w, const uint8_t* in, uint8_t* out) {
 void run_dense(const Params& p) { cpu_dense::run_with(p, expand_strip); }
 void run_rows(const Params& p) { run_places<Avx2>(p); }
 
+void run_vectors_small(const Params& p) { p.weight.format == Format::kInt4 ? run_pairs<true>(p) : run_pairs<false>(p); }
 void run_vectors(const Params& p) {
   // Two blocks may share a sum where they share w's scale.
   const Rows8 dense = p.sparse().dense();

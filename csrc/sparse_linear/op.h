@@ -23,8 +23,9 @@ using ExpandStrip = void (*)(const Sparse8& w, const uint8_t* strip, uint8_t* ou
 void run_with(const Params&, ExpandStrip);
 }  // namespace cpu_dense
 namespace cpu_avx2 {
-void run_rows(const Params&);     // v = 1
-void run_vectors(const Params&);  // v = 16
+void run_rows(const Params&);           // v = 1
+void run_vectors_small(const Params&);  // v = 16
+void run_vectors(const Params&);        // v = 16
 void run_dense(const Params&);
 }  // namespace cpu_avx2
 namespace cpu_avx512vnni {

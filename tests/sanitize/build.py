@@ -24,7 +24,10 @@ OUT = ROOT / "build" / "sanitize"
 # -O1: -O0 would not inline what the kernels need inlined. Warnings are the library build's affair; gcc gives false ones here.
 FLAGS = ("-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-fno-math-errno", "-pthread")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
-OPS = ("quant_linear", "quantize_weight", "pack_weight", "attention_prefill", "attention_backward", "attention_decode", "kv_append", "sparse_linear")
+OPS = (
+    "quant_linear", "quantize_weight", "pack_weight", "attention_prefill", "attention_backward", "attention_decode", "kv_append",
+    "sparse_linear",
+)  # fmt: skip
 # By program: the ops that choose among impls, whose tables it includes as <program>.inc.
 TABLES = {
     "impls": ("quant_linear", "quantize_weight"),
@@ -87,7 +90,7 @@ def impl_lines(op: str, machine: str = MACHINE) -> list[str]:
 
 
 def write_impls() -> None:
-    """impls.inc, attention.inc, sparse.inc: the tables of op.cpp as the programs need them, so that a new impl is tested without being named there."""
+    """impls.inc, attention.inc, sparse.inc: op.cpp's tables as the programs need them, so that a new impl is tested without being named."""
     for name, ops in TABLES.items():
         text = "".join(f"{line}\n" for op in ops for line in impl_lines(op))
         target = OUT / f"{name}.inc"
