@@ -1,16 +1,21 @@
 // COMPUTES  out[M,N] = q(x)[M,K] @ dequant(w)[N,K]^T + bias, w n:m sparse;  x quantized inside to int8 (quant_linear/op.h), sums exact in
-//           integers over 32 k, or over 64 where x has one scale a row; then fp32
+//           integers over 32 k, then fp32
 // LAYOUT    w: Sparse8 (common/sparse.h).   A: rows: x86_places.h; vectors: with 128 added, so that x is what vpmaddubsw wants unsigned
 // WORK      rows: one step takes 8 k of x, broadcast; a byte shuffle picks of them what each of 8 rows keeps, 4 numbers; the sign of a code goes
 //           to x, so that vpmaddubsw takes the code's size unsigned: |code| <= 128, |x| <= 127, two products are at most 32512. vpmaddwd by 1.
 //           A task is a range of strips; up to 4 rows of x share codes and places.
 //           vectors: 16 rows share places. What these keep of 6 rows of x is picked once for all of them, 64 k in two shuffles; then it is
 //           quant_linear's tile with half the products: 6 rows x 16 outputs, int16 sums that begin at what 128 too much of x adds, bytes in
-//           two passes of nibbles, 16 * high + low. |sum| <= 16 * 127 * 15 at the end; that it may wrap on the way is harmless.
-// BOUND     M=1: DRAM. Rows: 160 bytes for 256 dense int8 weights (1.6 times fewer), 96 for int4 (1.33 times fewer).
+//           two passes of nibbles, 16 * high + low. Where two blocks of 32 k share w's scale, the low halves of a vector are the sums of one
+//           and the high halves those of the other, which vpmaddwd by their two multiples adds. |sum| <= 16 * 127 * 15 at the end; that it
+//           may wrap on the way is harmless.
+//           vectors, few rows of x: two strips at once, unpacked in registers.
+// BOUND     M=1: DRAM. Rows: 160 bytes for 256 dense int8 weights (1.6 times fewer), 96 for int4 (1.33 times fewer). Vectors: 136 and 72.
 //           Rows beyond: 9 instructions a row of x and step for 64 dense operations, more than a dense tile needs.
-//           Vectors at large M: issue width. For 64 k of a tile int4 takes 2 * (128 + 66) instructions and 42 to pick, a dense tile 2 * (256 + 66):
-//           1.5 times fewer; with one scale of x a row 256 + 66 + 42, 1.8 times fewer.
+//           Vectors at large M: vector units, of which vpmaddubsw has two and vpaddw three. For 64 k of a tile int4 takes 282 of their
+//           instructions, with groups of 64 and more 246, a dense tile 456: 1.6 and 1.85 times as many.
+//           Measured (Sapphire Rapids, a core): int4 1.40 (group 32) and 1.54 times as fast as the dense tile, int8 1.63.
+// TRIED     (vectors) What is kept of a tile's rows picked for all 2048 k first: 10% slower. A tile's rows prefetched: no faster.
 // LIMITS    AVX2, FMA, F16C; int8 activations; int8 and int4 weights; rows 2:4 with v = 1, vectors 2:4 and 4:8 with v = 16
 #include <algorithm>
 
