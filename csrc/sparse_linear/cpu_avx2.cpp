@@ -309,32 +309,11 @@ __attribute__((noinline)) void multiply_pair(const Sparse8& w, const uint8_t* at
     TAUT_FOR (int i = 0; i < 2; i++) _mm256_store_ps(sums + (r * 2 + i) * 8, total[r][i]);
 }
 
-template <bool kInt4>
-void run_pairs(const Params& p) {
-  const Sparse8 w = p.sparse();
-  const int64_t strips = w.dense().num_strips(), pairs = (strips + 1) / 2, blocks = w.dense().num_blocks(), padded_k = blocks * 32;
-  const int64_t num_tasks = std::min(p.num_threads, pairs);
-  parallel_tasks(num_tasks, [&](int64_t task) {
-    const Quantized a(p, padded_k, 1);
-    float* buffer = a.unit + p.M;
-    for (int64_t r = 0; r < p.M; r++) a.row(p, r, padded_k, buffer, 0);
-    for (int64_t pair = pairs * task / num_tasks; pair < pairs * (task + 1) / num_tasks; pair++) {
-      const int64_t strip = 2 * pair, far = strip + 1 < strips ? w.strip_bytes() : 0;
-      for (int64_t r = 0; r < p.M;) {
-        const auto rows = [&]<int kRows>() {
-          alignas(32) float sums[kRows * 16];
-          multiply_pair<kInt4, kRows>(w, p.packed + strip * w.strip_bytes(), far, a.x + r * padded_k, padded_k, a.m + r * blocks, blocks, sums);
-          for (int i = 0; i < kRows; i++)
-            for (int s = 0; s < (far ? 2 : 1); s++) store_any(p, r + i, strip + s, sums + (i * 2 + s) * 8, a.unit[r + i]);
-          r += kRows;
-        };
-        if (p.M - r >= 4) rows.template operator()<4>();
-        else if (p.M - r >= 2) rows.template operator()<2>();
-        else rows.template operator()<1>();
-      }
-    }
-  });
-}
+struct Pair {
+  static constexpr uint8_t kFlip = 0;
+  template <bool kInt4, int kRows>
+  static constexpr auto multiply = multiply_pair<kInt4, kRows>;
+};
 
 // ---- Dense: cpu_dense.cpp with strips made dense here
 
@@ -390,7 +369,7 @@ void expand_strip(const Sparse8& w, const uint8_t* in, uint8_t* out) {
 void run_dense(const Params& p) { cpu_dense::run_with(p, expand_strip); }
 void run_rows(const Params& p) { run_places<Avx2>(p); }
 
-void run_vectors_small(const Params& p) { p.weight.format == Format::kInt4 ? run_pairs<true>(p) : run_pairs<false>(p); }
+void run_vectors_small(const Params& p) { p.weight.format == Format::kInt4 ? run_pairs<Pair, true>(p) : run_pairs<Pair, false>(p); }
 void run_vectors(const Params& p) {
   // Two blocks may share a sum where they share w's scale.
   const Rows8 dense = p.sparse().dense();

@@ -30,6 +30,7 @@ void run_dense(const Params&);
 }  // namespace cpu_avx2
 namespace cpu_avx512vnni {
 void run_rows(const Params&);
+void run_vectors_small(const Params&);
 void run_vectors(const Params&);
 }  // namespace cpu_avx512vnni
 
