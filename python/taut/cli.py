@@ -145,6 +145,9 @@ def quantize(
     weights: Weights = "int4",
     group_size: GroupSize = None,
     zeros: Zeros = False,
+    sparsity: Annotated[
+        str | None, typer.Option(help="2:4, 16:2:4 and the like: keep the nonzeros of a pruned model [default: dense]")
+    ] = None,
     activations: Activations = "auto",
     skip: Skip = None,
     lm_head: LmHead = None,
@@ -156,7 +159,8 @@ def quantize(
     """Quantize a model and write it, with its tokenizer, where from_pretrained can read it."""
     from . import models
 
-    settings = models.Settings(weights, group_size, zeros, activations, tuple(skip or ()), None, lm_head, "auto" if fuse is None else fuse)
+    how = "auto" if fuse is None else fuse
+    settings = models.Settings(weights, group_size, zeros, activations, tuple(skip or ()), None, lm_head, how, sparsity)
     _set_threads(threads)
     models.check_target(target.absolute(), force)
     found = models.find_source(source)

@@ -17,6 +17,7 @@ from torch import nn
 
 from .fuse import check_mode
 from .head import make_head_rule
+from .integrations.compressed_tensors import is_sparse, written_dense
 from .swap import RuleBook, SwapReport, swap
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,6 +36,7 @@ class Settings:
     rules: Mapping[str, Mapping | None] | None = None
     lm_head: str | None = None
     fuse: bool | str = "auto"
+    sparsity: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "skip", tuple(self.skip))  # a list when it comes out of JSON
@@ -43,7 +45,7 @@ class Settings:
         self.book()
 
     def book(self) -> RuleBook:
-        return RuleBook(self.weights, self.group_size, self.zeros, self.activations, self.skip, self.rules)
+        return RuleBook(self.weights, self.group_size, self.zeros, self.activations, self.skip, self.rules, sparsity=self.sparsity)
 
     def swap_arguments(self) -> dict[str, Any]:
         return {**asdict(self), "skip": list(self.skip)}
@@ -124,12 +126,18 @@ def load_model(
 
     ``dtype``: "auto" (that of the checkpoint), "float32", "bfloat16", "float16". With ``settings``, a checkpoint streams in:
     each weight is packed as it is read, and no float copy of the model is held; with rules, and from GGUF, floats are read first.
+    Sparse float checkpoints of compressed-tensors are read as dense ones: ``sparsity="2:4"`` then keeps exactly their nonzeros.
     ``progress(done, total, name)`` is called where layers are swapped after loading.
     Raises ``OSError`` or ``ValueError`` with a one-line message if the model cannot be read or swapped.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; accepted: auto, {', '.join(DTYPES)}")
     transformers = require_transformers()
+    if source.kind != "gguf" and is_quantized(source) == "compressed-tensors":
+        local = local_source(source)
+        if is_sparse(Path(local.name)):
+            with written_dense(Path(local.name)) as folder:
+                return load_model(Source("directory", str(folder)), dtype, settings, progress)
     where, arguments = source.arguments
     report = None
     quantized = is_quantized(source)
