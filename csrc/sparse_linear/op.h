@@ -30,4 +30,19 @@ void run_rows(const Params&);     // v = 1
 void run_vectors(const Params&);  // v = 16
 }  // namespace cpu_avx512vnni
 
+// ---- CUDA -------------------------------------------------------------------------------------------------------------
+
+// As quant_linear's; `packed` is in SparseTiles, `weight` the dense weight.
+struct CudaParams : quant_linear::CudaParams {
+  SparsePattern pattern;
+  SparseTiles sparse() const { return {weight, pattern}; }
+};
+
+// 16-bit x, 2:4, sparse tensor cores, w dequantized in registers.
+namespace cuda_sm80_mma {
+const char* supported(const CudaParams&);
+int64_t workspace_bytes(const CudaParams&);
+void run(const CudaParams&);
+}  // namespace cuda_sm80_mma
+
 }  // namespace taut::sparse_linear
