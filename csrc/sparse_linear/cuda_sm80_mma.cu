@@ -145,7 +145,7 @@ TAUT_DEVICE void compute_sparse_unit(const unsigned char* stage, Accumulators<Ti
   using Stage = SparseStage<kFormat, kGroup32, Tile>;
   using Numbers = Dequant<kFormat, T>;
   constexpr int kTokens8 = Tile::kWarpM / 8, kGroups = Stage::kGroups, kSteps = 4 / kGroups;
-  constexpr bool kFewTokens = kTokens8 <= 2;
+  [[maybe_unused]] constexpr bool kFewTokens = kTokens8 <= 2;
   const int index = warp_n * Tile::kWarpN / 64 * Tile::kWarpsK + warp_k;
   const int first_strip = Tile::kWarpStrips == 4 ? 0 : warp_n * Tile::kWarpStrips % 4;  // of the tile
   const unsigned char* s_tile = stage + Stage::kCodes + index * Stage::kTileBytes;

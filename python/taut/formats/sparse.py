@@ -169,7 +169,6 @@ class SparseFormat:
         superblocks = -(-blocks // (4 * group // 32))
         return strips * (superblocks * 64 + blocks * (kept * self.weights.bits + places))
 
-
     def _tiles_bytes(self, out_features: int, in_features: int) -> int:
         if (self.pattern.n, self.pattern.m) == (2, 4):  # the kept numbers in tiles of 64 x 64 with their scales, a 2-bit place each
             tiles_n, tiles_k = -(-out_features // 64), -(-in_features // 128)
