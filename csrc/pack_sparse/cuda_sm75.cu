@@ -9,6 +9,7 @@
 
 #include "common/launch.h"
 #include "common/numbers.cuh"
+#include "common/ptx.cuh"
 #include "pack_sparse/op.h"
 #include "pack_weight/op.h"
 
@@ -122,7 +123,7 @@ TAUT_DEVICE void store_8(T* out, const float (&values)[8], int64_t valid) {
       for (int i = 0; i < kPerVector; i++) numbers[i] = from_float<T>(values[v * kPerVector + i]);
       uint4 bits;
       memcpy(&bits, numbers, 16);
-      reinterpret_cast<uint4*>(out)[v] = bits;
+      ptx::st_global_16(reinterpret_cast<uint4*>(out) + v, bits);
     }
   } else {
 #pragma unroll

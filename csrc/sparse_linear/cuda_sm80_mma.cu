@@ -127,11 +127,11 @@ struct SparseLoader {
   }
 };
 
-// The words of one strip of a tile that belong to group h of kGroups: the first words are filled.
+// The words of one strip of a tile that belong to group h of kGroups (all of them for kGroups = 1): the first words are filled.
 template <Format kFormat, int kGroups>
 TAUT_DEVICE void load_codes(StripCodes<kFormat>& codes, const unsigned char* s_tile, int strip, int h, int lane) {
-  if constexpr (kGroups == 2) {
-    load_strip<kFormat, 2>(codes, s_tile, strip, h, lane);
+  if constexpr (kGroups <= 2) {
+    load_strip<kFormat, kGroups>(codes, s_tile, strip, h, lane);
   } else if constexpr (kFormat == Format::kInt4) {
     codes.word[0] = reinterpret_cast<const uint32_t*>(s_tile)[(strip * 32 + lane) * 4 + h];
   } else {
@@ -140,12 +140,28 @@ TAUT_DEVICE void load_codes(StripCodes<kFormat>& codes, const unsigned char* s_t
   }
 }
 
+// A lane's words of places for kCount steps, from step h * kCount on.
+template <int kCount>
+TAUT_DEVICE void load_places(uint32_t (&places)[kCount], const unsigned char* s_places, int h) {
+  if constexpr (kCount == 4) {
+    const uint4 v = *reinterpret_cast<const uint4*>(s_places);
+    places[0] = v.x, places[1] = v.y, places[2] = v.z, places[3] = v.w;
+  } else if constexpr (kCount == 2) {
+    const uint2 v = reinterpret_cast<const uint2*>(s_places)[h];
+    places[0] = v.x, places[1] = v.y;
+  } else {
+    places[0] = reinterpret_cast<const uint32_t*>(s_places)[h];
+  }
+}
+
 template <class T, Format kFormat, bool kGroup32, class Tile>
 TAUT_DEVICE void compute_sparse_unit(const unsigned char* stage, Accumulators<Tile>& acc, int warp_n, int warp_m, int warp_k, int lane) {
   using Stage = SparseStage<kFormat, kGroup32, Tile>;
   using Numbers = Dequant<kFormat, T>;
   constexpr int kTokens8 = Tile::kWarpM / 8, kGroups = Stage::kGroups, kSteps = 4 / kGroups;
-  [[maybe_unused]] constexpr bool kFewTokens = kTokens8 <= 2;
+  // For few tokens the groups are unrolled, and share loads of 16 bytes. WHY not for many: the codes of several would not fit in the registers.
+  constexpr bool kFew = kTokens8 <= 2;
+  constexpr int kLoads = kFew ? 1 : kGroups, kLoaded = 4 / kLoads;  // of codes and places: how many, and steps that each brings
   const int index = warp_n * Tile::kWarpN / 64 * Tile::kWarpsK + warp_k;
   const int first_strip = Tile::kWarpStrips == 4 ? 0 : warp_n * Tile::kWarpStrips % 4;  // of the tile
   const unsigned char* s_tile = stage + Stage::kCodes + index * Stage::kTileBytes;
@@ -155,41 +171,43 @@ TAUT_DEVICE void compute_sparse_unit(const unsigned char* stage, Accumulators<Ti
   const FragmentZeros zeros = Numbers::zeros(8, 8);
 #pragma unroll
   for (int s0 = 0; s0 < Tile::kWarpStrips; s0 += 2) {
-    // WHY not unrolled for many tokens: the codes of several groups would not fit in the registers.
-#pragma unroll(kFewTokens ? kGroups : 1)
-    for (int h = 0; h < kGroups; h++) {
-      uint32_t places[kSteps];
+#pragma unroll 1
+    for (int load = 0; load < kLoads; load++) {
+      StripCodes<kFormat> codes[2];
+      uint32_t places[kLoaded];
+      load_codes<kFormat, kLoads>(codes[0], s_tile, first_strip + s0, load, lane);
+      load_codes<kFormat, kLoads>(codes[1], s_tile, first_strip + s0 + 1, load, lane);
+      load_places<kLoaded>(places, s_places + s0 / 2 * 512, load);
 #pragma unroll
-      for (int step = 0; step < kSteps; step++) places[step] = reinterpret_cast<const uint32_t*>(s_places + s0 / 2 * 512)[h * kSteps + step];
-      ScaleWords<2> scales;
-      scales.load(s_scales + h * 128 + s0 * 4);
-      uint32_t a[2][kSteps][4];
-      float scale[2][2];
+      for (int g = 0; g < kGroups / kLoads; g++) {
+        const int h = load * (kGroups / kLoads) + g;  // of the tile's groups
+        ScaleWords<2> scales;
+        scales.load(s_scales + h * 128 + s0 * 4);
+        uint32_t a[2][kSteps][4];
+        float scale[2][2];
 #pragma unroll
-      for (int s = 0; s < 2; s++) {
-        StripCodes<kFormat> codes;
-        load_codes<kFormat, kGroups>(codes, s_tile, first_strip + s0 + s, h, lane);
-        scale[s][0] = lower_half(scales.pair(s)) * Numbers::kScale;
-        scale[s][1] = upper_half(scales.pair(s)) * Numbers::kScale;
+        for (int s = 0; s < 2; s++) {
+          scale[s][0] = lower_half(scales.pair(s)) * Numbers::kScale;
+          scale[s][1] = upper_half(scales.pair(s)) * Numbers::kScale;
 #pragma unroll
-        for (int step = 0; step < kSteps; step++) Numbers::fragment(codes, step, zeros, a[s][step]);
-      }
-#pragma unroll
-      for (int j = 0; j < kTokens8; j++) {
-        float part[2][4] = {};
-#pragma unroll
-        for (int step = 0; step < kSteps; step++) {
-          // 32 k of 8 tokens: half a panel
-          const int half = h * kSteps + step;
-          uint32_t b[4];
-          load_x(b, s_panels + half / 2 * Tile::kTileM * 128, warp_m * Tile::kWarpM + j * 8, half % 2, lane);
-          ptx::mma_sp_m16n8k32<T, 0>(part[0], a[0][step], b, places[step]);
-          ptx::mma_sp_m16n8k32<T, 1>(part[1], a[1][step], b, places[step]);
+          for (int step = 0; step < kSteps; step++) Numbers::fragment(codes[s], g * kSteps + step, zeros, a[s][step]);
         }
 #pragma unroll
-        for (int s = 0; s < 2; s++)
+        for (int j = 0; j < kTokens8; j++) {
+          float part[2][4] = {};
 #pragma unroll
-          for (int i = 0; i < 4; i++) acc.sum[s0 + s][j][i] = fmaf(scale[s][i / 2], part[s][i], acc.sum[s0 + s][j][i]);
+          for (int step = 0; step < kSteps; step++) {
+            const int half = h * kSteps + step;  // of a panel: 32 k
+            uint32_t b[4];
+            load_x(b, s_panels + half / 2 * Tile::kTileM * 128, warp_m * Tile::kWarpM + j * 8, half % 2, lane);
+            ptx::mma_sp_m16n8k32<T, 0>(part[0], a[0][step], b, places[g * kSteps + step]);
+            ptx::mma_sp_m16n8k32<T, 1>(part[1], a[1][step], b, places[g * kSteps + step]);
+          }
+#pragma unroll
+          for (int s = 0; s < 2; s++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) acc.sum[s0 + s][j][i] = fmaf(scale[s][i / 2], part[s][i], acc.sum[s0 + s][j][i]);
+        }
       }
     }
   }
