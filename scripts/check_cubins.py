@@ -38,7 +38,7 @@ EXPECTED = (
     Rule("cuda_sm75", "pack_kernel", (STORE,)),
     Rule("cuda_sm75", "unpack_kernel|dequantize_kernel", (LOAD,)),
     Rule("cuda_sm75", "expand_kernel", (STORE,)),
-    Rule("cuda_sm75", "(check|pack|unpack)_places_kernel|copy_kernel", ()),  # places of sparse weights, when a model is loaded: byte by byte
+    Rule("cuda_sm75", "(check|pack|unpack)_places_kernel|copy_kernel", ()),  # places of sparse weights, byte by byte
     Rule("cuda_sm75_quantize_rows", "quantize_rows", (LOAD, STORE)),
     Rule("cuda_sm75_simt", "simt", (LOAD, r"FFMA")),
     Rule("cuda_sm75_simt", "attention_simt", (r"LDS\b", r"FFMA"), range(80)),  # nvcc makes shorter loads of it
