@@ -38,6 +38,10 @@ struct CudaParams : quant_linear::CudaParams {
   SparseTiles sparse() const { return {weight, pattern}; }
 };
 
+// Any pattern and dtype, fp32 arithmetic: few rows of x, and what the others cannot do.
+namespace cuda_sm75_simt {
+void run(const CudaParams&);
+}
 // 16-bit x, 2:4, sparse tensor cores, w dequantized in registers.
 namespace cuda_sm80_mma {
 const char* supported(const CudaParams&);

@@ -20,10 +20,15 @@ const char* prefer_mma(const CudaParams& p) {
   return p.batch_invariant || p.M < dense_from(p) ? nullptr : "for so many rows making w dense once and cuBLAS are faster";
 }
 
+const char* float_activations(const CudaParams& p) { return p.activations == Activations::kFloat ? nullptr : "it computes with float activations"; }
+
 const char* dense_supported(const CudaParams& p) {
-  if (p.activations != Activations::kFloat) return "it computes with float activations";
+  if (const char* why = float_activations(p)) return why;
   return p.batch_invariant ? "cuBLAS chooses its kernels by M: not batch-invariant" : nullptr;
 }
+
+// Writing w as numbers and reading it again takes 4 bytes a weight, some nine times what it takes sparse.
+const char* prefer_dense(const CudaParams& p) { return p.M >= 16 ? nullptr : "for a few rows, writing w as floats costs more than it saves"; }
 
 void run_dense(const CudaParams&) { throw std::logic_error("sparse_linear calls product_in_parts itself: it needs tensors"); }
 
@@ -38,7 +43,8 @@ const char* built(const CudaParams& p) {
 // In priority order. Every crossover is in this table, and nowhere else.
 constexpr Impl<CudaParams> kImpls[] = {
     {"cuda_sm80.mma", built<kSm80, cuda_sm80_mma::supported>, prefer_mma, cuda_sm80_mma::run, cuda_sm80_mma::workspace_bytes},
-    {"cuda_sm75.dense", built<kSm75, dense_supported>, always, run_dense},
+    {"cuda_sm75.dense", built<kSm75, dense_supported>, prefer_dense, run_dense},
+    {"cuda_sm75.simt", built<kSm75, float_activations>, always, cuda_sm75_simt::run},
 };
 
 Activations activations_for(Format format, int64_t activations) {
