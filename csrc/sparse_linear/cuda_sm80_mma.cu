@@ -8,8 +8,8 @@
 // BOUND     M <= 16: bytes of w. A tile of 64 n x 128 k is 2 KB of int4, 1 KB of places, 128 B of scales (groups of 128): 3.125 bits a weight where
 //           dense int4 takes 4.125, so at best 1.32 times faster; int8 5.125 for 8.125, 1.59 times. H200, 4.3 TB/s: 18 B a cycle an SM, a tile of int4
 //           every 178 cycles, 711 issue slots; it takes about 330 (dequantization 150, mma.sp 16, scales 60, copies and loads 60).
-//           Large M: tensor cores at twice the dense rate. A unit of 128 tokens x 128 n x 128 k is 1024 mma.sp of 8 cycles on 4 tensor cores of sm_80:
-//           2048 cycles; shared memory moves 64 KB of x and 24 KB of w, 704 cycles; about 1500 issue slots a scheduler.
+//           Large M: tensor cores at twice the dense rate. A unit of 128 tokens x 128 n x 128 k is 512 mma.sp of 8 cycles on 4 tensor cores of sm_80,
+//           1024 cycles; shared memory moves 64 KB of x and 24 KB of w, 700 cycles; a scheduler issues about 800 instructions.
 // LIMITS    sm_80 or newer; 2:4, with or without places that rows share; float activations in fp16 or bf16. Overflow as cuda_mma.cuh says
 #include "quant_linear/cuda_mma.cuh"
 #include "sparse_linear/op.h"
@@ -159,8 +159,10 @@ TAUT_DEVICE void compute_sparse_unit(const unsigned char* stage, Accumulators<Ti
   using Stage = SparseStage<kFormat, kGroup32, Tile>;
   using Numbers = Dequant<kFormat, T>;
   constexpr int kTokens8 = Tile::kWarpM / 8, kGroups = Stage::kGroups, kSteps = 4 / kGroups;
-  // For few tokens the groups are unrolled, and share loads of 16 bytes. WHY not for many: the codes of several would not fit in the registers.
+  // Few tokens: a pair of strips after the other, its groups unrolled, with loads of 16 bytes for all of them. Many: all strips together, so that x
+  // is read once. WHY not unrolled: the codes of several groups would not fit in the registers.
   constexpr bool kFew = kTokens8 <= 2;
+  constexpr int kStrips = kFew ? 2 : Tile::kWarpStrips;
   constexpr int kLoads = kFew ? 1 : kGroups, kLoaded = 4 / kLoads;  // of codes and places: how many, and steps that each brings
   const int index = warp_n * Tile::kWarpN / 64 * Tile::kWarpsK + warp_k;
   const int first_strip = Tile::kWarpStrips == 4 ? 0 : warp_n * Tile::kWarpStrips % 4;  // of the tile
@@ -170,23 +172,24 @@ TAUT_DEVICE void compute_sparse_unit(const unsigned char* stage, Accumulators<Ti
   const unsigned char* s_panels = stage + warp_k * 2 * Tile::kTileM * 128;
   const FragmentZeros zeros = Numbers::zeros(8, 8);
 #pragma unroll
-  for (int s0 = 0; s0 < Tile::kWarpStrips; s0 += 2) {
+  for (int s0 = 0; s0 < Tile::kWarpStrips; s0 += kStrips) {
 #pragma unroll 1
     for (int load = 0; load < kLoads; load++) {
-      StripCodes<kFormat> codes[2];
-      uint32_t places[kLoaded];
-      load_codes<kFormat, kLoads>(codes[0], s_tile, first_strip + s0, load, lane);
-      load_codes<kFormat, kLoads>(codes[1], s_tile, first_strip + s0 + 1, load, lane);
-      load_places<kLoaded>(places, s_places + s0 / 2 * 512, load);
+      StripCodes<kFormat> codes[kStrips];
+      uint32_t places[kStrips / 2][kLoaded];
+#pragma unroll
+      for (int s = 0; s < kStrips; s++) load_codes<kFormat, kLoads>(codes[s], s_tile, first_strip + s0 + s, load, lane);
+#pragma unroll
+      for (int pair = 0; pair < kStrips / 2; pair++) load_places<kLoaded>(places[pair], s_places + (s0 / 2 + pair) * 512, load);
 #pragma unroll
       for (int g = 0; g < kGroups / kLoads; g++) {
         const int h = load * (kGroups / kLoads) + g;  // of the tile's groups
-        ScaleWords<2> scales;
+        ScaleWords<kStrips> scales;
         scales.load(s_scales + h * 128 + s0 * 4);
-        uint32_t a[2][kSteps][4];
-        float scale[2][2];
+        uint32_t a[kStrips][kSteps][4];
+        float scale[kStrips][2];
 #pragma unroll
-        for (int s = 0; s < 2; s++) {
+        for (int s = 0; s < kStrips; s++) {
           scale[s][0] = lower_half(scales.pair(s)) * Numbers::kScale;
           scale[s][1] = upper_half(scales.pair(s)) * Numbers::kScale;
 #pragma unroll
@@ -194,17 +197,20 @@ TAUT_DEVICE void compute_sparse_unit(const unsigned char* stage, Accumulators<Ti
         }
 #pragma unroll
         for (int j = 0; j < kTokens8; j++) {
-          float part[2][4] = {};
+          float part[kStrips][4] = {};
 #pragma unroll
           for (int step = 0; step < kSteps; step++) {
             const int half = h * kSteps + step;  // of a panel: 32 k
             uint32_t b[4];
             load_x(b, s_panels + half / 2 * Tile::kTileM * 128, warp_m * Tile::kWarpM + j * 8, half % 2, lane);
-            ptx::mma_sp_m16n8k32<T, 0>(part[0], a[0][step], b, places[g * kSteps + step]);
-            ptx::mma_sp_m16n8k32<T, 1>(part[1], a[1][step], b, places[g * kSteps + step]);
+#pragma unroll
+            for (int s = 0; s < kStrips; s += 2) {
+              ptx::mma_sp_m16n8k32<T, 0>(part[s], a[s][step], b, places[s / 2][g * kSteps + step]);
+              ptx::mma_sp_m16n8k32<T, 1>(part[s + 1], a[s + 1][step], b, places[s / 2][g * kSteps + step]);
+            }
           }
 #pragma unroll
-          for (int s = 0; s < 2; s++)
+          for (int s = 0; s < kStrips; s++)
 #pragma unroll
             for (int i = 0; i < 4; i++) acc.sum[s0 + s][j][i] = fmaf(scale[s][i / 2], part[s][i], acc.sum[s0 + s][j][i]);
         }
