@@ -19,7 +19,7 @@ from emulator.emulated import emulated
 from taut import SparseLinear, _native
 from taut.formats import WeightFormat
 from taut.formats.sparse import Pattern, SparseFormat
-from tiny_models import tiny_llama, write_checkpoint
+from tiny_models import tiny, tiny_llama, write_checkpoint
 
 IDS = torch.arange(3, 40)[None]
 SETTINGS = (
@@ -177,12 +177,42 @@ def test_saved_and_loaded_again(settings, tmp_path):
     assert torch.equal(text, model.generate(IDS, max_new_tokens=5, do_sample=False))
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_fused_blocks_give_the_same(settings, dtype):
+    model, plain = tiny_llama().to(dtype), tiny_llama().to(dtype)
+    report = taut.swap(model, strict=True, **settings)
+    taut.swap(plain, fuse=False, **settings)
+    assert {entry.kind for entry in report.fused} == {"layer", "stack"} and not any(entry.reason for entry in report.fused)
+
+    def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:  # unfused layers round more often
+        found, expected = found.float(), expected.float()
+        assert (found - expected).norm() <= (1e-5 if dtype == torch.float32 else 6e-2) * expected.norm()
+
+    assert_close(logits(model), logits(plain))
+    with torch.no_grad():  # a few tokens after a text: all layers in one call
+        caches = [m(IDS[:, :30]).past_key_values for m in (model, plain)]
+        found, expected = (m(IDS[:, 30:34], past_key_values=cache).logits for m, cache in zip((model, plain), caches, strict=True))
+    assert_close(found, expected)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    for name, value in plain.state_dict().items():
+        assert_same_bits(kept[name], value, name)
+
+
+def test_rows_that_share_places_stay_together():
+    """k has 72 rows here: stacked, 16 that share places would be of two matrices."""
+    settings = {"weights": "int8", "sparsity": "16:2:4"}
+    model = tiny("llama", head_dim=36)
+    report = taut.swap(model, **settings)
+    assert all("not a multiple of 16" in entry.reason for entry in report.fused if entry.kind == "layer")
+
+
 def test_rules_name_their_own_sparsity():
     model = tiny_llama()
     report = taut.swap(model, "int8", rules={"mlp": {"sparsity": "2:4"}})
     kinds = {entry.name.split(".")[-1]: type(model.get_submodule(entry.name)).__name__ for entry in report.swapped}
     assert kinds["up_proj"] == kinds["down_proj"] == "SparseLinear" and kinds["q_proj"] == "QuantLinear"
-    assert not report.fused or all(entry.reason for entry in report.fused if "layers" in entry.name)
+    assert report.fused and not any(entry.reason for entry in report.fused)
 
 
 def test_what_cannot_be_sparse_is_kept_and_named():

@@ -27,7 +27,7 @@ struct Team {
   alignas(64) std::atomic<int64_t> phase{0};
   std::atomic<bool> failed{false};
   std::atomic<int64_t> members{0};
-  uint8_t* shared = nullptr;
+  uint8_t* shared[kScratchSlots] = {};
 };
 // Which team this thread is in; none while it runs a task.
 thread_local Team* current_team = nullptr;
@@ -118,11 +118,11 @@ void wait_until(const int32_t* counter, int32_t value) {
 }
 
 uint8_t* scratch(int slot, size_t bytes) {
-  Team* team = slot == 0 ? current_team : nullptr;
+  Team* team = slot != 1 ? current_team : nullptr;
   if (!team) return own_scratch(slot, bytes);
-  if (current_member == 0) team->shared = own_scratch(slot, bytes);
+  if (current_member == 0) team->shared[slot] = own_scratch(slot, bytes);
   barrier(*team);
-  return team->shared;
+  return team->shared[slot];
 }
 
 }  // namespace taut

@@ -23,8 +23,8 @@ void wait_until(const int32_t* counter, int32_t value);
 
 // At least `bytes` bytes, 64-byte aligned, owned by the calling thread and valid until its next call for `slot`.
 // It grows and is kept, so that a decode loop never pays for page faults. Slots: 0 the caller's (in a team: one for all
-// members, and asking for it is a barrier), 1 a task's own.
-constexpr int kScratchSlots = 2;
+// members, and asking for it is a barrier), 1 a task's own, 2 as 0, of a kernel that calls another one.
+constexpr int kScratchSlots = 3;
 uint8_t* scratch(int slot, size_t bytes);
 
 namespace {

@@ -18,6 +18,20 @@ inline Sparse8 sparse_weight(const char* op, int64_t N, int64_t K, int64_t forma
   return {spec, pattern};
 }
 
+// A weight of any kind by the numbers that fused ops take: format is the code of a format, and for a sparse weight besides
+// n << 8 | m << 12 | v << 16.
+struct AnyWeight {
+  WeightSpec spec;
+  SparsePattern pattern;  // m = 0: dense
+  int64_t packed_bytes() const { return pattern.m ? Sparse8{spec, pattern}.total_bytes() : Rows8{spec}.total_bytes(); }
+};
+inline AnyWeight any_weight(const char* op, int64_t N, int64_t K, int64_t format, int64_t group_size, bool zeros) {
+  if (format < 256) return {weight_spec(op, N, K, format, group_size, zeros), {0, 0, 0}};
+  check(!zeros, op, ": sparse weights have no zeros");
+  const Sparse8 w = sparse_weight(op, N, K, format & 255, group_size, format >> 8 & 15, format >> 12 & 15, format >> 16);
+  return {w.spec, w.pattern};
+}
+
 inline void check_sparse(const char* op, const Tensor& packed, int64_t bytes, CheckPlace check_place = check_cpu) {
   check_place(op, "packed", packed);
   check(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous() && packed.numel() == bytes, op,

@@ -28,6 +28,7 @@ inline void linear(const Params& p, const Linear& w, const void* x, quant_linear
   call.dtype = p.dtype;
   call.M = p.B * p.T;
   call.weight = w.weight;
+  call.pattern = w.pattern;
   call.activations = w.activations;
   call.num_threads = w.num_threads;
   call.prologue = prologue == Prologue::kRmsNorm && !norm.weight ? Prologue::kNone : prologue;

@@ -5,7 +5,7 @@
 #include <sstream>
 
 #include "common/impl.h"
-#include "common/torch_bridge.h"
+#include "common/sparse_bridge.h"
 
 namespace taut::decoder_layers {
 namespace {
@@ -91,23 +91,24 @@ struct Reader {
   Linear linear(int64_t layer, int64_t which, int64_t index, int64_t N, int64_t K, bool glu) {
     const int64_t* numbers = &ints[layer * kIntsPerLayer + which * 4];
     Linear linear;
-    linear.weight = weight_spec(kOp, N, K, numbers[0], numbers[1], numbers[2] != 0);
+    const AnyWeight any = any_weight(kOp, N, K, numbers[0], numbers[1], numbers[2] != 0);
+    linear.weight = any.spec, linear.pattern = any.pattern;
     const char* why = quant_linear::refused_activations(linear.weight.format, numbers[3]);
     REQUIRE(!why, name(layer, index), ": ", why ? why : "", ", got ", numbers[3]);
     linear.activations = static_cast<quant_linear::Activations>(numbers[3]);
     const Tensor& packed = weight(layer, index);
     REQUIRE(packed.is_cpu(), name(layer, index), " must be on the CPU");
     REQUIRE(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous(), name(layer, index),
-            " must be a contiguous 1-D uint8 tensor from pack_weight");
-    REQUIRE(packed.numel() == Rows8{linear.weight}.total_bytes(), name(layer, index), " holds ", packed.numel(), " bytes, but [", N, ", ", K,
-            "] in this format takes ", Rows8{linear.weight}.total_bytes());
+            " must be a contiguous 1-D uint8 tensor from pack_weight or pack_sparse");
+    REQUIRE(packed.numel() == any.packed_bytes(), name(layer, index), " holds ", packed.numel(), " bytes, but [", N, ", ", K, "] in this format takes ",
+            any.packed_bytes());
     linear.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
     linear.bias = vector(layer, index + 1, N, false, nullptr);
     linear.num_threads = std::clamp<int64_t>(p.B * p.T * N * K / kMinWorkPerThread, 1, p.num_threads);
     quant_linear::Params call{};  // what the choice depends on
     call.dtype = p.dtype;
     call.M = p.B * p.T;
-    call.weight = linear.weight;
+    call.weight = linear.weight, call.pattern = linear.pattern;
     call.activations = linear.activations;
     call.prologue = glu ? p.glu : quant_linear::Prologue::kNone;
     linear.run = quant_linear::choose(call);

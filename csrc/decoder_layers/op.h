@@ -15,9 +15,10 @@ struct Norm {
 };
 
 struct Linear {
-  const uint8_t* packed = nullptr;  // Rows8
+  const uint8_t* packed = nullptr;  // Rows8, or Sparse8
   const void* bias = nullptr;       // in `dtype`, or nullptr
   WeightSpec weight{};
+  SparsePattern pattern{0, 0, 0};  // m = 0: dense
   quant_linear::Activations activations{};
   void (*run)(const quant_linear::Params&) = nullptr;
   int64_t num_threads = 1;

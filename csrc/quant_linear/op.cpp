@@ -4,7 +4,8 @@
 #include <sstream>
 
 #include "common/impl.h"
-#include "common/torch_bridge.h"
+#include "common/sparse_bridge.h"
+#include "sparse_linear/op.h"
 
 namespace taut::quant_linear {
 namespace {
@@ -150,12 +151,13 @@ Tensor linear(const Call& c) {
   const int64_t N = c.out_features, K = c.in_features, width = is_glu(c.prologue) ? 2 * K : K;
   check_cpu(c.op, "x", x);
   check_cpu(c.op, "packed", c.packed);
-  const WeightSpec weight = weight_spec(c.op, N, K, c.format, c.group_size, c.zeros);
+  const AnyWeight any = any_weight(c.op, N, K, c.format, c.group_size, c.zeros);
+  const WeightSpec& weight = any.spec;
   const DType dtype = float_dtype(c.op, "x", x);
   check(c.packed.scalar_type() == ScalarType::Byte && c.packed.dim() == 1 && c.packed.is_contiguous(), c.op,
         ": packed must be a contiguous 1-D uint8 tensor from pack_weight");
-  check(c.packed.numel() == Rows8{weight}.total_bytes(), c.op, ": packed holds ", c.packed.numel(), " bytes, but [", N, ", ", K, "] in this format takes ",
-        Rows8{weight}.total_bytes(), "; is x's last dimension (", x.size(x.dim() - 1), ") the weight's in_features?");
+  check(c.packed.numel() == any.packed_bytes(), c.op, ": packed holds ", c.packed.numel(), " bytes, but [", N, ", ", K, "] in this format takes ",
+        any.packed_bytes(), "; is x's last dimension (", x.size(x.dim() - 1), ") the weight's in_features?");
   check(x.size(x.dim() - 1) == width, c.op, ": x must be [..., ", width, "] for this prologue, got ", shape_string(x));
   const Activations mode = activations_for(c.op, weight.format, c.activations);
   Tensor bias_row;
@@ -210,6 +212,7 @@ Tensor linear(const Call& c) {
                 weight,
                 mode,
                 useful_threads(M, weight)};
+  params.pattern = any.pattern;
   params.prologue = c.prologue;
   if (c.prologue == Prologue::kRmsNorm) {
     params.norm_weight = norm_row.const_data_ptr();
@@ -255,7 +258,7 @@ const bool registered = register_table(kOp, "cpu", kImpls, explain);
 
 }  // namespace
 
-void (*choose(const Params& p))(const Params&) { return select(kOp, kImpls, p).run; }
+void (*choose(const Params& p))(const Params&) { return p.pattern.m ? sparse_linear::choose(p) : select(kOp, kImpls, p).run; }
 
 int64_t useful_threads(int64_t M, const WeightSpec& weight) {
   const int64_t work = std::max<int64_t>(M, 1) * weight.N * weight.K;

@@ -6,6 +6,7 @@
 #include "common/dtypes.h"
 #include "common/formats.h"
 #include "common/parallel.h"
+#include "common/sparse.h"
 
 namespace taut::quant_linear {
 
@@ -60,9 +61,11 @@ struct Params {
   DType norm_dtype = DType::kFloat32;
   float norm_eps = 0, norm_offset = 0;
   const void* residual = nullptr;  // [M,N] in `dtype`, or nullptr; added in fp32; may be `out` itself
+  SparsePattern pattern{0, 0, 0};  // m = 0: a dense weight; else `packed` is in Sparse8, for sparse_linear's kernels
+  Sparse8 sparse() const { return {weight, pattern}; }
 };
 
-// The impl that the table gives for this call; throws where one is forced that cannot run it.
+// The impl that the table gives for this call, sparse_linear's where the weight is sparse; throws where one is forced that cannot run it.
 void (*choose(const Params&))(const Params&);
 // As many threads as this matmul has work for, of those torch may use.
 int64_t useful_threads(int64_t M, const WeightSpec&);

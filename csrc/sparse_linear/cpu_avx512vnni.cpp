@@ -192,7 +192,57 @@ void run_panels(const Params& p) {
   });
 }
 
+// ---- The same, for few rows of x: weights are unpacked in registers
+
+// x has 128 added, as in the panels; what that is too much is the same for all rows of x.
+struct Pair {
+  static constexpr uint8_t kFlip = 0x80;
+  template <bool kInt4, int kRows>
+  static __attribute__((noinline)) void multiply(const Sparse8& w, const uint8_t* at, int64_t far, const uint8_t* x, int64_t x_stride, const float* m,
+                                                 int64_t m_stride, float* sums) {
+    constexpr int kCodeBytes = kInt4 ? 64 : 128, kBlockBytes = kCodeBytes + 8;
+    constexpr int64_t kPrefetch = 2304;
+    const Rows8 dense = w.dense();
+    const int64_t blocks_per_group = dense.blocks_per_group(), header_bytes = dense.header_bytes(), superblock_bytes = w.superblock_bytes();
+    __m512 total[kRows];
+    TAUT_FOR (int r = 0; r < kRows; r++) total[r] = _mm512_setzero_ps();
+    for (int64_t left = dense.num_blocks(), block = 0; left > 0; at += superblock_bytes) {
+      const uint8_t* codes = at + header_bytes;
+      for (int g = 0; g < 4 && left > 0; g++)
+        for (int64_t b = 0; b < blocks_per_group && left > 0; b++, left--, block++, codes += kBlockBytes) {
+          TAUT_FOR (int i = 0; i < 2; i++)
+            TAUT_FOR (int line = 0; line < kBlockBytes; line += 64)
+              _mm_prefetch(reinterpret_cast<const char*>(codes + i * far + kPrefetch + line), _MM_HINT_T0);
+          const __m128i nibbles = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + kCodeBytes)), nibble = _mm_set1_epi8(15);
+          const __m128i bytes = _mm_unpacklo_epi8(_mm_and_si128(nibbles, nibble), _mm_and_si128(_mm_srli_epi16(nibbles, 4), nibble));
+          const __m256i shuffle = _mm256_permute4x64_epi64(_mm256_castsi128_si256(bytes), 0x50);
+          alignas(32) uint8_t picked[kRows][32];  // chunk c is at 16 * (c / 2) + 4 * (c % 2)
+          TAUT_FOR (int r = 0; r < kRows; r++)
+            _mm256_store_si256(reinterpret_cast<__m256i*>(picked[r]),
+                               _mm256_shuffle_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + r * x_stride + block * 32)), shuffle));
+          __m512i sum[kRows], excess = _mm512_setzero_si512();
+          TAUT_FOR (int r = 0; r < kRows; r++) sum[r] = _mm512_setzero_si512();
+          TAUT_FOR (int c = 0; c < 4; c++) {
+            const __m512i packed = Avx512Vnni::load(codes + (kInt4 ? c % 2 : c) * 32, far);
+            const __m512i nibble_code = _mm512_and_si512(c < 2 ? packed : _mm512_srli_epi16(packed, 4), _mm512_set1_epi8(15));
+            const __m512i code = _mm512_sub_epi8(kInt4 ? nibble_code : packed, _mm512_set1_epi8(static_cast<char>(kInt4 ? 8 : 128)));
+            excess = _mm512_dpbusd_epi32(excess, _mm512_set1_epi8(static_cast<char>(128)), code);
+            TAUT_FOR (int r = 0; r < kRows; r++)
+              sum[r] = _mm512_dpbusd_epi32(sum[r], _mm512_set1_epi32(load_as<int32_t>(picked[r] + c / 2 * 16 + c % 2 * 4)), code);
+          }
+          TAUT_FOR (int r = 0; r < kRows; r++) sum[r] = _mm512_sub_epi32(sum[r], excess);
+          const __m512 scale = Avx512Vnni::from_fp16(at + g * 16, far);
+          TAUT_FOR (int r = 0; r < kRows; r++)
+            total[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r]), _mm512_mul_ps(scale, _mm512_set1_ps(m[r * m_stride + block])), total[r]);
+        }
+    }
+    TAUT_FOR (int r = 0; r < kRows; r++) _mm512_store_ps(sums + r * 16, total[r]);
+  }
+};
+
 }  // namespace
+
+void run_vectors_small(const Params& p) { p.weight.format == Format::kInt4 ? run_pairs<Pair, true>(p) : run_pairs<Pair, false>(p); }
 
 void run_rows(const Params& p) { run_places<Avx512Vnni>(p); }
 

@@ -1,4 +1,4 @@
-// COMPUTES  out[M,N] = x[M,K] @ dequant(w)[N,K]^T + bias;  x, bias, out fp32, bf16 or fp16; sums in double
+// COMPUTES  out[M,N] = prologue(x)[M,K] @ dequant(w)[N,K]^T + bias + residual;  x, bias, out fp32, bf16 or fp16; sums in double
 // LAYOUT    w: Sparse8 (common/sparse.h), read number by number through its offsets
 // WORK      a task is a range of output columns; for each, all rows of x
 // BOUND     none: this is the truth in C++, written to be read
@@ -72,7 +72,8 @@ void run(const Params& p) {
       for (int64_t m = 0; m < M; m++) {
         double sum = 0;
         for (int64_t j = 0; j < kept; j++) sum += x[m * K + places[j]] * values[j];
-        store_float(p.out, m * N + n, p.dtype, static_cast<float>(sum * unit[m] + bias));
+        const double residual = p.residual ? load_float(p.residual, m * N + n, p.dtype) : 0.0;
+        store_float(p.out, m * N + n, p.dtype, static_cast<float>(sum * unit[m] + bias + residual));
       }
     }
   });

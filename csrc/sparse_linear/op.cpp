@@ -26,6 +26,8 @@ const char* needs_vectors(const Params& p) {
 }
 const char* rows_avx2(const Params& p) { return cpu_features().avx2 ? needs_rows(p) : "this processor has no AVX2 with FMA and F16C"; }
 const char* rows_avx512vnni(const Params& p) { return cpu_features().avx512vnni ? needs_rows(p) : "this processor has no AVX-512 VNNI"; }
+const char* dense_avx2(const Params&) { return cpu_features().avx2 ? nullptr : "this processor has no AVX2 with FMA and F16C"; }
+const char* vectors_avx2(const Params& p) { return cpu_features().avx2 ? needs_vectors(p) : "this processor has no AVX2 with FMA and F16C"; }
 const char* vectors_avx512vnni(const Params& p) { return cpu_features().avx512vnni ? needs_vectors(p) : "this processor has no AVX-512 VNNI"; }
 
 // One row of x: memory binds, and AVX2, a strip a vector, reads it 15 to 30% faster. Beyond some rows of x making w dense costs less than
@@ -35,15 +37,20 @@ const char* few_rows(const Params& p) {
   return p.M <= 48 ? nullptr : "for this many rows of x a dense kernel is faster";
 }
 const char* few_rows_avx2(const Params& p) { return p.M <= 32 ? nullptr : "for this many rows of x a dense kernel is faster"; }
+const char* few_rows_of_vectors(const Params& p) { return p.M <= 7 ? nullptr : "for this many rows of x unpacked panels are faster"; }
 const char* without_amx(const Params& p) { return p.M <= 32 || !cpu_features().amx ? nullptr : "for this many rows of x AMX with a dense weight is faster"; }
 #endif
 
 // In priority order. Every crossover is in this table, and nowhere else.
 constexpr Impl<Params> kImpls[] = {
 #if defined(__x86_64__)
+    {"cpu_avx512vnni.int8_vectors_small", vectors_avx512vnni, few_rows_of_vectors, cpu_avx512vnni::run_vectors_small},
+    {"cpu_avx2.int8_vectors_small", vectors_avx2, few_rows_of_vectors, cpu_avx2::run_vectors_small},
     {"cpu_avx512vnni.int8_vectors", vectors_avx512vnni, without_amx, cpu_avx512vnni::run_vectors},
     {"cpu_avx512vnni.int8_rows", rows_avx512vnni, few_rows, cpu_avx512vnni::run_rows},
+    {"cpu_avx2.int8_vectors", vectors_avx2, without_amx, cpu_avx2::run_vectors},
     {"cpu_avx2.int8_rows", rows_avx2, few_rows_avx2, cpu_avx2::run_rows},
+    {"cpu_avx2.dense", dense_avx2, always, cpu_avx2::run_dense},
 #endif
     {"cpu_dense", always, always, cpu_dense::run},
     {"cpu_scalar", always, always, cpu_scalar::run},
@@ -87,7 +94,7 @@ Tensor sparse_linear(const Tensor& x, const Tensor& packed, const std::optional<
   params.out = out.mutable_data_ptr(), params.dtype = dtype, params.M = M;
   params.weight = w.spec, params.pattern = w.pattern, params.activations = mode;
   params.num_threads = quant_linear::useful_threads(M, w.spec);
-  select(kOp, kImpls, params).run(params);
+  sparse_linear::choose(params)(params);
   return out;
 }
 
@@ -108,6 +115,9 @@ std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
 const bool registered = register_table(kOp, "cpu", kImpls, explain);
 
 }  // namespace
+
+void (*choose(const Params& p))(const Params&) { return select(kOp, kImpls, p).run; }
+
 }  // namespace taut::sparse_linear
 
 STABLE_TORCH_LIBRARY_FRAGMENT(taut, m) { m.def(taut::sparse_linear::kSchema); }

@@ -9,11 +9,9 @@ namespace taut::sparse_linear {
 constexpr const char* kSchema =
     "sparse_linear(Tensor x, Tensor packed, Tensor? bias, int out_features, int format, int group_size, int n, int m, int v, int activations) -> Tensor";
 
-// As quant_linear's, activations too; `packed` is in Sparse8, `weight` the dense weight.
-struct Params : quant_linear::Params {
-  SparsePattern pattern;
-  Sparse8 sparse() const { return {weight, pattern}; }
-};
+using quant_linear::Params;  // `packed` in Sparse8; prologues and residuals too
+// The impl that the table gives for this call; throws where one is forced that cannot run it.
+void (*choose(const Params&))(const Params&);
 
 namespace cpu_scalar {
 void run(const Params&);
@@ -21,13 +19,19 @@ void run(const Params&);
 // Makes some rows of w dense, has quant_linear multiply with them, and goes on to the next.
 namespace cpu_dense {
 void run(const Params&);
-}
+using ExpandStrip = void (*)(const Sparse8& w, const uint8_t* strip, uint8_t* out);  // of Sparse8, to one of Rows8
+void run_with(const Params&, ExpandStrip);
+}  // namespace cpu_dense
 namespace cpu_avx2 {
-void run_rows(const Params&);
-}
+void run_rows(const Params&);           // v = 1
+void run_vectors_small(const Params&);  // v = 16
+void run_vectors(const Params&);        // v = 16
+void run_dense(const Params&);
+}  // namespace cpu_avx2
 namespace cpu_avx512vnni {
-void run_rows(const Params&);     // v = 1
-void run_vectors(const Params&);  // v = 16
+void run_rows(const Params&);
+void run_vectors_small(const Params&);
+void run_vectors(const Params&);
 }  // namespace cpu_avx512vnni
 
 // ---- CUDA -------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-// 2:4 weights with places of their own in each row, on x86: the loop that the ISAs share. An ISA is a Simd (quant_linear/x86_simd.h) and
+// Sparse weights on x86: the loops for few rows of x that the ISAs share. For 2:4 weights with places of their own in each row an ISA is a Simd (quant_linear/x86_simd.h) and
 //   places<c>      of chunk c, what a byte shuffle of 8 k of x wants, from a vector of fields
 //   Sum, multiply  a sum in int32 of (code - zero) * x over 4 kept numbers of each row;  to_float
 //   kVectors<R>    vectors of codes at once, for R rows of x
@@ -135,6 +135,34 @@ template <class Isa>
 void run_places(const Params& p) {
   if (p.weight.format == Format::kInt4) run_rows_of<Isa, true>(p);
   else run_rows_of<Isa, false>(p);
+}
+
+// Vectors of 16 rows, for few rows of x. Kernel::multiply<kInt4, kRows>: sums[kRows][2 strips][8] of two strips `far` apart; x as int8 with the bits kFlip turned.
+template <class Kernel, bool kInt4>
+void run_pairs(const Params& p) {
+  const Sparse8 w = p.sparse();
+  const int64_t strips = w.dense().num_strips(), pairs = (strips + 1) / 2, blocks = w.dense().num_blocks(), padded_k = blocks * 32;
+  const int64_t num_tasks = std::min(p.num_threads, pairs);
+  parallel_tasks(num_tasks, [&](int64_t task) {
+    const Quantized a(p, padded_k, 1);
+    float* buffer = a.unit + p.M;
+    for (int64_t r = 0; r < p.M; r++) a.row(p, r, padded_k, buffer, Kernel::kFlip);
+    for (int64_t pair = pairs * task / num_tasks; pair < pairs * (task + 1) / num_tasks; pair++) {
+      const int64_t strip = 2 * pair, far = strip + 1 < strips ? w.strip_bytes() : 0;
+      for (int64_t r = 0; r < p.M;) {
+        const auto rows = [&]<int kRows>() {
+          alignas(64) float sums[kRows * 16];
+          Kernel::template multiply<kInt4, kRows>(w, p.packed + strip * w.strip_bytes(), far, a.x + r * padded_k, padded_k, a.m + r * blocks, blocks, sums);
+          for (int i = 0; i < kRows; i++)
+            for (int s = 0; s < (far ? 2 : 1); s++) store_any(p, r + i, strip + s, sums + (i * 2 + s) * 8, a.unit[r + i]);
+          r += kRows;
+        };
+        if (p.M - r >= 4) rows.template operator()<4>();
+        else if (p.M - r >= 2) rows.template operator()<2>();
+        else rows.template operator()<1>();
+      }
+    }
+  });
 }
 
 }  // namespace

@@ -351,7 +351,7 @@ def swap(
     ``attention``: a transformers model then attends by taut's ops too, as after ``model.set_attn_implementation("taut")``.
     ``sparsity``: "2:4", "1:4", "2:8", "4:8", or with 8 or 16 rows that share places "16:2:4": the layers become ``SparseLinear``,
     with int8, int4 or fp8_e4m3 weights without zeros. A weight that holds to the pattern keeps its nonzeros; of another one the
-    largest of each block are kept, which costs much more than low bits do. Sparse layers are not fused.
+    largest of each block are kept, which costs much more than low bits do.
     ``progress(done, total, name)`` is called before each layer. The output head is swapped only by ``lm_head``, or if a rule
     names it; one that is tied then gets low bits of its own beside the float embeddings. Other tied weights and modules taut
     does not know are kept, and named with their reason in the returned report. Raises ``ValueError`` for bad settings, a

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <utility>
 
-#include "attention.h"
+#include "shared_checks.h"
 
 namespace taut {
 

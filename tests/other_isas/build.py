@@ -34,6 +34,8 @@ sys.path.insert(0, str(SHARED))
 
 from build import ROOT, TABLES, compiler, impl_lines, impl_rows, isa_flags, isa_of, isas_of, kernel_sources
 
+SHARED_PARTS = ("attention", "sparse")  # of the sanitizers' program
+OPS = ("quant_linear", *(op for name in SHARED_PARTS for op in TABLES[name]))
 FLAGS = ("-std=c++20", "-O2", "-ffp-contract=off", "-fno-math-errno", "-w")  # warnings are the affair of the library's build
 # No exceptions, no red zone, which an interrupt would overwrite; roundss instead of a call of the C library.
 BARE = ("-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-fno-stack-protector", "-fno-pic",
@@ -49,7 +51,7 @@ X86_PROCESSORS = {
 
 
 def required_impls(machine: str, isas: tuple[str, ...]) -> str:
-    rows = [(op, row[0]) for op in ("quant_linear", *TABLES["attention"]) for row in impl_rows(op, machine)]
+    rows = [(op, row[0]) for op in OPS for row in impl_rows(op, machine)]
     return ",".join(f"{op}:{name}" for op, name in rows if name.split(".")[0].removeprefix("cpu_") in isas)
 
 
@@ -62,9 +64,10 @@ def table() -> str:
 def build(folder: Path, cxx: str, machine: str, flags: tuple[str, ...], main: list[Path], link: list[str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.inc").write_text(table())
-    (folder / "attention.inc").write_text("".join(f"{line}\n" for op in TABLES["attention"] for line in impl_lines(op, machine)))
-    sources = [path for path in kernel_sources(machine) if path.parent.name in ("quant_linear", *TABLES["attention"])]
-    sources += [ROOT / "csrc/common/cpu_features.cpp", SHARED / "attention.cpp", HERE / "program.cpp", *main]
+    for name in SHARED_PARTS:
+        (folder / f"{name}.inc").write_text("".join(f"{line}\n" for op in TABLES[name] for line in impl_lines(op, machine)))
+    sources = [path for path in kernel_sources(machine) if path.parent.name in OPS]
+    sources += [ROOT / "csrc/common/cpu_features.cpp", *(SHARED / f"{name}.cpp" for name in SHARED_PARTS), HERE / "program.cpp", *main]
 
     def compile_one(source: Path) -> str:
         target = folder / f"{source.parent.name}-{source.stem}.o"

@@ -1,5 +1,5 @@
 // Cases of quant_linear, the comparison with cpu_scalar (the truth in C++), and what parallel.cpp is to the library, one thread.
-// Attention's cases and comparison are the sanitizers' (tests/sanitize/attention.cpp).
+// Attention's and sparse weights' cases and comparisons are the sanitizers' (tests/sanitize/attention.cpp, sparse.cpp).
 #include "program.h"
 
 #include <algorithm>
@@ -7,9 +7,9 @@
 #include <cstring>
 #include <vector>
 
-#include "attention.h"
 #include "common/cpu_features.h"
 #include "quant_linear/op.h"
+#include "shared_checks.h"
 
 namespace taut {
 
@@ -266,8 +266,11 @@ namespace {
 
 using quant_linear::kImpls;
 constexpr int kNumImpls = sizeof(kImpls) / sizeof(kImpls[0]);
-// Rounds weights to bf16 and takes subnormal numbers for zeros.
-bool computes_in_bf16(int impl) { return std::strncmp(kImpls[impl].name, "cpu_avx512bf16.float", 20) == 0; }
+// Rounds weights, or the codebook of nf4, to bf16 and takes subnormal numbers for zeros.
+bool computes_in_bf16(int impl, Format format) {
+  const auto begins = [&](const char* name) { return std::strncmp(kImpls[impl].name, name, std::strlen(name)) == 0; };
+  return begins("cpu_avx512bf16.float") || (begins("cpu_amx.float") && format == Format::kNf4);
+}
 bool is_truth(int impl) { return kImpls[impl].run == quant_linear::cpu_scalar::run; }
 
 struct Tally {
@@ -307,7 +310,10 @@ bool matches(int impl, const Case& c, const Params& p, const Weight& weight, con
       *where = m * N + n;
       const double value = load_float(found, *where, c.dtype), truth = load_float(expected, *where, c.dtype);
       if (std::isnan(truth) || std::isinf(truth)) {
-        if (std::isnan(truth) ? !std::isnan(value) : value != truth) return false;
+        bool product_is_nan = false;  // infinity times what is taken for zero
+        for (int64_t k = 0; k < K && computes_in_bf16(impl, c.weight.format); k++)
+          product_is_nan |= std::isinf(load_float(p.x, m * p.x_row_stride + k, c.dtype)) && std::fabs(weight.values[n * K + k]) < 0x1p-126;
+        if (std::isnan(truth) || product_is_nan ? !std::isnan(value) : value != truth) return false;
         continue;
       }
       const double bias = p.bias ? load_float(p.bias, n, c.dtype) : 0.0, residual = p.residual ? load_float(p.residual, *where, c.dtype) : 0.0;
@@ -326,7 +332,7 @@ bool matches(int impl, const Case& c, const Params& p, const Weight& weight, con
       double allowed = integers ? 6 * 0x1p-23 * std::fabs(truth - bias - residual) : 4 * 0x1p-24 * std::sqrt(static_cast<double>(K) + 16) * size;
       allowed += rounding * (std::fabs(truth) + (integers ? added : 0)) + 0x1p-140;
       if (c.dtype == DType::kFloat16) allowed += 0x1p-24;
-      if (computes_in_bf16(impl)) allowed += 0x1p-8 * products + 0x1p-110;
+      if (computes_in_bf16(impl, c.weight.format)) allowed += 0x1p-8 * products + 0x1p-110;
       if (exact) allowed = 0;
       if (!(error <= allowed)) return false;
       if (tally != nullptr && size > 0 && c.data != Data::kSpecial) {
@@ -491,6 +497,7 @@ int run_all(bool thorough, const char* required) {
   if (turn == 0) print("no case ran\n"), failures++;
   // WHY not all of them: the sums in double that they are held against take an emulator longer than any kernel
   print(check_attention(thorough ? 4'000'000 : 100'000, required).c_str());
+  print(check_sparse(thorough ? 4'000'000 : 20'000, required).c_str());
   print(failures ? "FAILURES: " : "all as expected; cases: "), print_integer(failures ? failures : turn), print("\n");
   return failures;
 }

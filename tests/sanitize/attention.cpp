@@ -3,7 +3,7 @@
 // it would not be lost in what is allowed, a fault is planted: a number is another when the kernel runs, and the comparison must notice.
 //
 // No stdio, no threads, no files: it also runs without an operating system (tests/other_isas).
-#include "attention.h"
+#include "shared_checks.h"
 
 #include <algorithm>
 #include <cmath>

@@ -24,12 +24,17 @@ OUT = ROOT / "build" / "sanitize"
 # -O1: -O0 would not inline what the kernels need inlined. Warnings are the library build's affair; gcc gives false ones here.
 FLAGS = ("-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-fno-math-errno", "-pthread")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
-OPS = ("quant_linear", "quantize_weight", "pack_weight", "attention_prefill", "attention_backward", "attention_decode", "kv_append")
+OPS = (
+    "quant_linear", "quantize_weight", "pack_weight", "attention_prefill", "attention_backward", "attention_decode", "kv_append",
+    "sparse_linear",
+)  # fmt: skip
 # By program: the ops that choose among impls, whose tables it includes as <program>.inc.
 TABLES = {
     "impls": ("quant_linear", "quantize_weight"),
     "attention": ("attention_prefill", "attention_backward", "attention_decode", "kv_append"),
+    "sparse": ("sparse_linear",),
 }
+ANY_PROCESSOR = ("scalar", "dense")  # in the place of an ISA
 # What the program checks at a time.
 PARTS = ("weights", "attention")
 
@@ -68,7 +73,7 @@ def impl_rows(op: str, machine: str = MACHINE) -> list[tuple[str, str, str]]:
     rows = re.findall(r'\{"(cpu_\w+(?:\.\w+)?)", (\w+), \w+, (\w+::\w+)\}', (ROOT / "csrc" / op / "op.cpp").read_text())
     if not rows:
         raise ValueError(f"csrc/{op}/op.cpp: no row of the form {{name, supported, preferred, namespace::run}} was found")
-    here = {*isas_of(machine), "scalar"}
+    here = {*isas_of(machine), *ANY_PROCESSOR}
     return [(name, supported, run) for name, supported, run in rows if name.split(".")[0].removeprefix("cpu_") in here]
 
 
@@ -77,7 +82,7 @@ def impl_lines(op: str, machine: str = MACHINE) -> list[str]:
     lines = []
     for name, supported, run in impl_rows(op, machine):
         isa = name.split(".")[0].removeprefix("cpu_")
-        can_run = "true" if isa == "scalar" else f"cpu_features().{isa}"
+        can_run = "true" if isa in ANY_PROCESSOR else f"cpu_features().{isa}"
         takes = {"needs_codes": "codes", "needs_pairs": "bf16"}.get(supported, "any")
         takes = next((mode for mode in ("float", "int8") if f".{mode}" in name), takes)
         lines.append(f'TAUT_IMPL_{op}("{name}", {op}::{run}, {takes}, {can_run})')
@@ -85,7 +90,7 @@ def impl_lines(op: str, machine: str = MACHINE) -> list[str]:
 
 
 def write_impls() -> None:
-    """impls.inc, attention.inc: the tables of op.cpp as the programs need them, so that a new impl is tested without being named there."""
+    """impls.inc, attention.inc, sparse.inc: op.cpp's tables as the programs need them, so that a new impl is tested without being named."""
     for name, ops in TABLES.items():
         text = "".join(f"{line}\n" for op in ops for line in impl_lines(op))
         target = OUT / f"{name}.inc"

@@ -13,12 +13,12 @@
 #include <thread>
 #include <vector>
 
-#include "attention.h"
 #include "common/cpu_features.h"
 #include "guarded.h"
 #include "pack_weight/op.h"
 #include "quant_linear/op.h"
 #include "quantize_weight/op.h"
+#include "shared_checks.h"
 
 namespace taut {
 
@@ -423,6 +423,7 @@ int run_all() {
 // build.py runs the two parts at the same time.
 int main(int argc, char** argv) {
   const bool attention = argc > 1 && std::strcmp(argv[1], "attention") == 0;
-  if (argc == 1 || attention) std::printf("sanitize: attention\n%s", taut::check_attention(INT64_MAX, "").c_str());
+  if (argc == 1 || attention)
+    std::printf("sanitize: attention, sparse weights\n%s%s", taut::check_attention(INT64_MAX, "").c_str(), taut::check_sparse(INT64_MAX, "").c_str());
   return attention ? 0 : taut::run_all();
 }

@@ -126,6 +126,11 @@ class SparseFormat:
         return self.weights.name
 
     @property
+    def code(self) -> int:
+        """The integer that fused ops know it by; see ``any_weight`` in ``csrc/common/sparse_bridge.h``."""
+        return self.weights.code | self.pattern.n << 8 | self.pattern.m << 12 | self.pattern.v << 16
+
+    @property
     def group_size(self) -> int:
         return self.weights.group_size
 

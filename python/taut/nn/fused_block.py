@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import WeightFormat, activation_code
+from ..formats.sparse import SparseFormat
 from ..fuse import Family, FusedClass, family_of_layer, fused_class, grad_needed
 from ..ops import rms_norm, split_rope  # noqa: F401  (they say what their ops do where shapes are only traced)
 from ..ops.fused_linear import PROLOGUES
 from .attention import attend, takes, takes_mask
 from .quant_linear import QuantLinear
+from .sparse_linear import SparseLinear
 
 # The activation functions a gated unit may have, by the name of their module.
 _UNITS = {
@@ -41,7 +43,7 @@ def norm_names(family: Family) -> tuple[str, str | None, str, str | None]:
 class _Form:
     """What two linear layers must have in common to be read as one, and what a fused op is told of them."""
 
-    format: WeightFormat
+    format: WeightFormat | SparseFormat
     activations: int
     in_features: int
     bias: bool
@@ -49,7 +51,7 @@ class _Form:
 
 def _form(name: str, linear: Any, rules: Mapping | None) -> tuple[_Form | None, str]:
     """The form of a linear layer of a block, or why a fused op cannot read it."""
-    if type(linear) is QuantLinear:
+    if type(linear) in (QuantLinear, SparseLinear):
         format, activations = linear.format, linear.activations
         device = (linear._like if linear.packed is None else linear.packed).device.type
     elif rules is not None and id(linear) in rules:
@@ -77,8 +79,9 @@ def _group_reason(names: tuple[str, ...], parent: nn.Module, rules: Mapping | No
         return f"{listed} differ in format, activations or bias"
     if forms[0].format.name == "nvfp4":
         return f"{listed} are nvfp4, whose scale of a whole matrix keeps matrices apart"
-    odd = next((name for name in names if getattr(parent, name).out_features % 8), None)
-    return None if odd is None else f"{odd} has {getattr(parent, odd).out_features} outputs, not a multiple of 8"
+    rows = 16 if isinstance(forms[0].format, SparseFormat) and forms[0].format.pattern.v == 16 else 8
+    odd = next((name for name in names if getattr(parent, name).out_features % rows), None)
+    return None if odd is None else f"{odd} has {getattr(parent, odd).out_features} outputs, not a multiple of {rows}"
 
 
 def why_not(layer: nn.Module, rules: Mapping | None = None) -> str | None:
