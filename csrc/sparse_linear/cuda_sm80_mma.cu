@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) sparse_mma
 
 // Tiles by M, as in cuda_mma.cuh. WHY 4 strips a warp for many tokens, where dense kernels have 2: x is read from shared memory half as often, which
 // mma.sp, twice as fast, would wait for.
-using TileM8 = MmaTile<8, 4, 2, 1, 2, 3, 3>;
+using TileM8 = MmaTile<8, 4, 2, 1, 2, 4, 3>;
 using TileM16 = MmaTile<16, 4, 2, 1, 2, 3, 2>;
 using TileM32 = MmaTile<32, 2, 4, 1, 1, 4, 3>;
 using TileM64 = MmaTile<32, 4, 2, 2, 1, 3, 2>;
