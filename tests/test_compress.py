@@ -11,6 +11,8 @@ import taut
 from checks import assert_same_bits
 from taut import QuantLinear, SparseLinear
 from taut.compress import calibration_ids, compress, pruning
+from taut.compress.calibration import Inputs
+from taut.compress.recovery import recover
 from taut.compress.solver import by_error, by_score, error_of, inverse_factor
 from taut.formats import WeightFormat
 from taut.formats.sparse import Pattern
@@ -146,6 +148,67 @@ def test_low_bit_layers_hold_the_codes_that_were_found(settings, kind, tmp_path)
         assert_same_bits(loaded(tokens()).logits, expected, "saved and loaded again")
 
 
+@torch.no_grad()
+def gap(model: nn.Module, dense: nn.Module) -> float:
+    """How far the states after the last decoder layer are off, on the calibration text."""
+    last, right = (m.model(tokens(), use_cache=False).last_hidden_state for m in (model, dense))
+    return float((last - right).square().sum() / right.square().sum())
+
+
+@pytest.mark.parametrize("family", ("llama", "gemma3"))
+@pytest.mark.parametrize(("method", "weights"), [("sparsegpt", None), ("sparsegpt", "int4"), ("magnitude", "int8")])
+def test_recovery_brings_layers_closer_to_the_dense_ones(family, method, weights):
+    plain, model = tiny(family), tiny(family)
+    settings = {"sparsity": "2:4", "weights": weights, "method": method, "activations": "float"}
+    compress(plain, tokens(), **settings)
+    before = {name: value.clone() for name, value in model.named_parameters() if "layers" not in name}
+    report = compress(model, tokens(), recover=40, **settings)
+    assert len(report.recovered) == len(model.model.layers) and "recovery: the decoder layers' mean error" in str(report)
+    for first, last in report.recovered.values():
+        assert last < 0.95 * first
+    assert gap(model, tiny(family)) < 0.95 * gap(plain, tiny(family))
+    for name, value in before.items():  # embeddings, the last norm, the head
+        assert_same_bits(model.get_parameter(name), value, name)
+    for entry in report.layers:
+        layer = model.get_submodule(entry.name)
+        weight = layer.weight if weights is None else layer.dequantize()
+        assert Pattern(2, 4).holds(weight)
+        assert weights is not None or int((weight != 0).sum()) == weight.numel() // 2  # none of the kept died
+    assert all(parameter.requires_grad == plain.get_parameter(name).requires_grad for name, parameter in model.named_parameters())
+
+
+def test_recovery_goes_on_where_it_was_broken_off(tmp_path):
+    settings = {"sparsity": "2:4", "weights": "int4", "recover": 6}
+    expected = tiny("gemma3")
+    compress(expected, tokens(), **settings)
+
+    def broken(done: int, total: int, name: str) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(tiny("gemma3"), tokens(), state=tmp_path, progress=broken, **settings)
+    model = tiny("gemma3")
+    report = compress(model, tokens(), state=tmp_path, **settings)
+    assert len(report.recovered) == len(model.model.layers)
+    for name, value in expected.state_dict().items():
+        assert_same_bits(model.state_dict()[name], value, name)
+    with pytest.raises(ValueError, match="recover differ"):
+        compress(tiny("gemma3"), tokens(), state=tmp_path, **{**settings, "recover": 7})
+
+
+def test_recovery_that_does_not_help_is_undone():
+    model = tiny_llama()
+    layer = model.model.layers[0]
+    with torch.no_grad():
+        inputs = Inputs(model, model.model.layers, tokens(), 4)
+        targets = list(inputs.run(layer, 0))
+        kept = layer.mlp.up_proj.weight.detach().clone()
+        masks = {layer.mlp.up_proj: torch.ones_like(kept, dtype=torch.bool)}
+        assert recover(inputs, layer, 0, targets, masks, 5) == (0.0, 0.0)  # it is the dense layer already
+    assert_same_bits(layer.mlp.up_proj.weight, kept, "a weight that was right")
+
+
 def test_a_run_that_was_broken_off_goes_on(tmp_path, monkeypatch):
     settings = {"sparsity": "2:4", "weights": "int4", "state": tmp_path / "state"}
     expected = tiny_llama()
@@ -186,6 +249,8 @@ def test_skip_and_what_does_not_fit():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        ({"recover": -1}, "recover is a number of steps"),
+        ({"recover": 5, "sparsity": None, "weights": "int4", "method": "gptq"}, "with sparsity"),
         ({"method": "guess"}, "unknown method 'guess'; accepted: magnitude, wanda, sparsegpt, gptq"),
         ({"sparsity": None}, "nothing to do"),
         ({"method": "gptq"}, "gptq rounds dense weights"),
@@ -208,6 +273,8 @@ def test_bad_settings_change_nothing(settings, words):
 
 
 def test_bad_models_and_texts():
+    with pytest.raises(ValueError, match="takes a float32 model"):
+        compress(tiny_llama().bfloat16(), tokens(), recover=3)
     with pytest.raises(ValueError, match="one list of decoder layers, got none"):
         compress(nn.Linear(8, 8), tokens())
     with pytest.raises(ValueError, match="ids must be int64"):

@@ -81,12 +81,23 @@ class Inputs:
             for handle in handles:
                 handle.remove()
 
+    def copy(self) -> Inputs:
+        """The same, to be advanced through other layers."""
+        other = object.__new__(Inputs)
+        other.batches, other.hidden, other._arguments = self.batches, list(self.hidden), self._arguments
+        return other
+
     def run(self, layer: nn.Module, index: int) -> Iterator[Tensor]:
         """The layer's outputs, batch by batch."""
-        for hidden in self.hidden:
-            args, kwargs = self._arguments[index, len(hidden)]
-            out = layer(hidden, *args, **kwargs)
-            yield out[0] if isinstance(out, tuple) else out
+        for place in range(len(self.hidden)):
+            yield self.one(layer, index, place)
+
+    def one(self, layer: nn.Module, index: int, place: int) -> Tensor:
+        """The layer's output for one batch."""
+        hidden = self.hidden[place]
+        args, kwargs = self._arguments[index, len(hidden)]
+        out = layer(hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
 
     def advance(self, layer: nn.Module, index: int) -> None:
         for place, out in enumerate(self.run(layer, index)):

@@ -20,6 +20,7 @@ from ..nn import PackedWeight, QuantLinear, SparseLinear
 from ..ops.pack_sparse import pack_sparse
 from ..swap import matches
 from .calibration import Inputs, Statistics, decoder_layers, gather
+from .recovery import recover as recover_layer
 from .solver import Solved, by_error, by_score, error_of
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "gptq")
@@ -39,12 +40,14 @@ class LayerReport:
 
 @dataclass
 class CompressReport:
-    """What ``compress`` did. ``kept``: linear layers left alone, and why."""
+    """What ``compress`` did. ``kept``: linear layers left alone, and why. ``recovered``: of each decoder layer the error of its output
+    against the dense model's before and after recovery, a share of the output's energy."""
 
     method: str
     format: str
     layers: list[LayerReport] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
+    recovered: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def mean_error(self) -> float:
@@ -57,14 +60,17 @@ class CompressReport:
             f"{self.mean_error:.2%} of their outputs' energy changed on the calibration text, at most "
             f"{max((layer.error for layer in self.layers), default=0.0):.2%}"
         ]
+        if self.recovered:
+            first, last = (sum(column) / len(self.recovered) for column in zip(*self.recovered.values(), strict=True))
+            lines.append(f"recovery: the decoder layers' mean error {first:.2%} -> {last:.2%}")
         return "\n".join(lines + [f"kept {name}: {reason}" for name, reason in self.kept.items()])
 
 
 @torch.no_grad()
 def compress(
     model: nn.Module, ids: Tensor, *, sparsity: str | None = "2:4", weights: str | None = None, group_size: int | None = None,
-    activations: str = "auto", method: str = "sparsegpt", skip: Sequence[str] | None = None, damping: float = 0.01, batch: int = 4,
-    state: str | os.PathLike | None = None, progress: Callable[[int, int, str], None] | None = None,
+    activations: str = "auto", method: str = "sparsegpt", recover: int = 0, skip: Sequence[str] | None = None, damping: float = 0.01,
+    batch: int = 4, state: str | os.PathLike | None = None, progress: Callable[[int, int, str], None] | None = None,
 ) -> CompressReport:  # fmt: skip
     """Makes the linear layers in the decoder layers of ``model`` sparse, low-bit or both, in place.
 
@@ -72,49 +78,52 @@ def compress(
     ``weights``: "int4" or "int8" (then layers become ``SparseLinear``, or ``QuantLinear`` without sparsity), or None: they stay
     ``nn.Linear`` with zeros. ``method``: "magnitude" (needs no text, but reports errors on it), "wanda" (arXiv 2306.11695), "sparsegpt"
     (2301.00774: pruning and rounding, jointly), "gptq" (2210.17323: rounding alone). ``skip``: patterns of names to leave alone.
-    Embeddings, norms and the output head are never touched.
+    ``recover``: so many steps of training of each decoder layer, alone, once it is pruned and before it is rounded: what is kept, norms
+    and biases are fitted to what the dense model gave (``recovery.recover``; a float32 model). It takes much longer and helps much.
+    Embeddings, the output head and, without ``recover``, norms are never touched.
 
     Each decoder layer sees what the compressed layers before it give. Memory: hidden states of all tokens, and ``[K, K]`` float64 for
-    each input of one decoder layer. ``state``: a directory; each finished decoder layer is written there, and a run that was broken off
-    goes on after the last one. Raises ``ValueError`` for settings that do not fit, a model without one list of decoder layers, and a
-    state of another model, text or settings.
+    each input of one decoder layer; with ``recover`` the dense model's hidden states besides. ``state``: a directory; each finished
+    decoder layer is written there, and a run that was broken off goes on after the last one. Raises ``ValueError`` for settings that do
+    not fit, a model without one list of decoder layers, and a state of another model, text or settings.
     """
-    pattern, format = _check(model, ids, sparsity, weights, group_size, method, damping, batch)
+    pattern, format = _check(model, ids, sparsity, weights, group_size, method, recover, damping, batch)
     target = SparseFormat(format, pattern) if pattern is not None and format is not None else format
     name_of_list, layers = decoder_layers(model)
     chosen, kept = _choose(layers, name_of_list, pattern, list(skip or ()))
     report = CompressReport(method, str(target or pattern), kept=kept)
     settings = {
         "sparsity": sparsity, "weights": None if format is None else str(format), "method": method, "damping": damping, "batch": batch,
-        "skip": sorted(skip or ()), "version": 1,
+        "skip": sorted(skip or ()), "recover": recover, "version": 2,
     }  # fmt: skip
     store = None if state is None else _State(Path(state), {**settings, "model": _fingerprint(model), "text": _hash(ids)})
     was_training = model.training
     model.eval()
     inputs = Inputs(model, layers, ids, batch)
+    dense = inputs.copy() if recover else None
     solved: dict[str, Solved] = {}
     for index, layer in enumerate(layers):
         if progress:
             progress(index, len(layers), f"{name_of_list}.{index}")
+        if dense is not None:
+            dense.advance(layer, index)  # what this layer gives, as long as it is dense
         linears = chosen[index]
-        found = None if store is None else store.load(index)
-        if found is None:
-            statistics = gather(inputs, layer, index, linears) if linears else {}
-            parts, reports = {}, []
-            for name, linear in linears.items():
-                parts[name] = _solve(linear, statistics[name], pattern, format, method, damping)
-                error = error_of(linear.weight.float(), parts[name].weight, statistics[name].gram)
-                before = linear.weight.numel() * linear.weight.element_size()
-                after = _bytes(linear, pattern, target)
-                reports.append(LayerReport(name, linear.out_features, linear.in_features, error, before, after))
+        done = None if store is None else store.load(index)
+        if done is None:
+            done = _Layer()
+            if linears:
+                targets = None if dense is None else dense.hidden
+                done = _compress_layer(inputs, layer, index, linears, targets, recover, pattern, format, target, method, damping)
             if store is not None:
-                store.save(index, parts, reports)
-        else:
-            parts, reports = found
-        for name, part in parts.items():
+                store.save(index, done)
+        for name, part in done.parts.items():
             linears[name].weight.copy_(part.weight)
-        report.layers += reports
-        solved |= {name: Solved(part.weight[:0], part.mask, part.codes, part.scales) for name, part in parts.items()}
+        for name, vector in done.vectors.items():
+            layer.get_parameter(name).copy_(vector)
+        report.layers += done.reports
+        if done.recovered is not None:
+            report.recovered[f"{name_of_list}.{index}"] = done.recovered
+        solved |= {name: Solved(part.weight[:0], part.mask, part.codes, part.scales) for name, part in done.parts.items()}
         inputs.advance(layer, index)
     if format is not None:
         for name, part in solved.items():
@@ -126,6 +135,42 @@ def compress(
     return report
 
 
+@dataclass
+class _Layer:
+    """What became of a decoder layer: its linear layers, and after recovery its vectors (norms, biases) by their names in it."""
+
+    parts: dict[str, Solved] = field(default_factory=dict)
+    reports: list[LayerReport] = field(default_factory=list)
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    recovered: tuple[float, float] | None = None
+
+
+def _compress_layer(
+    inputs: Inputs, layer: nn.Module, index: int, linears: dict[str, nn.Linear], targets: list[Tensor] | None, recover: int,
+    pattern: Pattern | None, format: WeightFormat | None, target: Any, method: str, damping: float,
+) -> _Layer:  # fmt: skip
+    """``targets``: where it is to be recovered, what the layer gave in the dense model."""
+    done = _Layer()
+    statistics = gather(inputs, layer, index, linears)
+    weights = {name: linear.weight.float().clone() for name, linear in linears.items()}
+    for name, weight in weights.items():
+        done.parts[name] = _solve(weight, statistics[name], pattern, None if targets else format, method, damping)
+    if targets:
+        for name, linear in linears.items():
+            linear.weight.copy_(done.parts[name].weight)
+        masks = {linear: done.parts[name].mask for name, linear in linears.items()}
+        done.recovered = recover_layer(inputs, layer, index, targets, masks, recover)
+        done.vectors = {name: each.detach().clone() for name, each in layer.named_parameters() if each.dim() == 1}
+        statistics = gather(inputs, layer, index, linears)
+        for name, linear in linears.items():
+            done.parts[name] = _solve(linear.weight.float(), statistics[name], pattern, format, method, damping, masks[linear])
+    for name, linear in linears.items():
+        error = error_of(weights[name], done.parts[name].weight, statistics[name].gram)
+        before = linear.weight.numel() * linear.weight.element_size()
+        done.reports.append(LayerReport(name, linear.out_features, linear.in_features, error, before, _bytes(linear, pattern, target)))
+    return done
+
+
 def _check(
     model: nn.Module,
     ids: Tensor,
@@ -133,6 +178,7 @@ def _check(
     weights: str | None,
     group_size: int | None,
     method: str,
+    recover: int,
     damping: float,
     batch: int,
 ) -> tuple[Pattern | None, WeightFormat | None]:  # fmt: skip
@@ -144,6 +190,10 @@ def _check(
         raise ValueError("gptq rounds dense weights: give weights and no sparsity; sparsegpt does both")
     if method != "gptq" and sparsity is None:
         raise ValueError(f"{method} prunes: give sparsity; gptq rounds dense weights")
+    if recover < 0 or (recover and sparsity is None):
+        raise ValueError(f"recover is a number of steps that a pruned layer is trained: 0 or more, and with sparsity; got {recover}")
+    if recover and any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+        raise ValueError("recover trains weights, which takes a float32 model: load it in torch.float32")
     if weights not in (None, "int4", "int8"):
         raise ValueError(f"weights must be int4, int8 or None, got {weights!r}")
     if ids.dim() != 2 or ids.dtype != torch.int64 or ids.shape[0] < 1 or ids.shape[1] < 2:
@@ -187,14 +237,16 @@ def _choose(
 
 
 def _solve(
-    linear: nn.Linear, statistics: Statistics, pattern: Pattern | None, format: WeightFormat | None, method: str, damping: float
-) -> Solved:
-    weight = linear.weight.float()
+    weight: Tensor, statistics: Statistics, pattern: Pattern | None, format: WeightFormat | None, method: str, damping: float,
+    kept: Tensor | None = None,
+) -> Solved:  # fmt: skip
+    """``kept``: what is kept, where that is decided already."""
     if not bool(weight.isfinite().all()):
         raise ValueError("a weight holds a NaN or an infinity")
     if method in ("sparsegpt", "gptq"):
-        return by_error(weight, statistics.gram, pattern, format, damping)
-    return by_score(weight, weight.abs() * (statistics.norms if method == "wanda" else 1.0), pattern, format)
+        return by_error(weight, statistics.gram, pattern, format, damping, kept)
+    scores = kept.float() if kept is not None else weight.abs() * (statistics.norms if method == "wanda" else 1.0)
+    return by_score(weight, scores, pattern, format)
 
 
 def _bytes(linear: nn.Linear, pattern: Pattern | None, target: Any) -> int:
@@ -279,12 +331,17 @@ class _State:
     def _path(self, index: int) -> Path:
         return self.folder / f"layer-{index}.pt"
 
-    def save(self, index: int, parts: dict[str, Solved], reports: list[LayerReport]) -> None:
-        content = {"parts": {name: vars(part) for name, part in parts.items()}, "reports": [vars(report) for report in reports]}
+    def save(self, index: int, layer: _Layer) -> None:
+        content = {
+            **vars(layer),
+            "parts": {name: vars(part) for name, part in layer.parts.items()},
+            "reports": [vars(e) for e in layer.reports],
+        }
         self._replace(self._path(index), lambda path: torch.save(content, path))
 
-    def load(self, index: int) -> tuple[dict[str, Solved], list[LayerReport]] | None:
+    def load(self, index: int) -> _Layer | None:
         if not self._path(index).exists():
             return None
         content = torch.load(self._path(index), weights_only=True)
-        return {name: Solved(**part) for name, part in content["parts"].items()}, [LayerReport(**each) for each in content["reports"]]
+        parts = {name: Solved(**part) for name, part in content["parts"].items()}
+        return _Layer(parts, [LayerReport(**each) for each in content["reports"]], content["vectors"], content["recovered"])

@@ -63,27 +63,30 @@ def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     raise ValueError("the calibration statistics of a layer cannot be inverted: give more text, or more damping")
 
 
-def by_error(weight: Tensor, gram: Tensor, pattern: Pattern | None, format: WeightFormat | None, damping: float) -> Solved:
+def by_error(
+    weight: Tensor, gram: Tensor, pattern: Pattern | None, format: WeightFormat | None, damping: float, kept: Tensor | None = None
+) -> Solved:
     """SparseGPT (arXiv 2301.00774), and without a pattern GPTQ (2210.17323): column by column, a column's error in pruning and rounding
     is made up for by the columns that are still to come, as the second-order model of the layer's output error says.
 
     What is kept of a block of m is decided when it is reached, by w^2 over the squared diagonal of the inverse's factor, summed over
     rows that share places. A group's scale is searched for what it keeps when it is reached; one scale a row is searched before.
-    ``format``: int4 or int8 without zeros, or None.
+    ``format``: int4 or int8 without zeros, or None. ``kept``: bool ``[N, K]``, what is kept, where that is decided already.
     """
     upper, dead = inverse_factor(gram, damping)
     w = weight.clone()
     w[:, dead] = 0
     rows, k = w.shape
     diagonal = upper.diagonal()
-    mask = torch.ones(rows, k, dtype=torch.bool)
+    mask = torch.ones(rows, k, dtype=torch.bool) if kept is None else kept
+    decides = pattern is not None and kept is None
     group = 0 if format is None else format.group_size
     step = max(group or 32, 32)
     scales: list[Tensor] = []
     scale = torch.ones(rows)
     if format is not None and group == 0:
-        kept = w if pattern is None else torch.where(pattern.mask((w / diagonal).square()), w, 0.0)
-        scales = [quantize_weight(kept, format).scales]
+        likely = pattern.mask((w / diagonal).square()) if decides else mask
+        scales = [quantize_weight(torch.where(likely, w, 0.0), format).scales]
         scale = scales[0][:, 0].float()
     out = torch.empty_like(w)
     codes = torch.zeros(rows, k, dtype=torch.int32)
@@ -95,7 +98,7 @@ def by_error(weight: Tensor, gram: Tensor, pattern: Pattern | None, format: Weig
             if column % step == 0:  # WHY not block by block of m: the scale must know what it is for
                 last = min(i + step, end - begin)
                 ahead = part[:, i:last]
-                if pattern is not None:
+                if decides:
                     mask[:, column : begin + last] = pattern.mask((ahead / diagonal[column : begin + last]).square())
                 if group:
                     found = quantize_weight(torch.where(mask[:, column : begin + last], ahead, 0.0), WeightFormat(format.name, 0))
