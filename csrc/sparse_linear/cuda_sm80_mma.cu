@@ -7,9 +7,10 @@
 //           warp takes two strips of 16 n at a time, which share their registers of metadata: selector 0 and 1.
 // BOUND     M <= 16: bytes of w. A tile of 64 n x 128 k is 2 KB of int4, 1 KB of places, 128 B of scales (groups of 128): 3.125 bits a weight where
 //           dense int4 takes 4.125, so at best 1.32 times faster; int8 5.125 for 8.125, 1.59 times. H200, 4.3 TB/s: 18 B a cycle an SM, a tile of int4
-//           every 178 cycles, 711 issue slots; it takes about 330 (dequantization 150, mma.sp 16, scales 60, copies and loads 60).
+//           every 178 cycles, 711 issue slots; nvcc makes about 400 instructions of it (150 dequantize, 16 are mma.sp, 32 sums, the rest copies).
 //           Large M: tensor cores at twice the dense rate. A unit of 128 tokens x 128 n x 128 k is 512 mma.sp of 8 cycles on 4 tensor cores of sm_80,
-//           1024 cycles; shared memory moves 64 KB of x and 24 KB of w, 700 cycles; a scheduler issues about 800 instructions.
+//           1024 cycles; shared memory moves 64 KB of x and 24 KB of w, 700 cycles; a scheduler issues 820 instructions to compute and some 300 to
+//           copy. So 2 * 312 TFLOP/s of the dense product are out of reach on A100 by 10% at least. No GPU has run it yet.
 // LIMITS    sm_80 or newer; 2:4, with or without places that rows share; float activations in fp16 or bf16. Overflow as cuda_mma.cuh says
 #include "quant_linear/cuda_mma.cuh"
 #include "sparse_linear/op.h"
