@@ -37,8 +37,11 @@ WIDE = r"LDS\.(?:U\.)?128"  # 16 bytes a lane of shared memory
 EXPECTED = (
     Rule("cuda_sm75", "pack_kernel", (STORE,)),
     Rule("cuda_sm75", "unpack_kernel|dequantize_kernel", (LOAD,)),
+    Rule("cuda_sm75", "expand_kernel", (STORE,)),
+    Rule("cuda_sm75", "(check|pack|unpack)_places_kernel|copy_kernel", ()),  # places of sparse weights, byte by byte
     Rule("cuda_sm75_quantize_rows", "quantize_rows", (LOAD, STORE)),
     Rule("cuda_sm75_simt", "simt", (LOAD, r"FFMA")),
+    Rule("cuda_sm75_simt", "sparse_simt", (r"LDS\b", r"FFMA")),  # what a lane needs of w may be 2 to 16 bytes
     Rule("cuda_sm75_simt", "attention_simt", (r"LDS\b", r"FFMA"), range(80)),  # nvcc makes shorter loads of it
     Rule("cuda_sm75_simt", "attention_simt", (r"LDS\.128", r"FFMA")),
     Rule("cuda_sm75_simt", "append_kernel|read_kernel", ()),  # a lane has every 32nd number of a row
@@ -51,6 +54,7 @@ EXPECTED = (
     Rule("cuda_sm75_mma", "attention_mma", (r"HMMA\.1688\.F32", "LDSM", r"LDSM\S*\.MT88", LOAD, STORE, r"MUFU\.EX2")),
     Rule("cuda_sm80_mma", "attention_mma", (r"HMMA\.16816\.F32{type}", "LDSM", r"LDSM\S*\.MT88", COPY, STORE, r"MUFU\.EX2")),
     Rule(r"cuda_sm(75|80)_mma", "attention_align", ()),  # q, k or v that is not aligned to 16 bytes: 2 at a time
+    Rule("cuda_sm80_mma", "sparse_mma_kernel", (r"HMMA\.SP\.16832\.F32{type}", "LDSM", COPY, WIDE)),
     Rule("cuda_sm80_mma", "mma_kernel", (r"HMMA\.16816\.F32{type}", "LDSM", COPY)),
     Rule(r"cuda_sm(75|80)_mma", "combine", (LOAD, STORE)),
     Rule(r"cuda_sm(75|80)_mma", "align_rows", ()),  # x that is not aligned to 16 bytes: 2 at a time

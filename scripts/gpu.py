@@ -6,6 +6,7 @@ Steps, each with a time limit and a log in the output folder, so that a run that
   tests      the impl tests on the GPU; needs pytest and hypothesis
   decode     python -m bench.gpu_decode: attention_decode beside torch's attention
   prefill    python -m bench.gpu_prefill: attention_prefill beside cuDNN's and FlashAttention's
+  sparse     python -m bench.gpu_sparse: sparse_linear beside quant_linear and cuBLAS
   bench      python -m bench.gpu; started again where a kernel crashes or never returns, without that kernel
   sanitizer  compute-sanitizer memcheck and racecheck on tiny cases, where it is installed
 Packages that the machine lacks can be carried as wheels in ./wheels, or where $TAUT_WHEELS says; `scripts/gpu --fetch-wheels` on a
@@ -30,19 +31,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = ("build", "golden", "tests", "decode", "prefill", "bench", "sanitizer")
+STEPS = ("build", "golden", "tests", "decode", "prefill", "sparse", "bench", "sanitizer")
 DEFAULT_BUDGET = 460.0
 # The most a step may take, and what it must leave for those after it, in seconds.
 LIMITS = {
     "build": (240.0, 150.0), "golden": (40.0, 120.0), "tests": (100.0, 100.0), "decode": (40.0, 100.0), "prefill": (40.0, 80.0),
-    "bench": (300.0, 45.0), "sanitizer": (120.0, 5.0),
+    "sparse": (40.0, 60.0), "bench": (300.0, 45.0), "sanitizer": (120.0, 5.0),
 }  # fmt: skip
 STALL_SECONDS = 75.0  # without a new line the benchmark is stuck: in a kernel that does not return, or a peer that tunes itself
 MOST_STARTS = 8
 TESTS = tuple(
     f"tests/test_{name}.py"
-    for name in ("quant_linear", "attention_prefill", "attention_decode", "kv_append", "pack_weight", "quant_linear_module", "cuda_device")
-)
+    for name in ("quant_linear", "attention_prefill", "attention_decode", "kv_append", "sparse_linear", "pack_weight", "pack_sparse",
+                 "quant_linear_module", "sparse_module", "cuda_device")
+)  # fmt: skip
 # Needed to import taut and to run its tests; a machine with torch has numpy and more.
 WHEELS = (
     "psutil", "rich", "markdown-it-py", "mdurl", "pygments", "safetensors",
@@ -350,8 +352,8 @@ def golden(run: Run, facts: dict[str, str]) -> Outcome:
     return Outcome("golden", code == 0 and bool(files), f"{len(files)} files", shown=[] if code == 0 else run.tail("golden.log"))
 
 
-def attention(run: Run, step: str) -> Outcome:
-    """A benchmark of attention: "decode" or "prefill"."""
+def one_op(run: Run, step: str) -> Outcome:
+    """The benchmark of one op: "decode", "prefill" or "sparse"."""
     limit = run.limit(step)
     command = [sys.executable, "-m", f"bench.gpu_{step}", "--out", str(run.out), "--budget", f"{max(1.0, limit - 15.0):.0f}"]
     code = run.execute([*command, *(["--dry-run"] if run.dry_run else [])], f"{step}.log", limit, show=True)
@@ -480,8 +482,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "build": lambda: build(run, facts),
         "golden": lambda: golden(run, facts),
         "tests": lambda: tests(run),
-        "decode": lambda: attention(run, "decode"),
-        "prefill": lambda: attention(run, "prefill"),
+        "decode": lambda: one_op(run, "decode"),
+        "prefill": lambda: one_op(run, "prefill"),
+        "sparse": lambda: one_op(run, "sparse"),
         "bench": lambda: bench(run, args.bench),
         "sanitizer": lambda: sanitizer(run),
     }

@@ -12,11 +12,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from bench import gpu_sparse
 from bench.contenders import Skip
 from bench.gpu_problem import TOLERANCES, Weight, max_error, own_layer, own_packed, rows_of_x
 
 import taut
 from taut import _native
+from taut.formats import WeightFormat
+from taut.formats.sparse import Pattern
+from taut.ops.pack_sparse import pack_sparse
+from taut.ops.sparse_linear import dequantize_sparse, sparse_linear
 
 OP = "quant_linear"
 # n, k, format, rows of x: ragged in every direction, with one pipeline of copies that wraps around, and one call of many blocks
@@ -29,6 +34,26 @@ CASES = (
     (66, 256, "fp8_row_f8row", (1, 40)),
     (257, 512, "int4_row_{0}", (130,)),
 )
+# weights, pattern, rows of x: of [70, 1168], which 8 and 16 divide, and 128 does not
+SPARSE_CASES = (
+    (WeightFormat("int4", 32), "2:4", (1, 13, 70)),
+    (WeightFormat("int8", 128), "16:2:4", (5, 40)),
+    (WeightFormat("int4", 128), "4:8", (1, 7)),
+)
+
+
+def sparse_calls(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, float, float]]:
+    generator = torch.Generator(device).manual_seed(5)
+    for weights, text, rows in SPARSE_CASES:
+        case = gpu_sparse.Case(70, 1168, weights, rows)
+        weight, format = gpu_sparse.random_sparse(case, Pattern.parse(text), generator)
+        packed, numbers = pack_sparse(weight, case.k, format), dequantize_sparse(weight, case.k, format)
+        for m in rows:
+            x = torch.randn(m, case.k, generator=generator, device=device).to(dtype)
+            for impl in gpu_sparse.impls(case, m, format.pattern, dtype, device.type):
+                with taut.force_impl("sparse_linear", impl):
+                    error = max_error(sparse_linear(x, packed, None, case.n, format, "float"), x, numbers)
+                yield f"sparse {impl} {case}_M{m} {text}", error, TOLERANCES["bf16"]
 
 
 def calls(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, float, float]]:
@@ -55,7 +80,8 @@ def main() -> int:
     device = torch.device("cpu" if "--cpu" in sys.argv[1:] else "cuda")
     bf16 = device.type == "cpu" or torch.cuda.get_device_capability() >= (8, 0)
     wrong = done = 0
-    for name, error, tolerance in calls(device, torch.bfloat16 if bf16 else torch.float16):
+    dtype = torch.bfloat16 if bf16 else torch.float16
+    for name, error, tolerance in (*calls(device, dtype), *sparse_calls(device, dtype)):
         done += 1
         if not error <= tolerance:
             wrong += 1

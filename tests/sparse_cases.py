@@ -103,3 +103,25 @@ SPECIAL = tuple(
     for pattern in (Pattern(2, 4), Pattern(2, 4, 16), Pattern(4, 8, 16))
     for activations in (("int8", "int8_row") if name == "int8" else ("int8",))
 )
+
+
+def cuda_cases() -> tuple[SparseCase, ...]:
+    """What CUDA kernels take: float activations; every tile, ragged in all ways, and deep enough for their pipelines to go around."""
+    weights = (*(WeightFormat(name, group) for name in ("int4", "int8") for group in (32, 64, 128, 0)), WeightFormat("fp8_e4m3", 64))
+    rows = covering_set(
+        (
+            (1, 7, 13, 30, 50, 130), ((16, 128), (72, 1032), (136, 2304), (40, 4), (200, 524)), weights, PATTERNS,
+            (torch.float16, torch.bfloat16), (False, True),
+        ),
+        lambda m, shape, weights, pattern, *_: shape[1] % pattern.m == 0,
+    )  # fmt: skip
+    # so many units for the few rows that blocks take more of them than they have stages
+    deep = ((1, (512, 4096), WeightFormat("int4", 128), torch.float16), (2, (640, 4096), WeightFormat("int8", 32), torch.bfloat16),
+            (9, (256, 2560), WeightFormat("int4", 32), torch.float16))  # fmt: skip
+    two_of_four = covering_set(((1, 8, 16, 32, 64, 200), ((64, 1024), (8, 3200), (130, 268)), weights, (torch.float16, torch.bfloat16)))
+    return tuple(
+        SparseCase(m, min(n, 5_900_000 // (m * k)), k, SparseFormat(weights, pattern), "float", dtype, bias)
+        for m, (n, k), weights, pattern, dtype, bias in (
+            *rows, *((m, shape, weights, Pattern(2, 4), dtype, m % 3 == 0) for m, shape, weights, dtype in (*two_of_four, *deep))
+        )
+    )  # fmt: skip

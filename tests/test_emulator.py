@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import re
 import signal
@@ -52,6 +53,7 @@ FAULTS = {
     "shuffle_from_a_lane_outside_its_mask": "reads lane 20, which is not in its mask",
     "lane_not_in_its_own_mask": "the calling lane is not in its mask",
     "mma_in_a_divergent_branch": "warp divergence: mma.m16n8k16 at .* while other lanes .* are at mma.m16n8k16",
+    "mma_sp_places_do_not_ascend": r"mma.sp: the places of row 3, k 12 to 15 must ascend, and are 2 and 1",
     "ldmatrix_misaligned": "ldmatrix: the row address of lane 1 is misaligned",
     "ldmatrix_out_of_bounds": "ldmatrix: 16 bytes at .* are not all in shared memory",
     "ldmatrix_before_barrier": "data race at dynamic shared memory .* ldmatrix|ldmatrix reads uninitialised",
@@ -241,6 +243,29 @@ def test_mma(name, dtype, depth, mode, selftests):
     d = run_mma(selftests[mode].library, name, *(t.view(torch.uint8).numpy().view(bits) for t in (a, b)), c.numpy())
     expected = (a.double() @ b.double() + c.double()).float()
     assert torch.equal(torch.from_numpy(d), expected), "the sum is exact in double, and rounded once"
+
+
+@pytest.mark.parametrize("mode", build.MODES)
+@pytest.mark.parametrize(("name", "dtype"), (("mma_sp_m16n8k32_f16", torch.float16), ("mma_sp_m16n8k32_bf16", torch.bfloat16)), ids=str)
+def test_mma_sp(name, dtype, mode, selftests):
+    """The fragments of a and b, and the metadata, as the tables and figures of the PTX manual have them."""
+    selftests[mode].set_device(80)
+    generator = torch.Generator().manual_seed(5)
+    b, c = torch.randn(32, 8, generator=generator).to(dtype), torch.randn(16, 8, generator=generator)
+    given = torch.randn(16, 16, generator=generator).to(dtype)
+    places = torch.rand(2, 16, 8, 4, generator=generator).argsort(-1)[..., :2].sort(-1).values  # of each selector: [row][chunk of 4 k][2]
+    words = [lanes(a_16bit, 4, 2, given.view(torch.int16).numpy()), lanes(b_16bit, 4, 2, b.view(torch.int16).numpy())]
+    meta = np.zeros((32, 1), np.uint32)
+    for lane, half, chunk in itertools.product(range(32), range(2), range(4)):
+        first, second = places[lane % 4 // 2, lane // 4 + 8 * half, lane % 2 * 4 + chunk].tolist()
+        meta[lane] |= np.uint32((first | second << 2) << (16 * half + 4 * chunk))
+    words += [meta, lanes(accumulator, 4, 1, c.numpy())]
+    out = golden.run(selftests[mode].library, name, np.concatenate(words, 1)[None], 8)[0].view(np.float32)
+    for selector in range(2):
+        a = torch.zeros(16, 8, 4, dtype=torch.float64).scatter_(2, places[selector], given.double().view(16, 8, 2)).view(16, 32)
+        expected = (a @ b.double() + c.double()).float()
+        for lane, register in itertools.product(range(32), range(4)):
+            assert out[lane, 4 * selector + register] == expected[accumulator(lane, register, 0)], f"selector {selector}, lane {lane}"
 
 
 @pytest.mark.parametrize("mode", build.MODES)

@@ -463,11 +463,11 @@ def test_wheels_are_unpacked_without_pip(tmp_path: Path) -> None:
 def test_time_is_kept_for_the_steps_that_follow(tmp_path: Path) -> None:
     clock = FakeClock()
     run = script.Run(tmp_path, 460.0, True, clock)
-    assert [run.limit(step) for step in script.STEPS] == [240.0, 40.0, 100.0, 40.0, 40.0, 300.0, 120.0]
+    assert [run.limit(step) for step in script.STEPS] == [240.0, 40.0, 100.0, 40.0, 40.0, 40.0, 300.0, 120.0]
     clock.now += 240.0  # a build that took all it may
-    assert [run.limit(step) for step in script.STEPS[1:]] == [40.0, 100.0, 40.0, 40.0, 175.0, 120.0]
+    assert [run.limit(step) for step in script.STEPS[1:]] == [40.0, 100.0, 40.0, 40.0, 40.0, 175.0, 120.0]
     clock.now += 200.0
-    assert [run.limit(step) for step in script.STEPS[1:]] == [0.0, 0.0, 0.0, 0.0, 0.0, 15.0]
+    assert [run.limit(step) for step in script.STEPS[1:]] == [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 15.0]
 
 
 def test_a_command_is_interrupted_first_and_its_output_kept(tmp_path: Path) -> None:
@@ -552,8 +552,8 @@ def test_dry_run_of_everything_but_the_build(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHON": sys.executable, "TAUT_WHEELS": str(tmp_path / "no wheels")}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    last = done.stdout.splitlines()[-6:]
-    assert [text.split()[:2] for text in last] == [["ok", step] for step in ("golden", "tests", "decode", "prefill", "bench", "sanitizer")]
+    last = done.stdout.splitlines()[-7:]
+    assert [text.split()[:2] for text in last] == [["ok", step] for step in script.STEPS[1:]]
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
         "tests.log",
@@ -561,13 +561,15 @@ def test_dry_run_of_everything_but_the_build(tmp_path: Path) -> None:
         "decode.log",
         "prefill.jsonl",
         "prefill.log",
+        "sparse.jsonl",
+        "sparse.log",
         "bench.jsonl",
         "bench.log",
         "sanitizer.log",
         "summary.txt",
     }
     assert "passed" in last[1]
-    assert all("measurements" in line for line in last[2:5])
+    assert all("measurements" in line for line in last[2:6])
 
 
 @pytest.mark.parametrize(("arguments", "words"), [(["--only", "sleep"], "--only sleep"), (["--budget", "0"], "--budget must be above 0")])

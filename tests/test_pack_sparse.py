@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import taut
 from checks import assert_same_bits
+from emulator import build
+from emulator.emulated import emulated
+from on_gpu import on_gpu
 from sparse_cases import PATTERNS, WEIGHTS, random_sparse
+from taut import _native
 from taut.formats import WeightFormat
 from taut.formats.sparse import Pattern, SparseFormat, densify, sparsify
-from taut.ops.pack_sparse import pack_sparse, unpack_sparse
+from taut.ops.pack_sparse import pack_sparse, repack_sparse, unpack_sparse
 from taut.ops.quantize_weight import quantize_weight
 
 OP = "pack_sparse"
@@ -47,6 +55,87 @@ def test_round_trip(weights, pattern):
 )  # fmt: skip
 def test_round_trip_fuzz(n, blocks, weights, pattern, seed):
     assert_round_trip(n, blocks * pattern.m, SparseFormat(weights, pattern), seed)
+
+
+@contextmanager
+def in_layout(layout: int) -> Iterator[None]:
+    """As if the CPU's kernels read this layout: the CPU ops compute every one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_native, "layout_for", lambda device_type: layout)
+        yield
+
+
+def cuda_device(name: str) -> AbstractContextManager:
+    """Within it, ops on CPU tensors run on a CUDA device: the emulated one, or a real one where there is."""
+    if name == "cuda":
+        return on_gpu()
+    if reason := build.unavailable():
+        pytest.skip(reason)
+    return emulated(name, sm=75)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_round_trip_in_the_layout_of_cuda(weights, pattern):
+    format = SparseFormat(weights, pattern)
+    with in_layout(1):
+        for n, k in ((1, 8), (8, 32), (17, 136), (70, 520), (16, 1032)):
+            weight = random_sparse(n, k, format, torch.Generator().manual_seed(n + k))
+            packed = pack_sparse(weight, k, format)
+            assert packed.numel() == format.layout_bytes(n, k, 1)
+            for name, old, back in zip(weight._fields, weight, unpack_sparse(packed, n, k, format), strict=True):
+                assert_same_bits(back, old, f"{format} [{n}, {k}]: {name} packed and unpacked")
+
+
+DEVICES = (*build.MODES, *(["cuda"] if taut.list_impls("cuda") else []))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("weights", WEIGHTS[::2], ids=str)
+def test_cuda_packs_what_the_cpu_packs(weights, pattern, device):
+    format = SparseFormat(weights, pattern)
+    for n, k in ((1, 8), (17, 136), (70, 392), (129, 32), (0, 8)):
+        weight = random_sparse(n, k, format, torch.Generator().manual_seed(n + k))
+        rows8 = pack_sparse(weight, k, format)
+        with in_layout(1):
+            packed = pack_sparse(weight, k, format)
+        with cuda_device(device):
+            assert_same_bits(pack_sparse(weight, k, format), packed, f"{format} [{n}, {k}] packed")
+            for name, old, back in zip(weight._fields, weight, unpack_sparse(packed, n, k, format), strict=True):
+                assert_same_bits(back, old, f"{format} [{n}, {k}]: {name} unpacked")
+            assert_same_bits(repack_sparse(rows8, 0, n, k, format, torch.device("cpu")), packed, "moved as it was, packed again")
+        assert_same_bits(repack_sparse(packed, 1, n, k, format, torch.device("cpu")), rows8, "and back")
+
+
+def test_places_are_where_sparse_tensor_cores_want_them():
+    """The metadata of mma.sp.m16n8k32, by the definition of its fragment: bit by bit."""
+    n, k, format = 70, 200, SparseFormat(WeightFormat("int4", 64), Pattern(2, 4))
+    weight = random_sparse(n, k, format, torch.Generator().manual_seed(4))
+    with in_layout(1):
+        packed = pack_sparse(weight, k, format)
+    words = packed[-2 * 2 * 1024 :].view(torch.int32).view(2, 2, 2, 32, 4)  # [64 n][128 k][2 strips][lane][step]
+    nibbles = torch.stack([weight.meta & 15, weight.meta >> 4], -1).flatten(1)  # [n][block of 4 k]
+    for row in range(128):
+        for block in range(64):
+            expected = int(nibbles[row, block]) if row < n and block < k // 4 else 4
+            lane = row % 8 * 4 + row // 16 % 2 * 2 + block // 4 % 2
+            word = int(words[row // 64, block // 32, row % 64 // 32, lane, block % 32 // 8])
+            assert word >> (row // 8 % 2 * 16 + block % 4 * 4) & 15 == expected, (row, block)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_cuda_refuses_places_that_do_not_ascend(device):
+    for pattern in (Pattern(2, 4), Pattern(4, 8, 16), Pattern(2, 4, 8)):
+        format = SparseFormat(WeightFormat("int8", 0), pattern)
+        weight = random_sparse(40, 32, format, torch.Generator().manual_seed(5))
+        row = 3 if pattern.v == 1 else 2
+        weight.meta[row, 1] = 0
+        with cuda_device(device), pytest.raises(ValueError, match=f"must ascend; those of row {row} do not"):
+            pack_sparse(weight, 32, format)
+        weight.meta[row, 1] = 255
+        with cuda_device(device), pytest.raises(RuntimeError, match="on CUDA layout must be 1"):
+            _native.ops_for("cpu").pack_sparse(*weight, 32, 8, 0, pattern.n, pattern.m, pattern.v, 0)
 
 
 def test_a_weight_that_is_2_4_already_loses_nothing():

@@ -7,7 +7,7 @@ import torch
 
 import taut
 from checks import assert_linear, assert_same_bits
-from sparse_cases import SPECIAL, SparseCase, sparse_cases
+from sparse_cases import SPECIAL, SparseCase, cuda_cases, sparse_cases
 from taut.formats import WeightFormat
 from taut.formats.sparse import Pattern, SparseFormat
 from taut.ops import sparse_linear as sparse_op
@@ -20,7 +20,7 @@ PATTERNS = (Pattern(2, 4), Pattern(2, 4, 16), Pattern(4, 8, 8))
 
 def kernel_of(impl: str, case: SparseCase) -> str:
     """Whose roundings are to be expected: of the dense kernel that multiplies in the end."""
-    if not impl.endswith("dense"):
+    if impl.startswith("cuda") or not impl.endswith("dense"):
         return impl
     return next(row.impl for row in taut.explain("quant_linear", **case.dense.sizes()) if row.chosen)
 
@@ -38,7 +38,7 @@ def check(impl: str, case: SparseCase) -> None:
         assert_same_bits(old, new, f"{impl} on {case}: an input was written to")
 
 
-@pytest.mark.parametrize("case", sparse_cases() + SPECIAL, ids=str)
+@pytest.mark.parametrize("case", tuple(dict.fromkeys(sparse_cases() + SPECIAL + cuda_cases())), ids=str)
 def test_matches_reference(impl, case, forced):
     forced(impl, **case.sizes())
     check(impl, case)
@@ -59,6 +59,65 @@ def test_rows_and_threads_change_nothing(impl, pattern, forced, threads):
         for m in range(7):
             row = sparse_linear(inputs.x[m : m + 1], packed, None, case.N, case.format, "int8")
             assert_same_bits(row, expected[m : m + 1], f"{impl}: row {m} alone")
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("weights", (WeightFormat("int4", 128), WeightFormat("int8", 32)), ids=str)
+def test_a_row_does_not_depend_on_its_batch(impl, weights, dtype, forced):
+    """CPU kernels promise it always (above), CUDA kernels in ``taut.batch_invariant()``."""
+    if not impl.startswith("cuda"):
+        pytest.skip("test_rows_and_threads_change_nothing is the CPU's")
+    case = SparseCase(140, 24, 1668, SparseFormat(weights, Pattern(2, 4)), "float", dtype, True)
+    with taut.batch_invariant():
+        forced(impl, **case.sizes())
+        inputs, packed = case.make()
+        whole = sparse_linear(inputs.x, packed, inputs.bias, case.N, case.format, "float")
+        assert_linear(whole, inputs.x, inputs, case.dense, impl=impl)
+        for rows in (1, 9, 20, 40, 64, 65):
+            for start in (0, 8):
+                part = sparse_linear(inputs.x[start : start + rows], packed, inputs.bias, case.N, case.format, "float")
+                assert_same_bits(part, whole[start : start + rows], f"{impl} on {case}: rows {start} to {start + rows} alone")
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("name", ("int8", "int4"))
+def test_sums_that_fit(impl, pattern, name, forced):
+    """Small integers whose sums 16-bit floats hold: every bit is right."""
+    case = SparseCase(21, 72, 328, SparseFormat(WeightFormat(name, 32), pattern), "float", torch.float16)
+    forced(impl, **case.sizes())
+    weight = case.weight()
+    generator = torch.Generator().manual_seed(3)
+    if name == "int8":
+        weight = weight._replace(codes=torch.randint(-3, 4, weight.codes.shape, generator=generator, dtype=torch.int8))
+    else:
+        weight = weight._replace(codes=torch.randint(6, 10, weight.codes.shape, generator=generator, dtype=torch.uint8) * 17)
+    weight = weight._replace(scales=torch.full_like(weight.scales, 1.0))
+    _, packed = case.make(weight)
+    x = torch.randint(-2, 3, (21, 328), generator=generator).half()
+    w = dequantize_sparse(weight, 328, case.format, torch.float64)
+    expected = x.double() @ w.T
+    assert expected.abs().max() <= 2048
+    assert_same_bits(sparse_linear(x, packed, None, 72, case.format, "float"), expected.half(), f"{impl} on small integers")
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_views_of_x_on_cuda(impl, pattern, forced):
+    case = SparseCase(6, 24, 72, SparseFormat(WeightFormat("int8", 32), pattern), "float", torch.float16, True)
+    forced(impl, **case.sizes())
+    inputs, packed = case.make()
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        return sparse_linear(x, packed, inputs.bias, 24, case.format, "float")
+
+    expected = product(inputs.x)
+    wide, columns = (torch.full((6, width), float("nan"), dtype=torch.float16) for width in (101, 144))
+    wide[:, 21:93], columns[:, ::2] = inputs.x, inputs.x
+    assert_same_bits(product(wide[:, 21:93]), expected, "part of wider rows, nowhere aligned")
+    assert_same_bits(product(columns[:, ::2]), expected, "every second column")
+    assert_same_bits(product(inputs.x.view(2, 3, 72)), expected.view(2, 3, 24), "two leading dimensions")
+    assert product(inputs.x[:0]).shape == (0, 24)
+    none = SparseCase(3, 0, 72, case.format, "float", torch.float16)
+    assert sparse_linear(inputs.x[:3], none.make()[1], None, 0, case.format, "float").shape == (3, 0)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -123,7 +182,7 @@ def test_opcheck_and_compile():
 def test_bad_calls():
     case = SparseCase(5, 24, 64, INT8)
     inputs, packed = case.make()
-    with pytest.raises(ValueError, match=r"packed must be uint8 \[\d+\] on the CPU for a 2:4 int8 group 32 weight \[24, 32\]"):
+    with pytest.raises(ValueError, match=r"packed must be uint8 \[\d+\] for a 2:4 int8 group 32 weight \[24, 32\] on cpu"):
         sparse_linear(inputs.x[:, :32], packed, None, 24, INT8)
     with pytest.raises(ValueError, match=r"bias must be torch.float32 \[24\]"):
         sparse_linear(inputs.x, packed, torch.zeros(23), 24, INT8)

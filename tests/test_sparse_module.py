@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
 import taut
 from checks import assert_same_bits
-from taut import SparseLinear
+from emulator import build
+from emulator.emulated import emulated
+from taut import SparseLinear, _native
 from taut.formats import WeightFormat
 from taut.formats.sparse import Pattern, SparseFormat
 from tiny_models import tiny, tiny_llama, write_checkpoint
@@ -66,6 +72,79 @@ def test_state_dict_round_trip():
         SparseLinear(96, 20, format=format).load_state_dict(state)
     half = sparse.half()
     assert half.bias.dtype == torch.float16 and half(x.half()).dtype == torch.float16
+
+
+PATTERNS = (Pattern(2, 4), Pattern(2, 4, 16), Pattern(1, 4), Pattern(4, 8, 8))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_moves_to_another_layout_and_computes_there(pattern):
+    """The kernels and packing of a CUDA device, by way of the routing of the tests' emulator."""
+    if reason := build.unavailable():
+        pytest.skip(reason)
+    format = SparseFormat(WeightFormat("int4", 32), pattern)
+    module = SparseLinear.from_float(nn.Linear(136, 40), format, "float").half()
+    state, size, weight = module.state_dict(), module.weight_bytes, module.dequantize(torch.float64)
+    x = torch.randn(5, 136, generator=torch.Generator().manual_seed(1)).half()
+    expected = linear(x.double(), weight, module.bias.double())
+
+    def assert_state(module: SparseLinear, what: str) -> None:
+        for name, value in module.state_dict().items():
+            assert_same_bits(value, state[name], f"{name}, {what}")
+
+    with emulated("fast", sm=80):
+        assert_same_bits(copy.deepcopy(module)(x), copy.deepcopy(module).cpu()(x), "packed again when it is called, and when it is moved")
+        module.cpu()
+        assert module.weight_bytes == module.packed.numel() == format.layout_bytes(40, 136, 1)
+        found = module(x)
+        fresh = SparseLinear(136, 40, format=format, activations="float", dtype=torch.float16)
+        fresh.load_state_dict(state)
+        assert_same_bits(fresh(x), found, "loaded there")
+        assert_state(module, "there")
+        stored = pickle.dumps(module)
+        with pytest.raises(ValueError, match="on CUDA sparse weights are multiplied with activations 'float'"):
+            SparseLinear.from_float(nn.Linear(136, 40), format, "int8")(x.float())
+    torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=2e-3)
+    assert_state(pickle.loads(stored), "its bytes moved as they were")
+    assert_state(module.cpu(), "back")
+    assert module.weight_bytes == size
+
+
+needs_cuda = pytest.mark.skipif(bool(_native.why_not("cuda")), reason=_native.why_not("cuda"))
+
+
+@needs_cuda
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_to_cuda_and_back(pattern):
+    format = SparseFormat(WeightFormat("int8", 64), pattern)
+    layer = nn.Linear(136, 40)
+    module = SparseLinear.from_float(layer, format)
+    state, weight = module.state_dict(), module.dequantize()
+    x = torch.randn(5, 136)
+    module.to("cuda", torch.float16)
+    assert module.packed.is_cuda and module.weight.device.type == "cuda"
+    torch.testing.assert_close(module(x.cuda().half()).float().cpu(), linear(x, weight, layer.bias), rtol=2e-2, atol=2e-2)
+    with pytest.raises(ValueError, match="x is on cpu, the weight of this SparseLinear on cuda:0"):
+        module(x)
+    y = x.cuda().half().requires_grad_()
+    module(y).sum().backward()
+    torch.testing.assert_close(y.grad[0].float().cpu(), weight.sum(0), rtol=2e-2, atol=2e-2)
+    there = SparseLinear.from_float(nn.Linear(136, 40).cuda(), format)
+    assert there.packed.is_cuda and there(x.cuda()).is_cuda
+    module.to("cpu", torch.float32)
+    for name, value in module.state_dict().items():
+        if name != "bias":
+            assert_same_bits(value, state[name], name)
+
+
+def test_cuda_without_kernels_is_a_value_error(monkeypatch):
+    format = SparseFormat(WeightFormat("int8", 32), Pattern(2, 4))
+    module = SparseLinear.from_float(nn.Linear(64, 24), format)
+    monkeypatch.setattr(_native, "_WHY_NO_CUDA", "this build of taut has no CUDA kernels")
+    with FakeTensorMode():
+        x = torch.empty(3, 64, device="cuda")
+        with pytest.raises(ValueError, match="x is on cuda:0, the weight of this SparseLinear on cpu"):
+            module(x)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)

@@ -159,6 +159,35 @@ TAUT_DEVICE void mma_m16n8k32_e4m3(float (&d)[4], const uint32_t (&a)[4], uint32
 #endif
 }
 
+// ---- mma.sp: the same where a is sparse, 2:4 --------------------------------------------------------------------------
+// d[16,8] += a[16,32] @ b[32,8]; of each 4 neighbours of a row of a two are given. g = lane / 4, t = lane % 4:
+//   a     those that are given, 16 x 16, as the a of mma.m16n8k16: register a_0 has the two of (g; 4t..4t+3), a_2 of (g; 4t+16..4t+19)
+//   b     (2t, 2t+1; g), (2t+8, 2t+9; g), (2t+16, 2t+17; g), (2t+24, 2t+25; g)
+//   meta  2 bits for each number given: its place in its 4, the lower place first (0b1000 is places 0 and 2). Low half: row g, high half: row
+//         g + 8; of k 0..15 in the lane of t = 2 * kSelector, of k 16..31 in that of t = 2 * kSelector + 1. The other two lanes' are not read.
+// So that a register of metadata serves two instructions. WHY ordered_metadata: the places must ascend, and only then is it as fast on sm_90.
+// Type: half or __nv_bfloat16. sm_80, PTX 8.5
+#define TAUT_MMA_SP(type)                                                                  \
+  asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." type "." type \
+               ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, "                      \
+               "{%0,%1,%2,%3}, %12, %13;\n"                                                \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                            \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(meta), "n"(kSelector))
+
+template <class Type, int kSelector>
+TAUT_DEVICE void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t meta TAUT_SITE) {
+  static_assert(std::is_same_v<Type, half> || std::is_same_v<Type, __nv_bfloat16>);
+  static_assert(kSelector == 0 || kSelector == 1);
+#if defined(TAUT_EMULATE)
+  emulator::mma_sp_m16n8k32(d, a, b, meta, kSelector, std::is_same_v<Type, __nv_bfloat16>, site);
+#else
+  if constexpr (std::is_same_v<Type, half>) TAUT_MMA_SP("f16");
+  else TAUT_MMA_SP("bf16");
+#endif
+}
+
+#undef TAUT_MMA_SP
+
 // ---- bits -------------------------------------------------------------------------------------------------------------
 
 // Any function of three bits: kTable is f(0xf0, 0xcc, 0xaa). (a & b) | c is 0xea.

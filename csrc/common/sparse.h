@@ -1,4 +1,4 @@
-// Sparse weights: which numbers are kept (Pattern), and the byte order in which CPU kernels want them (Sparse8).
+// Sparse weights: which numbers are kept (Pattern), and the byte orders in which kernels want them: Sparse8 on CPUs, SparseTiles on CUDA.
 //
 // PATTERN  n:m: of each m neighbours along k, n are kept. v:n:m: at places that v rows share (v 8 or 16; VENOM, arXiv 2310.02065).
 //
@@ -16,6 +16,15 @@
 //           bit c*b' % 8, the place of the kept 4c+i of row r in its m
 //           v > 1: a nibble each: of the kept j its dense k modulo 16, low nibble = even j (each strip has its own, so v = 16 twice)
 // Padding is zero scale, code of zero, place 0.
+//
+// SPARSETILES LAYOUT. 2:4, whatever v: what sparse tensor cores (mma.sp.m16n8k32) take.
+//   kept    the kept numbers [N,K/2] with their scales in groups of G/2 as MmaTiles (formats.h): K is padded to 128, so that a tile is 64 n x
+//           128 dense k; word j of int4, words 2j and 2j + 1 of 8 bits, are step j of 32 dense k
+//   places  u32 tiles [N/64][K/128] of [2][32 lanes][4]: for each pair of strips of 16 n, what a lane gives as metadata in each of the 4 steps.
+//           Its low half holds the places of 4 blocks of 4 k, 2 bits each, of row g = lane / 4 of a strip, its high half those of row g + 8; t =
+//           lane % 4: of the pair's first strip for t = 0 and 1, of its second for 2 and 3; of the first 16 k of a step for t = 0 and 2.
+// Padding is zero scale, code 0, places 0 and 1 (of equal places the result is undefined).
+// Other patterns are only made dense on CUDA: codes, scales and meta as they are in the canonical form, each from a multiple of 16 bytes on.
 #pragma once
 
 #include "common/formats.h"
@@ -92,6 +101,50 @@ struct Sparse8 {
   // The dense k of the kept number j of row n.
   [[gnu::always_inline]] int64_t dense_k(const uint8_t* packed, int64_t n, int64_t j) const {
     return j / pattern.n * pattern.m + place_of(j, packed[place_offset(n, j)] >> place_shift(j) & field_mask());
+  }
+};
+
+struct SparseTiles {
+  WeightSpec spec;  // of the dense weight
+  SparsePattern pattern;
+
+  static constexpr int64_t kTileK = 128, kTilePlaces = 256;  // dense k of a tile; its words of places
+  static constexpr uint32_t kPaddingPlaces = 4;              // 0 and 1
+
+  TAUT_HOST_DEVICE constexpr bool is_tiled() const { return pattern.n == 2 && pattern.m == 4; }
+  TAUT_HOST_DEVICE constexpr int64_t kept() const { return spec.K / pattern.m * pattern.n; }
+  TAUT_HOST_DEVICE constexpr int64_t kept_row_bytes() const { return (kept() * code_bits(spec.format) + 7) / 8; }
+  TAUT_HOST_DEVICE constexpr int64_t place_bits() const { return pattern.m == 4 ? 2 : 3; }
+  TAUT_HOST_DEVICE constexpr int64_t meta_rows() const { return (spec.N + pattern.v - 1) / pattern.v; }
+  TAUT_HOST_DEVICE constexpr int64_t meta_row_bytes() const { return (kept() * place_bits() + 7) / 8; }
+
+  // 2:4 alone.
+  TAUT_HOST_DEVICE constexpr WeightSpec kept_spec() const { return {spec.format, spec.N, kept(), spec.group_size / 2, false}; }
+  TAUT_HOST_DEVICE constexpr MmaTiles kept_tiles() const { return {kept_spec()}; }
+  TAUT_HOST_DEVICE constexpr int64_t num_place_words() const { return kept_tiles().num_tiles_n() * kept_tiles().num_tiles_k() * kTilePlaces; }
+  // Which word holds the places of row n and the 16 dense k from 16 * k16 on: its low half, or its high half for rows 8 to 15 of a strip.
+  TAUT_HOST_DEVICE constexpr int64_t place_word(int64_t n, int64_t k16) const {
+    const int64_t tile = n / MmaTiles::kTileN * kept_tiles().num_tiles_k() + k16 / 8, lane = n % 8 * 4 + n % 32 / 16 * 2 + k16 % 2;
+    return tile * kTilePlaces + n % MmaTiles::kTileN / 32 * 128 + lane * 4 + k16 % 8 / 2;
+  }
+  TAUT_HOST_DEVICE static constexpr int place_shift(int64_t n) { return static_cast<int>(n % 16 / 8 * 16); }
+  // The first row that a word tells of (the other is 8 further down), and which 16 k.
+  TAUT_HOST_DEVICE constexpr int64_t row_of_word(int64_t word) const {
+    const int64_t lane = word % 128 / 4;
+    return word / kTilePlaces / kept_tiles().num_tiles_k() * MmaTiles::kTileN + word % kTilePlaces / 128 * 32 + lane % 4 / 2 * 16 + lane / 4;
+  }
+  TAUT_HOST_DEVICE constexpr int64_t k16_of_word(int64_t word) const {
+    return word / kTilePlaces % kept_tiles().num_tiles_k() * 8 + word % 4 * 2 + word % 8 / 4;
+  }
+
+  // Where the parts begin. Codes and scales of 2:4 are where kept_tiles() says.
+  TAUT_HOST_DEVICE static constexpr int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+  TAUT_HOST_DEVICE constexpr int64_t scales_begin() const { return aligned(spec.N * kept_row_bytes()); }
+  TAUT_HOST_DEVICE constexpr int64_t places_begin() const {
+    return is_tiled() ? kept_tiles().total_bytes() : scales_begin() + aligned(spec.N * spec.num_groups() * 2);
+  }
+  TAUT_HOST_DEVICE constexpr int64_t total_bytes() const {
+    return places_begin() + (is_tiled() ? num_place_words() * 4 : aligned(meta_rows() * meta_row_bytes()));
   }
 };
 

@@ -32,10 +32,10 @@ inline AnyWeight any_weight(const char* op, int64_t N, int64_t K, int64_t format
   return {w.spec, w.pattern};
 }
 
-inline void check_sparse(const char* op, const Tensor& packed, const Sparse8& w) {
-  check_cpu(op, "packed", packed);
-  check(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous() && packed.numel() == w.total_bytes(), op,
-        ": packed must be a contiguous uint8 tensor of ", w.total_bytes(), " bytes, got ", shape_string(packed));
+inline void check_sparse(const char* op, const Tensor& packed, int64_t bytes, CheckPlace check_place = check_cpu) {
+  check_place(op, "packed", packed);
+  check(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.is_contiguous() && packed.numel() == bytes, op,
+        ": packed must be a contiguous uint8 tensor of ", bytes, " bytes, got ", shape_string(packed));
 }
 
 }  // namespace taut

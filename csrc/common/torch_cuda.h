@@ -8,9 +8,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <initializer_list>
 #include <sstream>
 #include <utility>
+#include <vector>
 
 #include "common/device.h"
 #include "common/torch_bridge.h"
@@ -114,6 +116,40 @@ class CudaCall {
 #endif
   int32_t index_ = 0;
 };
+
+// x @ w^T + bias [N] by torch, for w [N, K] whose rows [begin, end) `write(to, begin, end)` makes in x's dtype: as many at a time as fit in
+// 512 MB.
+template <class Write>
+Tensor product_in_parts(const CudaCall& call, const Tensor& x, const std::optional<Tensor>& bias, int64_t N, int64_t K, const Write& write) {
+  const auto linear = [](const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias) {
+    std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(w), torch::stable::detail::from(bias)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  };
+#if defined(TAUT_EMULATE)
+  constexpr int64_t kMostBytes = 16 << 10;  // so that tests take more than one part
+#else
+  constexpr int64_t kMostBytes = int64_t{512} << 20;
+#endif
+  const int64_t rows = std::clamp<int64_t>(kMostBytes / (K * static_cast<int64_t>(x.element_size())), 1, N);
+  std::optional<Tensor> out;
+  for (int64_t begin = 0; begin < N; begin += rows) {
+    const int64_t end = std::min(N, begin + rows), shape[] = {end - begin, K};
+    const Tensor w = torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(shape, 2));
+    call.expose("w", w, true);
+    write(w.mutable_data_ptr(), begin, end);
+    if (rows == N) return linear(x, w, bias);
+    const Tensor part = linear(x, w, bias ? std::optional<Tensor>(torch::stable::narrow(const_cast<Tensor&>(*bias), 0, begin, end - begin)) : std::nullopt);
+    if (!out) {
+      std::vector<int64_t> out_shape(x.sizes().begin(), x.sizes().end());
+      out_shape.back() = N;
+      out = torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(out_shape.data(), out_shape.size()));
+    }
+    Tensor place = torch::stable::narrow(*out, out->dim() - 1, begin, end - begin);
+    torch::stable::copy_(place, part);
+  }
+  return *out;
+}
 
 }  // namespace taut
 

@@ -1,12 +1,13 @@
-// COMPUTES  packed = Sparse8(codes, scales, meta), and its inverse
-// LAYOUT    canonical and Sparse8 (common/sparse.h)
-// WORK      a task is a range of strips of 8 rows, which share no byte with others
+// COMPUTES  packed = Sparse8(codes, scales, meta) or SparseTiles, and the inverses
+// LAYOUT    canonical, Sparse8 and SparseTiles (common/sparse.h)
+// WORK      a task is a range of strips of 8 rows, which share no byte with others; of SparseTiles, of words of places
 // BOUND     DRAM: every byte is read once and written once
 // LIMITS    int8, int4 without zeros, fp8_e4m3
 #include <algorithm>
 #include <cstring>
 
 #include "pack_sparse/op.h"
+#include "pack_weight/op.h"
 
 namespace taut::pack_sparse::cpu_scalar {
 namespace {
@@ -80,6 +81,73 @@ void unpack(const Params& p) {
       }
       for (int64_t k = spec.K - 1; k >= 0; k -= step)  // of a scale that is repeated, any will do
         std::memcpy(p.scales + spec.scale_index(n, k), p.packed + w.scale_offset(n, k), 2);
+    }
+  });
+}
+
+namespace {
+
+// The kept numbers of a 2:4 weight, as pack_weight packs them.
+pack_weight::Params kept_params(const Params& p, const SparseTiles& w) {
+  return {w.kept_spec(), Layout::kMmaTiles, p.codes, p.scales, nullptr, p.packed, p.num_threads};
+}
+
+// The parts of another pattern, which stand one after the other: copies them there, or back.
+void copy_parts(const Params& p, const SparseTiles& w, bool pack) {
+  struct Part {
+    void* canonical;
+    int64_t begin, bytes, end;
+  };
+  const Part parts[] = {{p.codes, 0, w.spec.N * w.kept_row_bytes(), w.scales_begin()},
+                        {p.scales, w.scales_begin(), w.spec.N * w.spec.num_groups() * 2, w.places_begin()},
+                        {p.meta, w.places_begin(), w.meta_rows() * w.meta_row_bytes(), w.total_bytes()}};
+  for (const Part& part : parts) {
+    if (pack) {
+      std::memcpy(p.packed + part.begin, part.canonical, part.bytes);
+      std::memset(p.packed + part.begin + part.bytes, 0, part.end - part.begin - part.bytes);
+    } else {
+      std::memcpy(part.canonical, p.packed + part.begin, part.bytes);
+    }
+  }
+}
+
+}  // namespace
+
+void pack_tiles(const Params& p) {
+  const SparseTiles w{p.weight.spec, p.weight.pattern};
+  if (p.weight.spec.N == 0) return;
+  if (!w.is_tiled()) return copy_parts(p, w, true);
+  pack_weight::cpu_scalar::pack(kept_params(p, w));
+  auto* words = reinterpret_cast<uint32_t*>(p.packed + w.places_begin());
+  const int64_t count = w.num_place_words(), num_tasks = std::clamp<int64_t>(count / 4096, 1, p.num_threads), blocks = w.spec.K / 4;
+  parallel_tasks(num_tasks, [&](int64_t task) {
+    for (int64_t i = count * task / num_tasks; i < count * (task + 1) / num_tasks; i++) {
+      uint32_t word = 0;
+      for (int64_t at = 0; at < 8; at++) {
+        const int64_t n = w.row_of_word(i) + at / 4 * 8, block = w.k16_of_word(i) * 4 + at % 4;  // of 4 k
+        uint32_t places = SparseTiles::kPaddingPlaces;
+        if (n < w.spec.N && block < blocks) places = p.meta[n / w.pattern.v * w.meta_row_bytes() + block / 2] >> block % 2 * 4 & 15;
+        word |= places << (4 * at);
+      }
+      words[i] = word;
+    }
+  });
+}
+
+void unpack_tiles(const Params& p) {
+  const SparseTiles w{p.weight.spec, p.weight.pattern};
+  if (p.weight.spec.N == 0) return;
+  if (!w.is_tiled()) return copy_parts(p, w, false);
+  pack_weight::cpu_scalar::unpack(kept_params(p, w));
+  const auto* words = reinterpret_cast<const uint32_t*>(p.packed + w.places_begin());
+  const int64_t rows = w.meta_rows(), num_tasks = std::clamp<int64_t>(rows, 1, p.num_threads), blocks = w.spec.K / 4;
+  parallel_tasks(num_tasks, [&](int64_t task) {
+    for (int64_t row = rows * task / num_tasks; row < rows * (task + 1) / num_tasks; row++) {
+      uint8_t* meta = p.meta + row * w.meta_row_bytes();
+      const int64_t n = row * w.pattern.v;
+      std::memset(meta, 0, w.meta_row_bytes());
+      for (int64_t block = 0; block < blocks; block++)
+        meta[block / 2] |= static_cast<uint8_t>((words[w.place_word(n, block / 4)] >> (SparseTiles::place_shift(n) + block % 4 * 4) & 15) << block % 2 * 4);
     }
   });
 }

@@ -39,8 +39,13 @@ void check_places(const Sparse8& w, const uint8_t* meta) {
     }
 }
 
+bool is_tiles(const char* op, int64_t layout) {
+  check(layout == 0 || layout == 1, op, ": layout must be 0 (Sparse8) or 1 (SparseTiles), got ", layout);
+  return layout == 1;
+}
+
 Tensor pack_sparse(const Tensor& codes, const Tensor& scales, const Tensor& meta, int64_t in_features, int64_t format, int64_t group_size, int64_t n, int64_t m,
-                   int64_t v) {
+                   int64_t v, int64_t layout) {
   constexpr const char* kOp = "pack_sparse";
   check(codes.dim() == 2, kOp, ": codes must be 2-D, got ", shape_string(codes));
   const Sparse8 w = sparse_weight(kOp, codes.size(0), in_features, format, group_size, n, m, v);
@@ -49,20 +54,24 @@ Tensor pack_sparse(const Tensor& codes, const Tensor& scales, const Tensor& meta
   check_part("meta", meta, w.meta_rows(), w.meta_row_bytes(), ScalarType::Byte);
   const Tensor c = torch::stable::contiguous(codes), s = torch::stable::contiguous(scales), places = torch::stable::contiguous(meta);
   check_places(w, data<uint8_t>(places));
-  Tensor packed = make_empty(codes, {w.total_bytes()}, ScalarType::Byte);
-  cpu_scalar::pack({w, data<uint8_t>(c), data<uint16_t>(s), data<uint8_t>(places), data<uint8_t>(packed), torch::stable::get_num_threads()});
+  const bool tiles = is_tiles(kOp, layout);
+  Tensor packed = make_empty(codes, {tiles ? SparseTiles{w.spec, w.pattern}.total_bytes() : w.total_bytes()}, ScalarType::Byte);
+  (tiles ? cpu_scalar::pack_tiles
+         : cpu_scalar::pack)({w, data<uint8_t>(c), data<uint16_t>(s), data<uint8_t>(places), data<uint8_t>(packed), torch::stable::get_num_threads()});
   return packed;
 }
 
 std::tuple<Tensor, Tensor, Tensor> unpack_sparse(const Tensor& packed, int64_t out_features, int64_t in_features, int64_t format, int64_t group_size, int64_t n,
-                                                 int64_t m, int64_t v) {
+                                                 int64_t m, int64_t v, int64_t layout) {
   constexpr const char* kOp = "unpack_sparse";
   const Sparse8 w = sparse_weight(kOp, out_features, in_features, format, group_size, n, m, v);
-  check_sparse(kOp, packed, w);
+  const bool tiles = is_tiles(kOp, layout);
+  check_sparse(kOp, packed, tiles ? SparseTiles{w.spec, w.pattern}.total_bytes() : w.total_bytes());
   Tensor codes = make_empty(packed, {w.spec.N, w.kept_row_bytes()}, codes_type(w.spec.format));
   Tensor scales = make_empty(packed, {w.spec.N, w.spec.num_groups()}, ScalarType::Half);
   Tensor meta = make_empty(packed, {w.meta_rows(), w.meta_row_bytes()}, ScalarType::Byte);
-  cpu_scalar::unpack({w, data<uint8_t>(codes), data<uint16_t>(scales), data<uint8_t>(meta), data<uint8_t>(packed), torch::stable::get_num_threads()});
+  (tiles ? cpu_scalar::unpack_tiles
+         : cpu_scalar::unpack)({w, data<uint8_t>(codes), data<uint16_t>(scales), data<uint8_t>(meta), data<uint8_t>(packed), torch::stable::get_num_threads()});
   return {codes, scales, meta};
 }
 

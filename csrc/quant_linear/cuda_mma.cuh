@@ -397,97 +397,106 @@ TAUT_DEVICE void compute_unit(const unsigned char* stage, Accumulators<Tile>& ac
 
 // ---- The kernels -------------------------------------------------------------------------------------------------------
 
+// A block's stretch of units. A Loader walks along k in a tile and fills stages (set_tile, fetch, land, as the one above); `compute`
+// adds a unit to a warp's sums.
+template <bool kAsync, class T, class Tile, int kStages, int kStageBytes, class Loader, class Args, class Compute>
+TAUT_DEVICE void stream_units(const Args& args, const Compute& compute) {
+  TAUT_DYNAMIC_SMEM(smem);
+  unsigned char* s_epilogue = smem + kStages * kStageBytes;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp_n = warp % Tile::kWarpsN, warp_m = warp / Tile::kWarpsN % Tile::kWarpsM, warp_k = warp / (Tile::kWarpsN * Tile::kWarpsM);
+  const int64_t begin = stretch_begin(blockIdx.x, args.units, gridDim.x), end = stretch_begin(blockIdx.x + 1, args.units, gridDim.x);
+  const int first_tile = static_cast<int>(begin / args.steps);
+
+  Loader loader;
+  Accumulators<Tile> acc;
+  acc.clear();
+
+  // One tile's sums are complete, or cut by a seam: add up the warps that share outputs, and store.
+  const auto finish = [&](int tile, int first_step, int last_step) {
+    const int position = warp_m * Tile::kWarpsN + warp_n;
+    float* s_sums = reinterpret_cast<float*>(s_epilogue);
+    constexpr int kSlot = EpilogueLayout<Tile>::kSlotFloats;
+    if constexpr (Tile::kWarpsK > 1) {
+      if (warp_k > 0) acc.store(s_sums + ((warp_k - 1) * Tile::kPositions + position) * kSlot, lane);
+      __syncthreads();
+      if (warp_k == 0)
+        for (int k = 1; k < Tile::kWarpsK; k++) acc.add(s_sums + ((k - 1) * Tile::kPositions + position) * kSlot, lane);
+    }
+    if (warp_k == 0) {
+      if (first_step == 0 && last_step == args.steps) {
+        T* s_rows = reinterpret_cast<T*>(s_epilogue + EpilogueLayout<Tile>::kSumBytes + position * EpilogueLayout<Tile>::kStoreBytes);
+        const int m0 = tile % args.tiles_m * Tile::kTileM + warp_m * Tile::kWarpM, n0 = tile / args.tiles_m * Tile::kTileN + warp_n * Tile::kWarpN;
+        store_out<T, Tile>(args, acc, m0, n0, s_rows, lane);
+      } else {
+        const int64_t slot = 2 * static_cast<int64_t>(blockIdx.x) + (tile == first_tile ? 0 : 1);
+        acc.store(args.partials + (slot * Tile::kPositions + position) * kSlot, lane);
+      }
+    }
+    if constexpr (Tile::kWarpsK > 1) __syncthreads();  // the sums' buffer is free again
+    acc.clear();
+  };
+
+  // The unit that is loaded next runs ahead of the one that is computed.
+  int load_tile = first_tile, load_step = static_cast<int>(begin % args.steps);
+  int to_load = static_cast<int>(end - begin), to_compute = to_load;
+  const auto fetch = [&](int slot) {
+    loader.fetch(args, smem + slot * kStageBytes);
+    if (++load_step == args.steps) loader.set_tile(args, ++load_tile, load_step = 0);
+    to_load--;
+  };
+  loader.set_tile(args, load_tile, load_step);
+
+  int tile = load_tile, step = load_step, first_step = load_step, slot = 0;
+  if constexpr (kAsync) {
+#pragma unroll 1
+    for (int s = 0; s < kStages - 1; s++) {
+      if (to_load > 0) fetch(s);
+      ptx::cp_async_commit();
+    }
+  } else if (to_load > 0) {
+    fetch(0);
+    loader.land(smem);
+    __syncthreads();
+  }
+  while (to_compute > 0) {
+    const int last_step = min(args.steps, step + to_compute);
+    to_compute -= last_step - step;
+    for (; step < last_step; step++) {
+      if constexpr (kAsync) {
+        ptx::cp_async_wait<kStages - 2>();
+        __syncthreads();  // this stage is there for all; and all are done with the one that is refilled now
+        if (to_load > 0) fetch(slot == 0 ? kStages - 1 : slot - 1);
+        ptx::cp_async_commit();
+      }
+      const bool more = !kAsync && to_load > 0;
+      if constexpr (!kAsync) {
+        if (more) fetch(slot ^ 1);
+      }
+      compute(smem + slot * kStageBytes, acc, warp_n, warp_m, warp_k, lane);
+      if constexpr (!kAsync) {
+        if (more) loader.land(smem + (slot ^ 1) * kStageBytes);
+        __syncthreads();
+      }
+      slot = slot + 1 == kStages ? 0 : slot + 1;
+    }
+    finish(tile++, first_step, last_step);
+    first_step = step = 0;
+  }
+  if constexpr (kAsync) ptx::cp_async_wait<0>();
+}
+
 template <int kSm, class T, Format kFormat, bool kGroup32, bool kZeros, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) mma_kernel(const MmaArgs args) {
   if constexpr (kCompiledFor<kSm>) {
 #if TAUT_ARCH_AT_LEAST(90)
     ptx::griddep_launch();  // `combine` may take its place, and wait
 #endif
-    constexpr bool kAsync = kSm >= 80;
-    constexpr int kStages = Tile::kStages, kStageBytes = (StageLayout<kFormat, kGroup32, Tile>::kBytes + 127) / 128 * 128;
-    TAUT_DYNAMIC_SMEM(smem);
-    unsigned char* s_epilogue = smem + kStages * kStageBytes;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int warp_n = warp % Tile::kWarpsN, warp_m = warp / Tile::kWarpsN % Tile::kWarpsM, warp_k = warp / (Tile::kWarpsN * Tile::kWarpsM);
-    const int64_t begin = stretch_begin(blockIdx.x, args.units, gridDim.x), end = stretch_begin(blockIdx.x + 1, args.units, gridDim.x);
-    const int first_tile = static_cast<int>(begin / args.steps);
-
-    Loader<!kAsync, kFormat, kGroup32, kZeros, Tile> loader;
-    Accumulators<Tile> acc;
-    acc.clear();
-
-    // One tile's sums are complete, or cut by a seam: add up the warps that share outputs, and store.
-    const auto finish = [&](int tile, int first_step, int last_step) {
-      const int position = warp_m * Tile::kWarpsN + warp_n;
-      float* s_sums = reinterpret_cast<float*>(s_epilogue);
-      constexpr int kSlot = EpilogueLayout<Tile>::kSlotFloats;
-      if constexpr (Tile::kWarpsK > 1) {
-        if (warp_k > 0) acc.store(s_sums + ((warp_k - 1) * Tile::kPositions + position) * kSlot, lane);
-        __syncthreads();
-        if (warp_k == 0)
-          for (int k = 1; k < Tile::kWarpsK; k++) acc.add(s_sums + ((k - 1) * Tile::kPositions + position) * kSlot, lane);
-      }
-      if (warp_k == 0) {
-        if (first_step == 0 && last_step == args.steps) {
-          T* s_rows = reinterpret_cast<T*>(s_epilogue + EpilogueLayout<Tile>::kSumBytes + position * EpilogueLayout<Tile>::kStoreBytes);
-          const int m0 = tile % args.tiles_m * Tile::kTileM + warp_m * Tile::kWarpM, n0 = tile / args.tiles_m * Tile::kTileN + warp_n * Tile::kWarpN;
-          store_out<T, Tile>(args, acc, m0, n0, s_rows, lane);
-        } else {
-          const int64_t slot = 2 * static_cast<int64_t>(blockIdx.x) + (tile == first_tile ? 0 : 1);
-          acc.store(args.partials + (slot * Tile::kPositions + position) * kSlot, lane);
-        }
-      }
-      if constexpr (Tile::kWarpsK > 1) __syncthreads();  // the sums' buffer is free again
-      acc.clear();
-    };
-
-    // The unit that is loaded next runs ahead of the one that is computed.
-    int load_tile = first_tile, load_step = static_cast<int>(begin % args.steps);
-    int to_load = static_cast<int>(end - begin), to_compute = to_load;
-    const auto fetch = [&](int slot) {
-      loader.fetch(args, smem + slot * kStageBytes);
-      if (++load_step == args.steps) loader.set_tile(args, ++load_tile, load_step = 0);
-      to_load--;
-    };
-    loader.set_tile(args, load_tile, load_step);
-
-    int tile = load_tile, step = load_step, first_step = load_step, slot = 0;
-    if constexpr (kAsync) {
-#pragma unroll 1
-      for (int s = 0; s < kStages - 1; s++) {
-        if (to_load > 0) fetch(s);
-        ptx::cp_async_commit();
-      }
-    } else if (to_load > 0) {
-      fetch(0);
-      loader.land(smem);
-      __syncthreads();
-    }
-    while (to_compute > 0) {
-      const int last_step = min(args.steps, step + to_compute);
-      to_compute -= last_step - step;
-      for (; step < last_step; step++) {
-        if constexpr (kAsync) {
-          ptx::cp_async_wait<kStages - 2>();
-          __syncthreads();  // this stage is there for all; and all are done with the one that is refilled now
-          if (to_load > 0) fetch(slot == 0 ? kStages - 1 : slot - 1);
-          ptx::cp_async_commit();
-        }
-        const bool more = !kAsync && to_load > 0;
-        if constexpr (!kAsync) {
-          if (more) fetch(slot ^ 1);
-        }
-        compute_unit<kSm, T, kFormat, kGroup32, kZeros, Tile>(smem + slot * kStageBytes, acc, warp_n, warp_m, warp_k, lane);
-        if constexpr (!kAsync) {
-          if (more) loader.land(smem + (slot ^ 1) * kStageBytes);
-          __syncthreads();
-        }
-        slot = slot + 1 == kStages ? 0 : slot + 1;
-      }
-      finish(tile++, first_step, last_step);
-      first_step = step = 0;
-    }
-    if constexpr (kAsync) ptx::cp_async_wait<0>();
+    constexpr int kStageBytes = (StageLayout<kFormat, kGroup32, Tile>::kBytes + 127) / 128 * 128;
+    stream_units<(kSm >= 80), T, Tile, Tile::kStages, kStageBytes, Loader<(kSm < 80), kFormat, kGroup32, kZeros, Tile>>(
+        args, [&](const unsigned char* stage, Accumulators<Tile>& acc, int warp_n, int warp_m, int warp_k, int lane) {
+          compute_unit<kSm, T, kFormat, kGroup32, kZeros, Tile>(stage, acc, warp_n, warp_m, warp_k, lane);
+        });
   }
 }
 
@@ -534,9 +543,9 @@ struct Plan {
 
 inline int aligned_k(const CudaParams& p) { return static_cast<int>((p.weight.K + 7) / 8 * 8); }
 
-template <Format kFormat, bool kGroup32, class Tile>
-Plan make_plan(const CudaParams& p) {
-  const MmaTiles layout{p.weight};
+// smem: the bytes of shared memory a block takes.
+template <class Tile>
+Plan make_plan(const CudaParams& p, const MmaTiles& layout, int smem) {
   Plan plan{};
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   plan.tiles_m = static_cast<int>(ceil_div(p.M, Tile::kTileM));
@@ -548,7 +557,7 @@ Plan make_plan(const CudaParams& p) {
     const int64_t wanted = ceil_div(p.device->sm_count, ceil_div(layout.num_tiles_n(), 4));
     plan.blocks = plan.tiles * std::clamp<int64_t>(plan.steps / 8, 1, std::max<int64_t>(wanted, 1));
   } else {
-    const int fit = p.device->smem_bytes / smem_bytes<kFormat, kGroup32, Tile>();
+    const int fit = p.device->smem_bytes / smem;
     const int64_t resident = static_cast<int64_t>(p.device->sm_count) * std::clamp(fit, 1, Tile::kBlocksPerSm);
     // A tile is cut only as far as every block keeps a few units, to hide its start and its share of the combining.
     plan.blocks = std::min(resident, std::max(plan.tiles, ceil_div(plan.units, 4)));
@@ -561,12 +570,8 @@ Plan make_plan(const CudaParams& p) {
   return plan;
 }
 
-template <int kSm, class T, Format kFormat, bool kGroup32, class Tile>
-void run_tile(const CudaParams& p) {
-  // What every device of the generation gives a block: sm_86, 89 and 120 have 99 KB.
-  static_assert(smem_bytes<kFormat, kGroup32, Tile>() <= (kSm >= 80 ? 99 : 64) * 1024);
-  const MmaTiles layout{p.weight};
-  const Plan plan = make_plan<kFormat, kGroup32, Tile>(p);
+// What a kernel is told; x goes through align_rows first where the plan says so.
+inline MmaArgs make_args(const CudaParams& p, const MmaTiles& layout, const Plan& plan) {
   MmaArgs args{};
   args.x = p.x, args.bias = p.bias, args.out = p.out, args.partials = static_cast<float*>(p.workspace);
   args.codes = p.packed, args.scales = p.packed + layout.scales_begin(), args.zeros = p.weight.zeros ? p.packed + layout.zeros_begin() : nullptr;
@@ -576,7 +581,6 @@ void run_tile(const CudaParams& p) {
   args.groups = static_cast<int>(layout.num_groups());
   args.group_tiles_log2 = p.weight.group_size == 0 ? 31 : p.weight.group_size == 128 ? 1 : 0;
   args.tiles_m = plan.tiles_m, args.steps = plan.steps, args.units = plan.units;
-
   args.out_aligned = reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && p.weight.N % 8 == 0;
   if (plan.align) {
     auto* rows = reinterpret_cast<uint16_t*>(static_cast<unsigned char*>(p.workspace) + plan.partial_bytes);
@@ -585,15 +589,30 @@ void run_tile(const CudaParams& p) {
            p.x_row_stride, p.M, static_cast<int>(p.weight.K), rows, aligned_k(p));
     args.x = rows, args.x_row_stride = aligned_k(p);
   }
+  return args;
+}
+
+template <class T, class Tile>
+void launch_combine(const CudaParams& p, const Plan& plan, const MmaArgs& args) {
+  if (plan.cut)
+    launch_dependent(*p.device, "quant_linear combine", combine<T, Tile>, dim3(static_cast<unsigned>(plan.tiles), Tile::kPositions), dim3(32), 0, p.stream,
+                     args, static_cast<int>(plan.blocks));
+}
+
+template <int kSm, class T, Format kFormat, bool kGroup32, class Tile>
+void run_tile(const CudaParams& p) {
+  constexpr int kSmem = smem_bytes<kFormat, kGroup32, Tile>();
+  // What every device of the generation gives a block: sm_86, 89 and 120 have 99 KB.
+  static_assert(kSmem <= (kSm >= 80 ? 99 : 64) * 1024);
+  const Plan plan = make_plan<Tile>(p, MmaTiles{p.weight}, kSmem);
+  const MmaArgs args = make_args(p, MmaTiles{p.weight}, plan);
   const auto launch_mma = [&](void (*kernel)(MmaArgs)) {
-    launch("quant_linear mma", kernel, dim3(static_cast<unsigned>(plan.blocks)), dim3(Tile::kThreads), smem_bytes<kFormat, kGroup32, Tile>(), p.stream, args);
+    launch("quant_linear mma", kernel, dim3(static_cast<unsigned>(plan.blocks)), dim3(Tile::kThreads), kSmem, p.stream, args);
   };
   if constexpr (kFormat == Format::kInt4)
     launch_mma(args.zeros ? mma_kernel<kSm, T, kFormat, kGroup32, true, Tile> : mma_kernel<kSm, T, kFormat, kGroup32, false, Tile>);
   else launch_mma(mma_kernel<kSm, T, kFormat, kGroup32, false, Tile>);
-  if (plan.cut)
-    launch_dependent(*p.device, "quant_linear combine", combine<T, Tile>, dim3(static_cast<unsigned>(plan.tiles), Tile::kPositions), dim3(32), 0, p.stream,
-                     args, static_cast<int>(plan.blocks));
+  launch_combine<T, Tile>(p, plan, args);
 }
 
 // Tiles by M. The first two split K between warps: few outputs, so a block's sums are cheap to add up, and x is read by few.
@@ -629,7 +648,8 @@ auto with_tile(const CudaParams& p, const F& f) {
 template <int kSm, Format kFormat>
 int64_t workspace_bytes_for(const CudaParams& p) {
   return with_tile<kSm>(p, [&]<class Tile>() {
-    return p.weight.group_size == 32 ? make_plan<kFormat, true, Tile>(p).workspace_bytes : make_plan<kFormat, false, Tile>(p).workspace_bytes;
+    const int smem = p.weight.group_size == 32 ? smem_bytes<kFormat, true, Tile>() : smem_bytes<kFormat, false, Tile>();
+    return make_plan<Tile>(p, MmaTiles{p.weight}, smem).workspace_bytes;
   });
 }
 

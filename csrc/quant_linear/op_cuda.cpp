@@ -41,7 +41,7 @@ const char* dense_supported(const CudaParams& p) {
 
 const char* prefer_dense(const CudaParams& p) { return p.M >= kDenseOverSimtM ? nullptr : "for a few rows, writing w as floats costs more than it saves"; }
 
-void run_dense(const CudaParams&) { throw std::logic_error("quant_linear calls `dense` itself: it needs tensors"); }
+void run_dense(const CudaParams&) { throw std::logic_error("quant_linear calls product_in_parts itself: it needs tensors"); }
 
 // `supported` of an impl whose kernels are in a file for this SM: whether the build has them for the device, too.
 constexpr char kSm75[] = "75", kSm80[] = "80", kSm89[] = "89", kSm90a[] = "90a";
@@ -81,38 +81,6 @@ struct QuantizedX {
     rows = {codes, row_unit, multiple};
   }
 };
-
-// x @ w^T + bias by torch, w written as numbers in x's dtype, as many rows at a time as fit in 512 MB.
-Tensor dense(const CudaCall& call, const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, const CudaParams& p) {
-  const auto linear = [](const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias) {
-    std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(w), torch::stable::detail::from(bias)};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-    return torch::stable::detail::to<Tensor>(stack[0]);
-  };
-#if defined(TAUT_EMULATE)
-  constexpr int64_t kMostBytes = 16 << 10;  // so that tests take more than one part
-#else
-  constexpr int64_t kMostBytes = int64_t{512} << 20;
-#endif
-  const int64_t N = p.weight.N, row_bytes = p.weight.K * dtype_bytes(p.dtype), rows = std::clamp<int64_t>(kMostBytes / row_bytes, 1, N);
-  std::optional<Tensor> out;
-  for (int64_t begin = 0; begin < N; begin += rows) {
-    const int64_t end = std::min(N, begin + rows), shape[] = {end - begin, p.weight.K};
-    const Tensor w = torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(shape, 2));
-    call.expose("w", w, true);
-    pack_weight::cuda_sm75::dequantize(p.weight, p.packed, begin, end, w.mutable_data_ptr(), p.dtype, p.stream);
-    if (rows == N) return linear(x, w, bias);
-    const Tensor part = linear(x, w, bias ? std::optional<Tensor>(torch::stable::narrow(const_cast<Tensor&>(*bias), 0, begin, end - begin)) : std::nullopt);
-    if (!out) {
-      std::vector<int64_t> out_shape(x.sizes().begin(), x.sizes().end());
-      out_shape.back() = N;
-      out = torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(out_shape.data(), out_shape.size()));
-    }
-    Tensor place = torch::stable::narrow(*out, out->dim() - 1, begin, end - begin);
-    torch::stable::copy_(place, part);
-  }
-  return *out;
-}
 
 Tensor quant_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t out_features, int64_t format, int64_t group_size,
                     bool zeros, int64_t activations) {
@@ -159,7 +127,10 @@ Tensor quant_linear(const Tensor& x, const Tensor& packed, const std::optional<T
   call.expose("x", rows);
   call.expose("packed", packed);
   if (bias) call.expose("bias", bias_row);
-  if (impl && impl->run == run_dense) return dense(call, rows, packed, bias, params);
+  if (impl && impl->run == run_dense)
+    return product_in_parts(call, rows, bias, N, K, [&](void* w, int64_t begin, int64_t end) {
+      pack_weight::cuda_sm75::dequantize(weight, params.packed, begin, end, w, dtype, params.stream);
+    });
 
   Tensor out = torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()));
   if (empty) return out;

@@ -67,7 +67,7 @@ Tensor sparse_linear(const Tensor& x, const Tensor& packed, const std::optional<
   const int64_t N = out_features, K = x.size(x.dim() - 1);
   check_cpu(kOp, "x", x);
   const Sparse8 w = sparse_weight(kOp, N, K, format, group_size, n, m, v);
-  check_sparse(kOp, packed, w);
+  check_sparse(kOp, packed, w.total_bytes());
   const DType dtype = float_dtype(kOp, "x", x);
   const Activations mode = activations_for(w.spec.format, activations);
   Tensor bias_row;

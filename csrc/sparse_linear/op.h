@@ -34,4 +34,23 @@ void run_vectors_small(const Params&);
 void run_vectors(const Params&);
 }  // namespace cpu_avx512vnni
 
+// ---- CUDA -------------------------------------------------------------------------------------------------------------
+
+// As quant_linear's; `packed` is in SparseTiles, `weight` the dense weight.
+struct CudaParams : quant_linear::CudaParams {
+  SparsePattern pattern;
+  SparseTiles sparse() const { return {weight, pattern}; }
+};
+
+// Any pattern and dtype, fp32 arithmetic: few rows of x, and what the others cannot do.
+namespace cuda_sm75_simt {
+void run(const CudaParams&);
+}
+// 16-bit x, 2:4, sparse tensor cores, w dequantized in registers.
+namespace cuda_sm80_mma {
+const char* supported(const CudaParams&);
+int64_t workspace_bytes(const CudaParams&);
+void run(const CudaParams&);
+}  // namespace cuda_sm80_mma
+
 }  // namespace taut::sparse_linear

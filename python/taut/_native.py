@@ -120,8 +120,9 @@ def explain(op: str, device: str = "cpu", **sizes: Any) -> list[Verdict]:
     """Which impl of ``op`` runs for a call of these sizes, and why each one was passed over, in table order.
 
     ``device``: "cpu" or "cuda". ``quant_linear`` takes M, N, K, format (a number of ``taut.formats.FORMATS``), group_size, zeros,
-    activations (0 float, 1 int8, 2 int8_row, 3 fp8_row), dtype (of x), and device_index. ``attention_decode`` takes kv_format, dtype
-    (of q), D, Dv, channels and aligned (0 or 1: are there some; do rows of floats lie at multiples of 16 bytes), and device_index.
+    activations (0 float, 1 int8, 2 int8_row, 3 fp8_row), dtype (of x), and device_index; ``sparse_linear`` takes the pattern's n, m and v
+    instead of zeros. ``attention_decode`` takes kv_format, dtype (of q), D, Dv, channels and aligned (0 or 1: are there some; do rows of
+    floats lie at multiples of 16 bytes), and device_index.
     Raises ``ValueError`` for an unknown op, size or device, or a value the op refuses.
     """
     known = _EXPLAIN_SIZES.get(op)
@@ -150,7 +151,7 @@ _EXPLAIN_SIZES = {
     "pack_sparse": (),
     "rms_norm": (),
     "roofline": (),
-    "sparse_linear": ("M", "N", "K", "format", "group_size", "n", "m", "v", "activations", "dtype"),
+    "sparse_linear": ("M", "N", "K", "format", "group_size", "n", "m", "v", "activations", "dtype", "device_index"),
     "split_rope": (),
 }
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as csrc/common/dtypes.h numbers them

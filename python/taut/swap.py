@@ -307,8 +307,6 @@ def why_not_sparse(linear: nn.Linear, format: SparseFormat) -> str | None:
     """Why a linear layer that can have low bits cannot be sparse, in words; None if it can."""
     if linear.in_features % format.pattern.m:
         return f"its {linear.in_features} inputs cannot be cut in blocks of {format.pattern.m}, as sparsity {format.pattern} wants"
-    if linear.weight.device.type not in ("cpu", "meta"):
-        return f"sparse weights are for the CPU, and it is on {linear.weight.device}"
     return None
 
 
@@ -351,8 +349,8 @@ def swap(
     ``fuse``: decoder layers whose linear layers are all low-bit then run as a few fused ops on the CPU (see README); "auto"
     fuses what can be, True asks for at least one, False leaves them alone. ``strict``: every decoder layer must be fused.
     ``attention``: a transformers model then attends by taut's ops too, as after ``model.set_attn_implementation("taut")``.
-    ``sparsity``: "2:4", "1:4", "2:8", "4:8", or with 8 or 16 rows that share places "16:2:4": the layers become ``SparseLinear``, on the
-    CPU, with int8, int4 or fp8_e4m3 weights without zeros. A weight that holds to the pattern keeps its nonzeros; of another one the
+    ``sparsity``: "2:4", "1:4", "2:8", "4:8", or with 8 or 16 rows that share places "16:2:4": the layers become ``SparseLinear``,
+    with int8, int4 or fp8_e4m3 weights without zeros. A weight that holds to the pattern keeps its nonzeros; of another one the
     largest of each block are kept, which costs much more than low bits do.
     ``progress(done, total, name)`` is called before each layer. The output head is swapped only by ``lm_head``, or if a rule
     names it; one that is tied then gets low bits of its own beside the float embeddings. Other tied weights and modules taut

@@ -96,6 +96,22 @@ TAUT_MMA_PROBE(mma_m16n8k16_bf16, float, kSm80, ptx::mma_m16n8k16<__nv_bfloat16>
 TAUT_MMA_PROBE(mma_m16n8k32_s8, int, kSm80, ptx::mma_m16n8k32_s8)
 TAUT_MMA_PROBE(mma_m16n8k32_e4m3, float, kSm89, ptx::mma_m16n8k32_e4m3)
 
+// in = a[4], b[4], metadata, d[4]; out = d by the metadata of the first pair of each 4 lanes, and of the second
+template <class Type>
+__device__ void mma_sp_both(const uint32_t* in, uint32_t* out) {
+  uint32_t a[4], b[4];
+  float d[4];
+  for (int i = 0; i < 4; i++) a[i] = in[i], b[i] = in[4 + i];
+  memcpy(d, in + 9, sizeof d);
+  ptx::mma_sp_m16n8k32<Type, 0>(d, a, b, in[8]);
+  memcpy(out, d, sizeof d);
+  memcpy(d, in + 9, sizeof d);
+  ptx::mma_sp_m16n8k32<Type, 1>(d, a, b, in[8]);
+  memcpy(out + 4, d, sizeof d);
+}
+TAUT_PROBE(mma_sp_m16n8k32_f16, 13, 8, kSm80, { mma_sp_both<half>(in, out); })
+TAUT_PROBE(mma_sp_m16n8k32_bf16, 13, 8, kSm80, { mma_sp_both<__nv_bfloat16>(in, out); })
+
 // in = a[2], b, d[4]
 TAUT_PROBE(mma_m16n8k8_f16, 7, 4, true, {
   float d[4];
@@ -182,6 +198,8 @@ constexpr Probe kProbes[] = {
     {"ldmatrix_x4_trans", 75, "xxxxx", 4, ldmatrix_x4_trans},
     {"mma_m16n8k16_f16", 80, "hhhhhhffff", 4, mma_m16n8k16_f16},
     {"mma_m16n8k16_bf16", 80, "bbbbbbffff", 4, mma_m16n8k16_bf16},
+    {"mma_sp_m16n8k32_f16", 80, "hhhhhhhhpffff", 8, mma_sp_m16n8k32_f16},
+    {"mma_sp_m16n8k32_bf16", 80, "bbbbbbbbpffff", 8, mma_sp_m16n8k32_bf16},
     {"mma_m16n8k8_f16", 75, "hhhffff", 4, mma_m16n8k8_f16},
     {"mma_m16n8k32_s8", 80, "xxxxxxxxxx", 4, mma_m16n8k32_s8},
     {"mma_m16n8k32_e4m3", 89, "eeeeeeffff", 4, mma_m16n8k32_e4m3},
@@ -234,6 +252,12 @@ uint32_t random_word(Random& random, char kind, bool exact) {
     case 'h': return random_16(random, exact, 10) | random_16(random, exact, 10) << 16;
     case 'b': return random_16(random, exact, 7) | random_16(random, exact, 7) << 16;
     case 'f': return bits_of(exact ? static_cast<float>(random.between(-64, 64)) : static_cast<float>(random.between(-65535, 65535)) * 0x1p-12f);
+    case 'p': {  // 8 pairs of places that ascend
+      constexpr uint32_t kPairs[] = {0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110};
+      uint32_t word = 0;
+      for (int i = 0; i < 32; i += 4) word |= kPairs[random.next() % 6] << i;
+      return word;
+    }
     case 'e': {  // 4 of E4M3: 0, +-1, +-2, +-4, or any number
       uint32_t word = 0;
       for (int i = 0; i < 32; i += 8) {

@@ -200,6 +200,45 @@ void combine_mma(void** arguments, uint32_t) {
   }
 }
 
+struct SparseArgument {
+  float* d;
+  const uint32_t *a, *b;
+  uint32_t meta;
+  int selector;
+};
+
+// mma.sp: a is 16 x 16 of 16 x 32. What the lanes that the selector does not name give as metadata is never looked at.
+template <class Element>
+void combine_mma_sp(void** arguments, uint32_t) {
+  const auto of = [&](int lane) -> const SparseArgument& { return *static_cast<const SparseArgument*>(arguments[lane]); };
+  // Of each row what is given, and where it stands. WHY no zeros in between: what is not given is not multiplied, be it by an infinity.
+  double a[16][16];
+  int place[16][16];
+  for (int row = 0; row < 16; row++) {
+    const int g = row % 8, upper = row / 8;
+    for (int chunk = 0; chunk < 8; chunk++) {  // of 4 k
+      const uint32_t meta = of(4 * g + 2 * of(0).selector + chunk / 4).meta >> (upper * 16 + chunk % 4 * 4), low = meta & 3, high = meta >> 2 & 3;
+      if (low >= high) fail("mma.sp: the places of row %d, k %d to %d must ascend, and are %u and %u", row, 4 * chunk, 4 * chunk + 3, low, high);
+      const uint32_t pair = of(4 * g + chunk % 4).a[chunk / 4 * 2 + upper];
+      a[row][2 * chunk] = Element::value(static_cast<uint16_t>(pair)), place[row][2 * chunk] = 4 * chunk + static_cast<int>(low);
+      a[row][2 * chunk + 1] = Element::value(static_cast<uint16_t>(pair >> 16)), place[row][2 * chunk + 1] = 4 * chunk + static_cast<int>(high);
+    }
+  }
+  Doubles columns[32];
+  for (int k = 0; k < 32; k++)
+    for (int n = 0; n < 8; n++) columns[k][n] = Element::value(static_cast<uint16_t>(of(4 * n + k % 8 / 2).b[k / 8] >> k % 2 * 16));
+  double sums[16][8];
+  for (int row = 0; row < 16; row++) {
+    Doubles sum{};
+    for (int i = 0; i < 16; i++) sum += a[row][i] * columns[place[row][i]];
+    memcpy(sums[row], &sum, sizeof sum);
+  }
+  for (int lane = 0; lane < 32; lane++) {
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; i++) of(lane).d[i] = static_cast<float>(sums[g + i / 2 * 8][2 * t + i % 2] + of(lane).d[i]);
+  }
+}
+
 void combine_mma_s8(void** arguments, uint32_t) {
   uint32_t a_words[16][8], b_words[8][8];
   gather(arguments, a_words, b_words);
@@ -236,6 +275,12 @@ void mma_m16n8k16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, bool bf
   require_sm(80, "mma.m16n8k16", site);
   MmaArgument argument{d, a, {b0, b1}};
   collective(bf16 ? combine_mma<Bf16Element, 8> : combine_mma<HalfElement, 8>, &argument, ~0u, false, "mma.m16n8k16", site);
+}
+
+void mma_sp_m16n8k32(float* d, const uint32_t* a, const uint32_t* b, uint32_t meta, int selector, bool bf16, Site site) {
+  require_sm(80, "mma.sp.m16n8k32", site);
+  SparseArgument argument{d, a, b, meta, selector};
+  collective(bf16 ? combine_mma_sp<Bf16Element> : combine_mma_sp<HalfElement>, &argument, ~0u, false, "mma.sp.m16n8k32", site);
 }
 
 void mma_m16n8k8(float* d, uint32_t a0, uint32_t a1, uint32_t b0, Site site) {

@@ -244,6 +244,13 @@ TAUT_CASE(mma_in_a_divergent_branch, (1), (32), 0) {
   a.out[threadIdx.x] = d[0];
 }
 
+TAUT_CASE(mma_sp_places_do_not_ascend, (1), (32), 0) {
+  float d[4] = {};
+  const uint32_t words[4] = {};
+  ptx::mma_sp_m16n8k32<half, 1>(d, words, words, threadIdx.x == 14 ? 0x44446444u : 0x44444444u);
+  a.out[threadIdx.x] = d[0];
+}
+
 TAUT_CASE(ldmatrix_misaligned, (1), (32), 1024) {
   TAUT_DYNAMIC_SMEM(smem);
   uint32_t r[4];

@@ -6,6 +6,7 @@ low-bit format; a ``SparseCanonical`` a weight in it, as checkpoints hold it.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -162,14 +163,25 @@ class SparseFormat:
         """Of the canonical form, for each weight of the dense matrix: codes, scales and places."""
         return 8 * self.canonical_bytes(out_features, in_features) / (out_features * in_features)
 
-    def layout_bytes(self, out_features: int, in_features: int) -> int:
-        """Bytes in Sparse8 (``csrc/common/sparse.h``), padding and headers included."""
+    def layout_bytes(self, out_features: int, in_features: int, layout: int = 0) -> int:
+        """Bytes in a layout of ``csrc/common/sparse.h``, padding and headers included: 0 Sparse8, 1 SparseTiles."""
         self.pattern.check_k(in_features)
+        if layout == 1:
+            return self._tiles_bytes(out_features, in_features)
         blocks, strips, group = -(-in_features // 32), -(-out_features // 8), max(self.weights.group_size or 128, 32)
         kept, field = 32 // self.pattern.m * self.pattern.n, 2 if self.pattern.m == 4 else 4
         places = -(-kept // 4 * field // 8) * 32 if self.pattern.v == 1 else kept // 2
         superblocks = -(-blocks // (4 * group // 32))
         return strips * (superblocks * 64 + blocks * (kept * self.weights.bits + places))
+
+    def _tiles_bytes(self, out_features: int, in_features: int) -> int:
+        if (self.pattern.n, self.pattern.m) == (2, 4):  # the kept numbers in tiles of 64 x 64 with their scales, a 2-bit place each
+            tiles_n, tiles_k = -(-out_features // 64), -(-in_features // 128)
+            groups = tiles_k * 128 // self.group_size if self.group_size else 1
+            return tiles_n * (tiles_k * 64 * 64 * (self.weights.bits + 2) // 8 + 64 * groups * 2)
+        shapes = (self.codes_shape, self.scales_shape, self.meta_shape)
+        counts = [math.prod(shape(out_features, in_features)) for shape in shapes]
+        return sum(-(-count * size // 16) * 16 for count, size in zip(counts, (1, 2, 1), strict=True))
 
 
 def _unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:

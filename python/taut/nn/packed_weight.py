@@ -92,6 +92,10 @@ class PackedWeight(nn.Module):
     def _unpack(self) -> Canonical:
         return unpack_weight(self.packed, self.out_features, self.in_features, self.format)
 
+    def _repack(self, packed: Tensor, device: torch.device) -> Tensor:
+        """``packed``, which is in the layout ``_layout``, on a device and in its layout."""
+        return repack(packed, self._layout, self.out_features, self.in_features, self.format, device)
+
     def _make_weight(
         self, out_features: int, in_features: int, format: WeightFormat, dtype: torch.dtype | None, device: torch.device | str | None
     ) -> None:
@@ -123,8 +127,7 @@ class PackedWeight(nn.Module):
         """
         if self.packed is not None:
             if self._layout != _native.layout_for(self.packed.device.type):
-                shape = self.out_features, self.in_features
-                self._set_packed(repack(self.packed, self._layout, *shape, self.format, self.packed.device))
+                self._set_packed(self._repack(self.packed, self.packed.device))
         else:
             if self.qweight.device.type == "meta":
                 raise ValueError("this module was built on the meta device and holds no weight yet: load a state_dict first")
@@ -182,7 +185,7 @@ class PackedWeight(nn.Module):
         if "meta" in (packed.device.type, device.type):
             moved = torch.empty(self.format.layout_bytes(self.out_features, self.in_features, layout), dtype=torch.uint8, device=device)
         else:
-            moved = repack(packed, self._layout, self.out_features, self.in_features, self.format, device)
+            moved = self._repack(packed, device)
         self._layout = layout
         return moved
 

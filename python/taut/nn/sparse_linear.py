@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .. import _native
 from ..formats import activation_code, check_activations
 from ..formats.sparse import SparseCanonical, SparseFormat, sparsify
-from ..ops.pack_sparse import pack_sparse, unpack_sparse
+from ..ops.pack_sparse import pack_sparse, repack_sparse, unpack_sparse
 from ..ops.quant_linear import FLOAT_DTYPES
 from ..ops.quantize_weight import quantize_weight
 from ..ops.sparse_linear import dequantize_sparse, sparse_linear
@@ -15,11 +16,11 @@ from .quant_linear import QuantLinear
 
 
 class SparseLinear(QuantLinear):
-    """``y = x @ dequant(w)^T + bias`` for ``x [..., in_features]`` in float32, bfloat16 or float16, on the CPU; w is N:M or V:N:M sparse.
+    """``y = x @ dequant(w)^T + bias`` for ``x [..., in_features]`` in float32, bfloat16 or float16; w is N:M or V:N:M sparse.
 
-    ``format``: a ``taut.formats.sparse.SparseFormat``. ``activations``: as for ``QuantLinear``.
+    ``format``: a ``taut.formats.sparse.SparseFormat``. ``activations``: as for ``QuantLinear``; on CUDA "auto" or "float".
     In a ``state_dict`` the weight is in canonical form: ``qweight``, ``scales``, ``meta`` (``SparseCanonical``). Else as ``PackedWeight``.
-    Raises ``ValueError`` where the pattern's blocks do not divide ``in_features``, and on another device than the CPU.
+    Raises ``ValueError`` where the pattern's blocks do not divide ``in_features``, and for other devices than the CPU and CUDA.
     """
 
     parts = ("qweight", "scales", "meta")
@@ -42,7 +43,7 @@ class SparseLinear(QuantLinear):
             setattr(self, name, nn.Parameter(torch.empty(shape, dtype=kind, device=device), requires_grad=False))
         self.zeros = self.global_scale = None  # what a QuantLinear may have besides
         self.register_buffer("packed", None, persistent=False)
-        self._layout = 0
+        self._layout = _native.ROWS8
         self.register_buffer("_like", torch.empty(0, dtype=dtype, device=device), persistent=False)
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None)
 
@@ -51,24 +52,19 @@ class SparseLinear(QuantLinear):
         """Prunes and quantizes the weight of ``linear``, whose bias it takes over.
 
         A weight that holds to the pattern keeps its nonzeros; of another one the largest of each block are kept. Raises ``ValueError``.
+        That is the CPU's work: a weight on a CUDA device is copied for as long as it takes, and packed where it was.
         """
         check_activations(activations, format.weights)
-        weight = linear.weight.detach()
-        if weight.device.type != "cpu":
-            raise ValueError(f"sparse weights are for the CPU; this one is on {weight.device}")
+        device = _native.device_of(weight=linear.weight)
+        weight = linear.weight.detach().cpu()
         mask = weight != 0 if format.pattern.holds(weight) else format.pattern.mask(weight.float().abs())
         parts = quantize_weight(torch.where(mask, weight, 0.0), format.weights)
         module = cls(linear.in_features, weight.shape[0], bias=False, format=format, activations=activations, device="meta")
-        module._set_packed(pack_sparse(sparsify(parts.codes, parts.scales, mask, format), linear.in_features, format))
-        module._like = torch.empty(0, dtype=weight.dtype)
+        module._set_packed(pack_sparse(sparsify(parts.codes, parts.scales, mask, format).to(device), linear.in_features, format))
+        module._like = torch.empty(0, dtype=weight.dtype, device=device)
         if linear.bias is not None:
             module.bias = linear.bias
         return module
-
-    def _set_packed(self, packed: Tensor) -> None:
-        self.packed = packed
-        for name in self.parts:
-            setattr(self, name, None)
 
     def _pack(self, parts: SparseCanonical) -> Tensor:
         return pack_sparse(parts, self.in_features, self.format)
@@ -76,17 +72,8 @@ class SparseLinear(QuantLinear):
     def _unpack(self) -> SparseCanonical:
         return unpack_sparse(self.packed, self.out_features, self.in_features, self.format)
 
-    def finalize(self) -> None:
-        if self.packed is None:
-            if self.qweight.device.type == "meta":
-                raise ValueError("this module was built on the meta device and holds no weight yet: load a state_dict first")
-            self._set_packed(self._pack(self.canonical()))
-
-    def _moved_packed(self, packed: Tensor, fn) -> Tensor:
-        device = fn(packed.new_empty(0)).device
-        if device.type not in ("cpu", "meta"):
-            raise ValueError(f"a SparseLinear has kernels for the CPU; it cannot be moved to {device}")
-        return packed.to(device)
+    def _repack(self, packed: Tensor, device: torch.device) -> Tensor:
+        return repack_sparse(packed, self._layout, self.out_features, self.in_features, self.format, device)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         self.finalize()
@@ -97,8 +84,11 @@ class SparseLinear(QuantLinear):
             raise ValueError(f"SparseLinear takes x [..., {self.in_features}], got {list(x.shape)}")
         if x.dtype not in FLOAT_DTYPES:
             raise ValueError(f"SparseLinear takes float32, bfloat16 or float16, got {x.dtype}")
-        if self.packed is None:
+        if self.packed is None or self._layout != _native.layout_for(x.device.type):
             self.finalize()
+        for name, tensor in (("weight", self.packed), ("bias", self.bias)):
+            if tensor is not None and tensor.device != x.device:
+                raise ValueError(f"x is on {x.device}, the {name} of this SparseLinear on {tensor.device}: move one of them")
         bias = self.bias
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)

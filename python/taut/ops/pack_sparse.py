@@ -1,4 +1,4 @@
-"""pack_sparse, unpack_sparse: a sparse weight between its canonical form and the layout that CPU kernels read."""
+"""pack_sparse, unpack_sparse: a sparse weight between its canonical form and the layout that the kernels of its device read."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ from ..formats.sparse import Pattern, SparseCanonical, SparseFormat
 
 
 def pack_sparse(weight: SparseCanonical, in_features: int, format: SparseFormat) -> Tensor:
-    """Canonical form to Sparse8 (``csrc/common/sparse.h``): ``uint8``, 1-D, opaque. A bijection.
+    """Canonical form to the layout of the tensors' device (``csrc/common/sparse.h``): ``uint8``, 1-D, opaque. A bijection.
 
-    Raises ``ValueError`` if shapes or dtypes are off, scales are not finite, places within their m do not ascend, or the tensors are not
-    on the CPU.
+    Raises ``ValueError`` if shapes or dtypes are off, scales are not finite, or places within their m do not ascend.
     """
     codes, scales, meta = weight
-    device = _native.device_of(codes=codes, scales=scales, meta=meta)
-    if device.type != "cpu":
-        raise ValueError(f"sparse weights are packed on the CPU, got {device}")
+    kind = _native.device_of(codes=codes, scales=scales, meta=meta).type
     rows = codes.shape[0] if codes.dim() == 2 else 0
     expected = (
         ("codes", codes, format.weights.codes_dtype, format.codes_shape(rows, in_features)),
@@ -34,7 +31,7 @@ def pack_sparse(weight: SparseCanonical, in_features: int, format: SparseFormat)
     if not bool(torch.isfinite(scales).all()):
         raise ValueError("scales must be finite")
     try:
-        return torch.ops.taut.pack_sparse(codes, scales, meta, in_features, *_arguments(format))
+        return _native.ops_for(kind).pack_sparse(codes, scales, meta, in_features, *_arguments(format), _native.layout_for(kind))
     except RuntimeError as error:
         if "must ascend" not in str(error):
             raise
@@ -44,15 +41,28 @@ def pack_sparse(weight: SparseCanonical, in_features: int, format: SparseFormat)
 def unpack_sparse(packed: Tensor, out_features: int, in_features: int, format: SparseFormat) -> SparseCanonical:
     """The inverse of ``pack_sparse``. Raises ``ValueError`` where ``packed`` is no such weight's."""
     check_sparse(packed, out_features, in_features, format)
-    return SparseCanonical(*torch.ops.taut.unpack_sparse(packed, out_features, in_features, *_arguments(format)))
+    ops, layout = _native.ops_for(packed.device.type), _native.layout_for(packed.device.type)
+    return SparseCanonical(*ops.unpack_sparse(packed, out_features, in_features, *_arguments(format), layout))
+
+
+def repack_sparse(packed: Tensor, layout: int, out_features: int, in_features: int, format: SparseFormat, device: torch.device) -> Tensor:
+    """A packed weight on ``device``, in the layout that device's kernels read. ``layout`` is the one it is in."""
+    if layout == _native.layout_for(device.type):
+        return packed.to(device)
+    if layout == _native.layout_for(packed.device.type):
+        parts = unpack_sparse(packed, out_features, in_features, format)
+    else:  # bytes that were moved as they are; the CPU ops read every layout
+        parts = SparseCanonical(*torch.ops.taut.unpack_sparse(packed.cpu(), out_features, in_features, *_arguments(format), layout))
+    return pack_sparse(parts.to(device), in_features, format)
 
 
 def check_sparse(packed: Tensor, out_features: int, in_features: int, format: SparseFormat) -> None:
-    expected = format.layout_bytes(out_features, in_features)
-    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() != expected or packed.device.type != "cpu":
+    kind = _native.device_of(packed=packed).type
+    expected = format.layout_bytes(out_features, in_features, _native.layout_for(kind))
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() != expected:
         raise ValueError(
-            f"packed must be uint8 [{expected}] on the CPU for a {format} weight [{out_features}, {in_features}], "
-            f"got {packed.dtype} {list(packed.shape)} on {packed.device}"
+            f"packed must be uint8 [{expected}] for a {format} weight [{out_features}, {in_features}] on {packed.device}, "
+            f"got {packed.dtype} {list(packed.shape)}"
         )
 
 
@@ -68,14 +78,15 @@ def _format(format: int, group_size: int, n: int, m: int, v: int) -> SparseForma
 
 @torch.library.register_fake("taut::pack_sparse")
 def _fake_pack(
-    codes: Tensor, scales: Tensor, meta: Tensor, in_features: int, format: int, group_size: int, n: int, m: int, v: int
-) -> Tensor:
-    return codes.new_empty(_format(format, group_size, n, m, v).layout_bytes(codes.shape[0], in_features), dtype=torch.uint8)
+    codes: Tensor, scales: Tensor, meta: Tensor, in_features: int, format: int, group_size: int, n: int, m: int, v: int,
+    layout: int = 0,
+) -> Tensor:  # fmt: skip
+    return codes.new_empty(_format(format, group_size, n, m, v).layout_bytes(codes.shape[0], in_features, layout), dtype=torch.uint8)
 
 
 @torch.library.register_fake("taut::unpack_sparse")
 def _fake_unpack(
-    packed: Tensor, out_features: int, in_features: int, format: int, group_size: int, n: int, m: int, v: int
+    packed: Tensor, out_features: int, in_features: int, format: int, group_size: int, n: int, m: int, v: int, layout: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     f = _format(format, group_size, n, m, v)
     return (

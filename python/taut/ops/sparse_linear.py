@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _native
 from ..formats import WeightFormat, activation_code
 from ..formats.sparse import Pattern, SparseCanonical, SparseFormat, densify
 from .pack_sparse import check_sparse
@@ -14,24 +15,26 @@ from .quant_linear import FLOAT_DTYPES, quantize_activations
 def sparse_linear(
     x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, format: SparseFormat, activations: str = "auto"
 ) -> Tensor:
-    """``x [..., K]`` times a packed sparse weight ``[N, K]``, plus ``bias [N]``: ``[..., N]`` in the dtype of x. On the CPU.
+    """``x [..., K]`` times a packed sparse weight ``[N, K]``, plus ``bias [N]``: ``[..., N]`` in the dtype of x.
 
     ``x``: float32, bfloat16 or float16; sums are float32. ``packed``: from ``pack_sparse``. ``activations``: as ``quant_linear`` takes
-    them for the dense format. A row's result does not depend on the rows around it. Differentiable in ``x`` and ``bias``.
-    Raises ``ValueError`` for wrong shapes, dtypes or devices.
+    them for the dense format; on CUDA "float" alone, which "auto" is there. Where a weight is not kept, NaN and infinities of x may count
+    or not. A row's result does not depend on the rows around it: on the CPU in a given impl, on CUDA within ``taut.batch_invariant()``.
+    Differentiable in ``x`` and ``bias``. Raises ``ValueError`` for wrong shapes, dtypes or devices.
     """
     if x.dim() < 1:
         raise ValueError("x must be [..., K], got a scalar")
     if x.dtype not in FLOAT_DTYPES:
         raise ValueError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
-    if x.device.type != "cpu":
-        raise ValueError(f"sparse_linear has kernels for the CPU alone; x is on {x.device}")
+    kind = _native.device_of(x=x, packed=packed, bias=bias).type
     check_sparse(packed, out_features, x.shape[-1], format)
-    if bias is not None and (tuple(bias.shape) != (out_features,) or bias.dtype != x.dtype or bias.device != x.device):
-        raise ValueError(f"bias must be {x.dtype} [{out_features}] on {x.device}, got {bias.dtype} {list(bias.shape)} on {bias.device}")
-    mode = activation_code(activations, format.weights)
+    if bias is not None and (tuple(bias.shape) != (out_features,) or bias.dtype != x.dtype):
+        raise ValueError(f"bias must be {x.dtype} [{out_features}], got {bias.dtype} {list(bias.shape)}")
+    mode = activation_code(activations, format.weights, kind)
+    if _native.layout_for(kind) == _native.MMA_TILES and mode != 0:
+        raise ValueError(f"on CUDA sparse weights are multiplied with activations 'float' (or 'auto'), got {activations!r}")
     weights, pattern = format.weights, format.pattern
-    return torch.ops.taut.sparse_linear(
+    return _native.ops_for(kind).sparse_linear(
         x, packed, bias, out_features, weights.code, weights.group_size, pattern.n, pattern.m, pattern.v, mode
     )
 
@@ -56,7 +59,9 @@ def _backward(ctx, grad: Tensor):
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         sparse = SparseFormat(WeightFormat.of_code(format, group_size, False), Pattern(n, m, v))
-        parts = torch.ops.taut.unpack_sparse(packed, out_features, ctx.in_features, format, group_size, n, m, v)
+        parts = torch.ops.taut.unpack_sparse(
+            packed, out_features, ctx.in_features, format, group_size, n, m, v, _native.layout_for(packed.device.type)
+        )
         grad_x = grad @ dequantize_sparse(SparseCanonical(*parts), ctx.in_features, sparse).to(grad.dtype)
     if ctx.needs_input_grad[2]:
         grad_bias = grad.reshape(-1, out_features).sum(0)
