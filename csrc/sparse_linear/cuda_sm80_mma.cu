@@ -99,7 +99,9 @@ struct SparseLoader {
     for (int i = 0; i < kX; i++) {
       const int c = t + i * kThreads;
       const bool there = (kWhole || k128 * 128 + c / 8 / Tile::kTileM * 64 + c % 8 * 8 < args.K) && (x_rows >> i & 1);
-      ptx::cp_async_16(stage + x_offset(t) + i * kThreads * 16, there ? x_source[i] : static_cast<const unsigned char*>(args.x), there ? 16 : 0);
+      // In whole steps the source is an address in x, be it of a row that is not there.
+      const void* source = kWhole || there ? x_source[i] : args.x;
+      ptx::cp_async_16(stage + x_offset(t) + i * kThreads * 16, source, there ? 16 : 0);
     }
     // Chunk i of this thread lies i * kThreads further on: so many pieces of n, and the rest within its piece.
 #pragma unroll
