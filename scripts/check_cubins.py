@@ -42,6 +42,8 @@ EXPECTED = (
     Rule("cuda_sm75_quantize_rows", "quantize_rows", (LOAD, STORE)),
     Rule("cuda_sm75_simt", "simt", (LOAD, r"FFMA")),
     Rule("cuda_sm75_simt", "sparse_simt", (r"LDS\b", r"FFMA")),  # what a lane needs of w may be 2 to 16 bytes
+    Rule("cuda_sm75_simt", "backward_(rows|dq|dkv)", (r"FFMA", r"MUFU\.EX2")),
+    Rule("cuda_sm75_simt", "backward_sinks", ("SHFL",)),
     Rule("cuda_sm75_simt", "attention_simt", (r"LDS\b", r"FFMA"), range(80)),  # nvcc makes shorter loads of it
     Rule("cuda_sm75_simt", "attention_simt", (r"LDS\.128", r"FFMA")),
     Rule("cuda_sm75_simt", "append_kernel|read_kernel", ()),  # a lane has every 32nd number of a row

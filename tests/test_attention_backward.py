@@ -12,6 +12,7 @@ import taut
 from attention_cases import CASES, EXTREMES, LONG, MASKS, AttentionCase, laid_out
 from cases import DTYPE_CODES, DTYPES
 from checks import assert_attention_gradients, assert_same_bits
+from taut import _native
 from taut.ops import attention_backward as op
 from taut.ops.attention_backward import attention_backward
 from taut.ops.attention_prefill import attention_prefill, attention_prefill_varlen
@@ -194,24 +195,39 @@ def test_varlen_is_each_sequence_alone(impl, dtype, forced):
     generator = torch.Generator().manual_seed(3)
     lengths, key_lengths = (5, 0, 70, 1, 33), (9, 4, 70, 200, 0)
     ends_q, ends_k = (torch.tensor((0, *ls)).cumsum(0).to(torch.int32) for ls in (lengths, key_lengths))
-    q = torch.randn(sum(lengths) + 2, 6, 40, generator=generator).to(dtype).requires_grad_()
-    k, v = (torch.randn(sum(key_lengths) + 3, 2, width, generator=generator).to(dtype).requires_grad_() for width in (40, 24))
-    rules = {"causal": True, "window": 50, "alibi_slopes": torch.rand(6, generator=generator)}
-    sinks = torch.rand(6, generator=generator).requires_grad_()
-    out, lse = attention_prefill_varlen(q, k, v, ends_q, ends_k, s_aux=sinks, **rules)
+    q = torch.randn(sum(lengths) + 2, 6, 40, generator=generator).to(dtype)
+    k, v = (torch.randn(sum(key_lengths) + 3, 2, width, generator=generator).to(dtype) for width in (40, 24))
+    slopes, sinks = torch.rand(6, generator=generator), torch.rand(6, generator=generator)
+    rules = {"causal": True, "window": 50, "s_aux": sinks, "alibi_slopes": slopes}
+    out, lse = attention_prefill_varlen(q, k, v, ends_q, ends_k, **rules)
     grads = torch.randn(out.shape, generator=generator).to(dtype), torch.randn(lse.shape, generator=generator)
-    *found, ds_aux = torch.autograd.grad((out, lse), (q, k, v, sinks), grads)
+    call = (*grads, q, k, v, out, lse, ends_q, ends_k, 40**-0.5, True, 50, 0.0, sinks, slopes)
+    *found, ds_aux = _native.ops_for("cpu").attention_backward_varlen(*call)
     sums = torch.zeros(6)
     for s in range(5):
         queries, keys = slice(int(ends_q[s]), int(ends_q[s + 1])), slice(int(ends_k[s]), int(ends_k[s + 1]))
-        parts = [t[rows].detach().transpose(0, 1)[None].requires_grad_() for t, rows in ((q, queries), (k, keys), (v, keys))]
-        alone = attention_prefill(*parts, s_aux=sinks, **rules)
-        *expected, ds = torch.autograd.grad(alone, (*parts, sinks), (grads[0][queries].transpose(0, 1)[None], grads[1][:, queries][None]))
+        parts = [t[rows].transpose(0, 1)[None] for t, rows in ((q, queries), (k, keys), (v, keys))]
+        alone = attention_prefill(*parts, **rules)
+        grads_alone = grads[0][queries].transpose(0, 1)[None], grads[1][:, queries][None].contiguous()
+        *expected, ds = attention_backward(*grads_alone, *parts, *alone, **rules)
         for name, one, other, rows in zip(NAMES, found, expected, (queries, keys, keys), strict=False):
             assert_same_bits(one[rows].transpose(0, 1)[None].contiguous(), other.contiguous(), f"{impl}: {name} of sequence {s}")
         sums += ds
     assert torch.allclose(sums, ds_aux, rtol=1e-5, atol=1e-5)
     assert bool((found[0][-2:] == 0).all() and (found[1][-3:] == 0).all() and (found[2][-3:] == 0).all())
+
+
+def test_sequences_laid_end_to_end_train():
+    ends = torch.tensor([0, 9, 9, 30], dtype=torch.int32)
+    q, k, v = (torch.randn(30, heads, 16, requires_grad=True) for heads in (4, 2, 2))
+    sinks = torch.rand(4, requires_grad=True)
+    out, lse = attention_prefill_varlen(q, k, v, ends, ends, causal=True, s_aux=sinks)
+    grads = torch.randn(out.shape), torch.randn(lse.shape)
+    found = torch.autograd.grad((out, lse), (q, k, v, sinks), grads)
+    plain = [t.detach() for t in (q, k, v, out, lse)]
+    call = (*grads, *plain, ends, ends, 0.25, True, 0, 0.0, sinks.detach(), None)
+    for name, one, other in zip(NAMES, found, torch.ops.taut.attention_backward_varlen(*call), strict=True):
+        assert_same_bits(one, other, name)
 
 
 @pytest.mark.parametrize("causal", (False, True))

@@ -6,10 +6,22 @@
 
 #include "common/attention.h"
 #include "common/cpu_features.h"
+#include "common/device.h"
 #include "common/dtypes.h"
 #include "common/parallel.h"
 
 namespace taut::attention_backward {
+
+constexpr const char* kSchema =
+    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float softmax_scale, bool causal, "
+    "int window, float softcap, Tensor? mask, Tensor? s_aux, Tensor? alibi_slopes, bool tokens_first) -> (Tensor, Tensor, Tensor, Tensor)";
+constexpr const char* kVarlenSchema =
+    "attention_backward_varlen(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q, "
+    "Tensor cu_seqlens_k, float softmax_scale, bool causal, int window, float softcap, Tensor? s_aux, Tensor? alibi_slopes) -> "
+    "(Tensor, Tensor, Tensor, Tensor)";
+
+// Past this lse has too few digits left for 2^(score - lse): where a mask adds finfo.min to all keys of a row, not even their number is in it.
+constexpr float kLargestLse = 4096;
 
 // Rows (queries of the heads of one key head, token by token) that go together; a turn counts how many blocks of keys have added to them.
 constexpr int64_t kBlockRows = 64;
@@ -48,6 +60,19 @@ void run(const Params&);
 }
 namespace cpu_neon {
 void run(const Params&);
+}
+
+// ---- CUDA -------------------------------------------------------------------------------------------------------------
+
+struct CudaParams : Params {  // without dq_sum and turns
+  float* ds_aux;              // [Hq], or nullptr
+  const Device* device;
+  void* stream;  // cudaStream_t
+};
+
+// Any dtype, fp32 arithmetic.
+namespace cuda_sm75_simt {
+void run(const CudaParams&);
 }
 
 }  // namespace taut::attention_backward

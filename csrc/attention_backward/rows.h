@@ -7,9 +7,6 @@
 namespace taut::attention_backward {
 namespace {
 
-// Past this lse has too few digits left for 2^(score - lse): where a mask adds finfo.min to all keys of a row, not even their number is in it.
-constexpr float kLargestLse = 4096;
-
 inline float dot(const Heads& x, int64_t x_row, const Heads& y, int64_t y_row, DType dtype, int64_t n) {
   FloatLanes sum = {};
   for_dtype(dtype, [&]<DType kDType>() {

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _native
 from . import attention_rules as rules
-from .fused_linear import check_on_cpu, refuse_backward
+from .fused_linear import refuse_backward
 
 
 def attention_backward(
@@ -23,11 +24,12 @@ def attention_backward(
     Beside its results it needs a tile a thread, three numbers a row, and for bf16 and fp16 dq in float32: nothing of size ``Lq * Lk``.
     Float32 inside; in bf16 and fp16 the rounding of ``out`` is part of the result, as everywhere where scores are not kept.
     A query that sees no key has the gradient 0, and so has a key that none sees; NaN in hidden keys do not matter.
-    The number of threads changes no bits. On the CPU only, and not differentiable itself.
+    The number of threads changes no bits, nor do other sequences. Not differentiable itself.
     Raises ``ValueError`` for wrong shapes, dtypes, strides or devices.
     """
-    check_on_cpu("attention_backward", grad_out=grad_out, grad_lse=grad_lse, q=q, k=k, v=v, out=out, lse=lse, mask=mask, s_aux=s_aux,
-                 alibi_slopes=alibi_slopes)  # fmt: skip
+    device = _native.device_of(
+        grad_out=grad_out, grad_lse=grad_lse, q=q, k=k, v=v, out=out, lse=lse, mask=mask, s_aux=s_aux, alibi_slopes=alibi_slopes
+    )
     scale = rules.check_call(q, k, v, softmax_scale, window, softcap, mask, s_aux, alibi_slopes)
     shape = (*q.shape[:3], v.shape[3])
     for name, t, expected, dtype in (
@@ -37,7 +39,7 @@ def attention_backward(
         if t is not None and (tuple(t.shape) != expected or t.dtype != dtype):
             raise ValueError(f"{name} must be {dtype} {list(expected)} beside q {list(q.shape)}, got {t.dtype} {list(t.shape)}")
     call = (grad_out, grad_lse, q, k, v, out, lse, scale, causal, window, softcap, mask, s_aux, alibi_slopes, tokens_first)
-    return torch.ops.taut.attention_backward(*call)
+    return _native.ops_for(device.type).attention_backward(*call)
 
 
 @torch.library.register_fake("taut::attention_backward")

@@ -31,8 +31,8 @@ def attention_prefill(
     ``tokens_first``: out lies in memory as ``[B, Lq, Hq, Dv]``, so that ``out.transpose(1, 2)`` is contiguous. Float32 inside: bf16 and
     fp16 are multiplied exactly and rounded once at the end; units for 16-bit products (CUDA's tensor cores, AVX-512 BF16) also have the
     weights of the values rounded to the dtype of q. The number of threads changes no bits, and the other sequences and heads none of a
-    row's. On the CPU differentiable, once, in q, k, v and s_aux, by out and lse (``attention_backward``); a mask or slopes that require a
-    gradient raise ``NotImplementedError`` there.
+    row's. Differentiable, once, in q, k, v and s_aux, by out and lse (``attention_backward``); a mask or slopes that require a
+    gradient raise ``NotImplementedError``.
     Raises ``ValueError`` for wrong shapes, dtypes, strides or devices.
     """
     device = _native.device_of(q=q, k=k, v=v, mask=mask, s_aux=s_aux, alibi_slopes=alibi_slopes)
