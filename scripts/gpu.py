@@ -42,8 +42,8 @@ STALL_SECONDS = 75.0  # without a new line the benchmark is stuck: in a kernel t
 MOST_STARTS = 8
 TESTS = tuple(
     f"tests/test_{name}.py"
-    for name in ("quant_linear", "attention_prefill", "attention_backward", "attention_decode", "kv_append", "sparse_linear", "pack_weight", "pack_sparse",
-                 "quant_linear_module", "sparse_module", "cuda_device")
+    for name in ("quant_linear", "attention_prefill", "attention_backward", "attention_decode", "kv_append", "sparse_linear", "pack_weight",
+                 "pack_sparse", "quant_linear_module", "sparse_module", "cuda_device")
 )  # fmt: skip
 # Needed to import taut and to run its tests; a machine with torch has numpy and more.
 WHEELS = (
