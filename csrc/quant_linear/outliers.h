@@ -25,17 +25,19 @@ struct Outlier {
 constexpr int64_t outlier_list(int64_t padded_k) { return 1 + padded_k / 32; }  // the longest a row can have
 
 // `row` less its outliers, in `buffer` (which may be `row`), or `row` itself where it has none; the outliers to `list`.
-inline const float* clip_outliers(const float* row, int64_t padded_k, float* buffer /* [padded_k] */, Outlier* list /* [outlier_list()] */) {
+__attribute__((noinline)) inline const float* clip_outliers(const float* row, int64_t padded_k, float* buffer /* [padded_k] */,
+                                                            Outlier* list /* [outlier_list()] */) {
   const int64_t blocks = padded_k / 32;
   Outlier* found = list + 1;  // until they are: the bits of the largest and of the second largest magnitude of each block, which order as integers do
   list->k = 0;
   int32_t row_bits = 0;
   for (int64_t b = 0; b < blocks; b++) {
-    int32_t bits[32], most = 0, second = 0, times = 0;
-    std::memcpy(bits, row + b * 32, sizeof bits);
-    for (int i = 0; i < 32; i++) bits[i] &= 0x7fffffff, most = std::max(most, bits[i]);
-    for (int i = 0; i < 32; i++) times += bits[i] == most;
-    for (int i = 0; i < 32; i++) second = std::max(second, bits[i] == most ? 0 : bits[i]);
+    // WHY no copy of them: gcc makes it 16 bytes at a time, and loads of 32 bytes would wait for two stores.
+    const auto bits = [&](int i) { return std::bit_cast<int32_t>(row[b * 32 + i]) & 0x7fffffff; };
+    int32_t most = 0, second = 0, times = 0;
+    for (int i = 0; i < 32; i++) most = std::max(most, bits(i));
+    for (int i = 0; i < 32; i++) times += bits(i) == most;
+    for (int i = 0; i < 32; i++) second = std::max(second, bits(i) == most ? 0 : bits(i));
     found[b] = {most, std::bit_cast<float>(times > 1 ? most : second)};
     row_bits = std::max(row_bits, most);
   }
