@@ -18,7 +18,7 @@ def sparse_linear(
     """``x [..., K]`` times a packed sparse weight ``[N, K]``, plus ``bias [N]``: ``[..., N]`` in the dtype of x.
 
     ``x``: float32, bfloat16 or float16; sums are float32. ``packed``: from ``pack_sparse``. ``activations``: as ``quant_linear`` takes
-    them for the dense format; on CUDA "float" alone, which "auto" is there. Where a weight is not kept, NaN and infinities of x may count
+    them for the dense format. Where a weight is not kept, NaN and infinities of x may count
     or not. A row's result does not depend on the rows around it: on the CPU in a given impl, on CUDA within ``taut.batch_invariant()``.
     Differentiable in ``x`` and ``bias``. Raises ``ValueError`` for wrong shapes, dtypes or devices.
     """
@@ -31,8 +31,6 @@ def sparse_linear(
     if bias is not None and (tuple(bias.shape) != (out_features,) or bias.dtype != x.dtype):
         raise ValueError(f"bias must be {x.dtype} [{out_features}], got {bias.dtype} {list(bias.shape)}")
     mode = activation_code(activations, format.weights, kind)
-    if _native.layout_for(kind) == _native.MMA_TILES and mode != 0:
-        raise ValueError(f"on CUDA sparse weights are multiplied with activations 'float' (or 'auto'), got {activations!r}")
     weights, pattern = format.weights, format.pattern
     return _native.ops_for(kind).sparse_linear(
         x, packed, bias, out_features, weights.code, weights.group_size, pattern.n, pattern.m, pattern.v, mode
