@@ -7,6 +7,7 @@ import torch
 
 import taut
 from checks import assert_linear, assert_same_bits
+from emulator import build, emulated
 from sparse_cases import SPECIAL, SparseCase, cuda_8bit_cases, cuda_cases, sparse_cases
 from taut.formats import Canonical, WeightFormat
 from taut.formats.sparse import Pattern, SparseFormat
@@ -61,6 +62,30 @@ def test_rows_and_threads_change_nothing(impl, pattern, forced, threads):
         for m in range(7):
             row = sparse_linear(inputs.x[m : m + 1], packed, None, case.N, case.format, "int8")
             assert_same_bits(row, expected[m : m + 1], f"{impl}: row {m} alone")
+
+
+CHOSEN = (
+    # weights, group, pattern, activations, sm; the impl, and what a better one lacked
+    ("int8", 0, Pattern(2, 4), "int8_row", 80, "cuda_sm80.int8", {}),
+    ("int4", 32, Pattern(2, 4, 16), "int8", 120, "cuda_sm80.int8", {}),
+    ("int8", 32, Pattern(2, 4), "int8", 75, "cuda_sm75.simt", {"cuda_sm80.int8": "SM 80"}),
+    ("int8", 0, Pattern(1, 4), "int8_row", 90, "cuda_sm75.simt", {"cuda_sm80.int8": "2:4 alone", "cuda_sm75.dense": "float activations"}),
+    ("fp8_e4m3", 0, Pattern(2, 4), "fp8_row", 89, "cuda_sm89.fp8", {"cuda_sm80.int8": "int8 and int4 weights"}),
+    ("fp8_e4m3", 0, Pattern(2, 4), "fp8_row", 90, "cuda_sm75.simt", {"cuda_sm89.fp8": "SM 90 and 100 have no fp8 in mma.sp"}),
+    ("int8", 0, Pattern(2, 4), "float", 80, "cuda_sm80.mma", {"cuda_sm80.int8": "int8 activations", "cuda_sm89.fp8": "SM 89"}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "group", "pattern", "activations", "sm", "impl", "reasons"), CHOSEN, ids=str)
+def test_who_multiplies_on_cuda(name, group, pattern, activations, sm, impl, reasons):
+    if reason := build.unavailable():
+        pytest.skip(reason)
+    case = SparseCase(4, 64, 256, SparseFormat(WeightFormat(name, group), pattern), activations, torch.float16)
+    with emulated.emulated("fast", sm):
+        verdicts = {row[0]: row[1:] for row in taut._C.explain(OP, case.sizes(), "emulated fast")}
+    assert verdicts[impl][0]
+    for other, why in reasons.items():
+        assert not verdicts[other][0] and why in verdicts[other][1]
 
 
 DENSE_BITS = tuple(

@@ -65,8 +65,8 @@ TAUT_DEVICE uint4 in_sparse_slots(const uint32_t (&codes)[kUnit]) {
 
 template <class T, Activations kActivations, int kWarps /* of a row */, int kRows /* of a block */>
 __global__ void __launch_bounds__(32 * kWarps * kRows)
-    quantize_rows(const T* __restrict__ x /* [M, K] */, int64_t x_row_stride, int64_t M, int K, bool for_sparse,
-                  uint8_t* __restrict__ codes /* [M, K8] */, float* __restrict__ row_unit /* [M] */, float* __restrict__ multiple /* [M, K8/32], kInt8 */) {
+    quantize_rows(const T* __restrict__ x /* [M, K] */, int64_t x_row_stride, int64_t M, int K, bool for_sparse, uint8_t* __restrict__ codes /* [M, K8] */,
+                  float* __restrict__ row_unit /* [M] */, float* __restrict__ multiple /* [M, K8/32], kInt8 */) {
 #if TAUT_ARCH_AT_LEAST(90)
   ptx::griddep_launch();  // the product may begin with w, and wait
 #endif

@@ -145,7 +145,7 @@ struct CudaParams {
   int64_t M;
   WeightSpec weight;
   Activations activations;
-  QuantizedRows x8;       // 8-bit activations: what op_cuda.cpp had made of x; else nulls
+  QuantizedRows x8;  // 8-bit activations: what op_cuda.cpp had made of x; else nulls
   const Device* device;
   bool batch_invariant;  // a row's result must not depend on M
   void* stream;          // cudaStream_t

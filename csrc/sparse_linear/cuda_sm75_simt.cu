@@ -139,8 +139,7 @@ __global__ void __launch_bounds__(kThreads) sparse_simt(const SimtArgs args) {
     const int count = min(kChunk, args.K - k0), padded = (count + 31) / 32 * 32;
     __syncthreads();  // all are done with the last chunk
     for (int m = 0; m < kRows; m++)
-      for (int k = threadIdx.x; k < padded; k += kThreads)
-        s_x[m * kPadded + k + k / 32] = m0 + m < args.M && k < count ? load_x(args, m0 + m, k0 + k) : 0.0f;
+      for (int k = threadIdx.x; k < padded; k += kThreads) s_x[m * kPadded + k + k / 32] = m0 + m < args.M && k < count ? load_x(args, m0 + m, k0 + k) : 0.0f;
     __syncthreads();
     for (int block = lane; block * 32 < count; block += 32) {
       Kept<kFormat, kKind> kept[kWarpRows];

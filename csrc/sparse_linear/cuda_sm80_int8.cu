@@ -5,11 +5,13 @@
 //           the order of sparse_x8_slot
 // WORK      cuda_sparse8.cuh: warps of 32-64 n x 8-64 m, a cp.async pipeline, K split among warps and blocks for few tokens. mma.sp.m16n8k64, or
 //           m16n8k32 where every 32 k have a scale of their own
-// BOUND     M <= 32: DRAM. A tile of 64 n x 128 k is 4 KB of int8 and 1 KB of places: 5 bits a weight for 8, at best 1.6 times faster than dense; int4
-//           3 for the 4 that only quant_linear's float kernels take. M large, one scale a row: the tensor cores, twice the dense rate: a warp's
-//           64 n x 64 m x 64 k are 32 mma.sp of 8 cycles, 256 cycles, for which it reads 6.5 KB of shared memory, with 3 more warps 104 of the
-//           128 bytes a cycle. Besides, it issues 32 + 16 (bytes of w) + 34 (places) + 14 loads. A scale every 64 k: 8 fp32 instructions for one mma.sp, as
-//           many cycles as it takes: no faster than dense by much. Every 32 k with multiples: 12 for half of one; they are the bound, as for dense
+// BOUND     M <= 32: DRAM. A tile of 64 n x 128 k is 4 KB of int8 and 1 KB of places: 5 bits a weight where dense int8 has 8, at best 1.6 times faster;
+//           int4 3, for which quant_linear has float kernels alone. H200, 18 B a cycle an SM: the 1280 B of 32 n x 64 k every 71 cycles, in which 4
+//           schedulers issue 284 instructions; nvcc makes 110 of it at M = 8, and 244 where every 32 k have a scale.
+//           M large, one scale a row: the tensor cores at twice the dense rate. A warp's 64 n x 64 m x 64 k are 32 mma.sp of 8 cycles on sm_80, 256
+//           cycles: 117 instructions, and 6.5 KB of shared memory, with those of 3 warps beside it 104 of the 128 B that come in a cycle. A scale
+//           every 64 k: 8 fp32 instructions for an mma.sp, as many cycles as it takes, half as fast; every 32 k with multiples: 12 for half of one,
+//           which are the bound for dense weights as well. No GPU has run it yet
 // LIMITS    SM 80 and newer, 2:4 with or without places that rows share, int8 and int4 weights, int8 activations; any N, K and group, M up to 2^23
 #include "sparse_linear/cuda_sparse8.cuh"
 

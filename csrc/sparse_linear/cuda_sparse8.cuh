@@ -28,8 +28,8 @@ struct Sparse8Args : Mma8Args {  // scales and codes: of the kept numbers
   int tiles_k128;
 };
 
-// A dense kernel's shape with at least 128 k to a stage; then fewer stages, for blocks have 99 KB on sm_86, 89 and 120. WHY no less than 3 and no more
-// than that: the dense plan splits K by the stages of shapes that have 4 warps or 2 along k, and those stay what they are.
+// A dense kernel's shape, with at least 128 k to a stage. One whose warps do not share K has 128 instead of 64, and 3 stages instead of 4, for which the
+// 99 KB of a block on sm_86, 89 and 120 suffice. WHY only that one: the dense plan splits K by the stages of the others, and we split as it does.
 template <class Dense>
 using Sparse8Shape = Mma8Shape<Dense::kStrips, Dense::kTokens, Dense::kWarpsN, Dense::kWarpsM, Dense::kWarpsK, Dense::kWarpsK == 1 ? 3 : Dense::kStages,
                                Dense::kBlocksPerSm, std::max(Dense::kWarpsK, 2)>;

@@ -124,14 +124,14 @@ TAUT_PROBE(mma_sp_m16n8k32_s8, 9, 8, kSm80, {
 })
 
 // in = a[4], b[4], metadata, d[4]; call(d, a, b, metadata)
-#define TAUT_MMA_SP8_PROBE(name, Sum, condition)     \
-  TAUT_PROBE(name, 13, 4, condition, {               \
-    uint32_t a[4], b[4];                             \
-    Sum d[4];                                        \
+#define TAUT_MMA_SP8_PROBE(name, Sum, condition)                \
+  TAUT_PROBE(name, 13, 4, condition, {                          \
+    uint32_t a[4], b[4];                                        \
+    Sum d[4];                                                   \
     for (int i = 0; i < 4; i++) a[i] = in[i], b[i] = in[4 + i]; \
-    memcpy(d, in + 9, sizeof d);                     \
-    ptx::name(d, a, b, in[8]);                       \
-    memcpy(out, d, sizeof d);                        \
+    memcpy(d, in + 9, sizeof d);                                \
+    ptx::name(d, a, b, in[8]);                                  \
+    memcpy(out, d, sizeof d);                                   \
   })
 TAUT_MMA_SP8_PROBE(mma_sp_m16n8k64_s8, int, kSm80)
 TAUT_MMA_SP8_PROBE(mma_sp_m16n8k64_e4m3, float, kSm89)
