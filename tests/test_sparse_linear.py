@@ -76,14 +76,14 @@ CHOSEN = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "group", "pattern", "activations", "sm", "impl", "reasons"), CHOSEN, ids=str)
-def test_who_multiplies_on_cuda(name, group, pattern, activations, sm, impl, reasons):
+@pytest.mark.parametrize(("name", "group", "pattern", "activations", "sm", "chosen", "reasons"), CHOSEN, ids=str)
+def test_who_multiplies_on_cuda(name, group, pattern, activations, sm, chosen, reasons):
     if reason := build.unavailable():
         pytest.skip(reason)
     case = SparseCase(4, 64, 256, SparseFormat(WeightFormat(name, group), pattern), activations, torch.float16)
     with emulated.emulated("fast", sm):
         verdicts = {row[0]: row[1:] for row in taut._C.explain(OP, case.sizes(), "emulated fast")}
-    assert verdicts[impl][0]
+    assert verdicts[chosen][0]
     for other, why in reasons.items():
         assert not verdicts[other][0] and why in verdicts[other][1]
 
