@@ -224,9 +224,6 @@ constexpr Probe kProbes[] = {
     {"mma_m16n8k16_bf16", 80, "bbbbbbffff", 4, mma_m16n8k16_bf16},
     {"mma_sp_m16n8k32_f16", 80, "hhhhhhhhpffff", 8, mma_sp_m16n8k32_f16},
     {"mma_sp_m16n8k32_bf16", 80, "bbbbbbbbpffff", 8, mma_sp_m16n8k32_bf16},
-    {"mma_sp_m16n8k32_s8", 80, "xxxxpxxxx", 8, mma_sp_m16n8k32_s8},
-    {"mma_sp_m16n8k64_s8", 80, "xxxxxxxxpxxxx", 4, mma_sp_m16n8k64_s8},
-    {"mma_sp_m16n8k64_e4m3", 89, "eeeeeeeepffff", 4, mma_sp_m16n8k64_e4m3},
     {"mma_m16n8k8_f16", 75, "hhhffff", 4, mma_m16n8k8_f16},
     {"mma_m16n8k32_s8", 80, "xxxxxxxxxx", 4, mma_m16n8k32_s8},
     {"mma_m16n8k32_e4m3", 89, "eeeeeeffff", 4, mma_m16n8k32_e4m3},
@@ -238,6 +235,9 @@ constexpr Probe kProbes[] = {
     {"cvt_e4m3x2", 89, "FF", 1, cvt_e4m3x2},
     {"cvt_f16x2_e4m3x2", 89, "e", 1, cvt_f16x2_e4m3x2},
     {"stmatrix_x4_trans", 90, "xxxx", 4, stmatrix_x4_trans},
+    {"mma_sp_m16n8k32_s8", 80, "xxxxpxxxx", 8, mma_sp_m16n8k32_s8},
+    {"mma_sp_m16n8k64_s8", 80, "xxxxxxxxpxxxx", 4, mma_sp_m16n8k64_s8},
+    {"mma_sp_m16n8k64_e4m3", 89, "eeeeeeeepffff", 4, mma_sp_m16n8k64_e4m3},
 };
 
 // sm_90 alone.
