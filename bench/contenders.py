@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 import taut
+from taut.formats import ACTIVATIONS
 from taut.ops import quant_linear, quantize_weight
 from taut.ops.pack_weight import canonical, dequantize_weight, pack_weight, unpack_weight
 
-from .cases import DTYPES, Case, parse_format
+from .cases import DTYPES, MODES, Case, parse_format
 from .problem import Problem, max_error
 
 _OWN_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
@@ -41,8 +42,9 @@ class Prepared:
 
 
 def split_flops(count: float, arithmetic: str) -> tuple[float, float, float]:
-    """``count`` operations as (fp32, int8, bf16) ones; ``arithmetic``: "a8" and "bf16" are of those two."""
-    return (0.0 if arithmetic in ("a8", "bf16") else count, count if arithmetic == "a8" else 0.0, count if arithmetic == "bf16" else 0.0)
+    """``count`` operations as (fp32, int8, bf16) ones; ``arithmetic``: "a8", "a8o" and "bf16" are of those two."""
+    int8, bf16 = arithmetic in ("a8", "a8o"), arithmetic == "bf16"
+    return (0.0 if int8 or bf16 else count, count if int8 else 0.0, count if bf16 else 0.0)
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def _sizes(case: Case, format: str) -> dict[str, int]:
     weights, activations = parse_format(format)
     return {
         "M": case.m, "N": case.n, "K": case.k, "format": weights.code, "group_size": weights.group_size,
-        "zeros": int(weights.zeros), "activations": int(activations == "a8"), "dtype": int(activations == "bf16"),
+        "zeros": int(weights.zeros), "activations": ACTIVATIONS[MODES.get(activations, "float")], "dtype": int(activations == "bf16"),
     }  # fmt: skip
 
 
@@ -125,18 +127,18 @@ def _forced(op: str, impl: str, call: Callable[[], object], default: bool) -> Ca
 def _prepare_linear(problem: Problem, format: str, impl: str, cold_bytes: int) -> Prepared:
     case = problem.case
     weights, activations = parse_format(format)
-    mode = "int8" if activations == "a8" else "float"
+    mode = MODES.get(activations, "float")
     x = problem.x.to(DTYPES[activations])
     packed = problem.packed(weights, copies_for(weights.layout_bytes(case.n, case.k), cold_bytes))
-    take, arguments = rotation(packed), (None, case.n, weights.code, weights.group_size, weights.zeros, int(mode == "int8"))
+    take, arguments = rotation(packed), (None, case.n, weights.code, weights.group_size, weights.zeros, ACTIVATIONS[mode])
     op = torch.ops.taut.quant_linear
     call = _forced(case.op, impl, lambda: op(x, take(), *arguments), impl == default_impl(case, format))
     out = call()
     w = problem.dense(weights)
-    exact = max_error(out, x, problem.dense(weights, mode), quantized_x=mode == "int8")
+    exact = max_error(out, x, problem.dense(weights, mode), mode)
     wrong = None if exact <= _OWN_TOLERANCE[x.dtype] else f"off by {exact:.2g} of the largest result from its definition"
     counted = quant_linear.cost(case.m, case.n, case.k, weights, x.element_size())
-    arithmetic = "a8" if mode == "int8" else activations
+    arithmetic = "a8" if mode != "float" else activations
     return Prepared(call, counted["bytes"], *split_flops(counted["flops"], arithmetic), max_error(out, x, w), wrong)
 
 

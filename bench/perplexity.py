@@ -1,8 +1,9 @@
 """What int8 activations cost in perplexity: ``python bench/perplexity.py [--model NAME] [--json PATH]``.
 
-The same low-bit weights, head included, once beside float activations and once beside int8 ones, on the same tokens; the cost is the
+The same low-bit weights, head included, beside float activations, int8 and int8_outliers, on the same tokens; the cost is the
 ratio of the perplexities less one, with the standard error of the paired difference. Nothing is timed. JSON lines: op (perplexity),
-case (the model), format (the weights), ppl_float, ppl_int8, cost, cost_stderr, kl, tokens, text, commit, machine, torch, run.
+case (the model), format (the weights), activations, ppl_float, ppl_int8 (with these activations), cost, cost_stderr, kl, tokens, text,
+commit, machine, torch, run.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ from taut.report.text import default_text
 ROOT = Path(__file__).resolve().parents[1]
 _MODELS = tuple(name for name in NAMES if not name.startswith("llama"))  # random weights have no perplexity worth the name
 _WEIGHTS = ("int4", "int8")
+_ACTIVATIONS = ("int8", "int8_outliers")
 _HEAD = {"weights": "int8", "group_size": 32}
 _WINDOW, _WINDOWS = 512, 16
 
 
-def cost(directory: Path, weights: str, windows: torch.Tensor) -> dict[str, Any]:
-    """Perplexities of the model with low-bit weights on ``windows [W, T]``, and what int8 activations cost of it."""
-    kinds = ("float", "int8")
+def cost(directory: Path, weights: str, windows: torch.Tensor, kind: str = "int8") -> dict[str, Any]:
+    """Perplexities of the model with low-bit weights on ``windows [W, T]``, and what activations of this kind cost of it."""
     pair = []
-    for activations in kinds:
+    for activations in ("float", kind):
         model, _ = models.load_model(Source("directory", str(directory)), "float32")
         taut.swap(model, weights, activations=activations, rules={"lm_head": {**_HEAD, "activations": activations}})
         pair.append(model)
@@ -90,17 +91,18 @@ def _run(args: argparse.Namespace) -> None:
         first = tokenizer("a").input_ids[0]
         if first == tokenizer.bos_token_id:  # a model that was never shown a text without it, such as Gemma, is lost
             windows[:, 0] = first
-        for weights in _WEIGHTS:
-            found = cost(directory, weights, windows)
+        for weights, kind in ((weights, kind) for weights in _WEIGHTS for kind in _ACTIVATIONS):
+            found = cost(directory, weights, windows, kind)
             print(
                 f"{Path(name).name} {weights}: perplexity {found['ppl_float']:.4f} with float activations, "
-                f"{found['ppl_int8']:.4f} with int8: {found['cost']:+.3%} ± {found['cost_stderr']:.3%} "
+                f"{found['ppl_int8']:.4f} with {kind}: {found['cost']:+.3%} ± {found['cost_stderr']:.3%} "
                 f"({found['tokens']} tokens, KL {found['kl']:.5f})",
                 flush=True,
             )
             if args.json is not None:
                 with args.json.open("a") as file:
-                    file.write(json.dumps({"op": "perplexity", "case": Path(name).name, "format": weights, **found, **about}) + "\n")
+                    line = {"op": "perplexity", "case": Path(name).name, "format": weights, "activations": kind, **found, **about}
+                    file.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

@@ -76,13 +76,13 @@ class Problem:
         return copies[:count]
 
 
-def max_error(out: Tensor, x: Tensor, w: Tensor, quantized_x: bool = False) -> float:
+def max_error(out: Tensor, x: Tensor, w: Tensor, activations: str = "float") -> float:
     """The largest error of ``out [M, N]`` against ``x [M, K] @ w [N, K]^T`` in float64, over the largest result.
 
     Every column is checked for the first and last rows of x, and every row of x for the first and last columns; ``inf``
-    for a NaN. ``quantized_x``: x is rounded to int8 first, as taut's int8 activations define it.
+    for a NaN. ``activations``: x is rounded first, as taut's activations of this name define it.
     """
-    exact = quantize_activations(x) if quantized_x else x.double()
+    exact = x.double() if activations == "float" else quantize_activations(x, activations)
     rows = _ends(exact.shape[0], _CHECKED_ROWS)
     columns = _ends(w.shape[0], _CHECKED_COLUMNS)
     worst, largest = 0.0, 0.0

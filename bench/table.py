@@ -11,6 +11,7 @@ from typing import Any
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 MODELS_BEGIN, MODELS_END = "<!-- bench-models:begin -->", "<!-- bench-models:end -->"
 ATTENTION_BEGIN, ATTENTION_END = "<!-- bench-attention:begin -->", "<!-- bench-attention:end -->"
+SPARSITY_BEGIN, SPARSITY_END = "<!-- bench-sparsity:begin -->", "<!-- bench-sparsity:end -->"
 SHAPE = "N14336_K4096"
 COLUMNS = (1, 4, 32, 512)
 NAMES = {
@@ -30,6 +31,20 @@ _MODELS = {
 }  # fmt: skip
 _OWN = {"int4_g32_a8": "**taut int4**", "int8_row_a8": "**taut int8**"}
 _NEEDED = ("op", "case", "format", "impl", "peer", "threads", "median_us", "cold", "commit", "machine", "torch", "run")
+# What lines of other measurements need; those of no table are passed over, and so are those of a GPU, which have a kind.
+_NEEDED_BY = {
+    "sparse_linear": ("case", "pattern", "format", "impl", "picked", "median_us", "dense_ratio", "threads", "commit", "machine", "run"),
+    "sparsity": ("case", "format", "bits", "kl", "same_top", "ppl_float", "ppl", "tokens", "commit", "run"),
+    "perplexity": None, "kv_cache": None,
+}  # fmt: skip
+
+_SPARSE_COLUMNS = (1, 16, 512)
+_SPARSE_WEIGHTS = {
+    "int8_row_a8row": "int8",
+    "int8_g32_a8": "int8, groups of 32",
+    "int4_g32_a8": "int4, groups of 32",
+    "int4_g128_a8": "int4, groups of 128",
+}
 
 _ATTENTION_CASES = {
     "attention_prefill/B1_H32.8_L1024.1024_D128": "prompt of 1024",
@@ -58,9 +73,10 @@ def read_lines(paths: Iterable[Path]) -> list[Line]:
                 continue
             try:
                 line = json.loads(text)
-                if line.get("op") in ("perplexity", "kv_cache"):  # nothing was timed
+                needed = _NEEDED_BY.get(line.get("op"), _NEEDED)
+                if needed is None or "kind" in line:
                     continue
-                missing = [name for name in _NEEDED if name not in line]
+                missing = [name for name in needed if name not in line]
             except (json.JSONDecodeError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path}:{number}: not a JSON object: {error}") from None
             if missing:
@@ -193,6 +209,69 @@ def render_attention(lines: Sequence[Line]) -> str:
     return "\n".join([*rows, "", note])
 
 
+def render_sparse_speed(lines: Sequence[Line]) -> str:
+    """Milliseconds of ``bench.sparse``'s newest run in Markdown: what taut picks, and how much faster than the fastest dense kernel."""
+    found = [line for line in lines if line["op"] == "sparse_linear" and line["case"].startswith(f"{SHAPE}_M")]
+    if not found:
+        return "Speed is not measured yet: `python -m bench.sparse`."
+    found = [line for line in found if line["run"] == max(line["run"] for line in found)]
+    picked = {(line["format"], int(line["case"].rpartition("_M")[2])): line for line in found if line["picked"]}
+    rows = [
+        "| ms (times as fast as the fastest dense kernel) | " + " | ".join(f"M={m}" for m in _SPARSE_COLUMNS) + " |",
+        "|---|" + "---:|" * len(_SPARSE_COLUMNS),
+    ]
+    for weights, name in _SPARSE_WEIGHTS.items():
+        for pattern in dict.fromkeys(line["pattern"] for line in found if line["format"].endswith(f"_{weights}")):
+            cells = []
+            for m in _SPARSE_COLUMNS:
+                line = picked.get((f"{pattern}_{weights}", m))
+                ratio = f" ({line['dense_ratio']:.2f}x)" if line and pattern != "dense" else ""
+                cells.append("" if line is None else f"{line['median_us'] / 1e3:.3g}{ratio}")
+            rows.append(f"| {name}, {pattern} | " + " | ".join(cells) + " |")
+    first = found[0]
+    note = (
+        f"One linear layer, N=14336, K=4096, M rows of x, int8 activations, weights from memory. {first['machine']}, "
+        f"{first['threads']} threads, torch {first['torch']}, commit {first['commit']}, {first['run'][:10]}. "
+        "Reproduce: `python -m bench.sparse`."
+    )
+    return "\n".join([*rows, "", note])
+
+
+def render_sparsity(lines: Sequence[Line]) -> str:
+    """What compressing changes, in Markdown, the newest line of each entry of ``bench.sparsity``; a group of columns for each model."""
+    newest: dict[tuple[str, str], Line] = {}
+    for line in sorted((line for line in lines if line["op"] == "sparsity"), key=lambda line: line["run"]):
+        newest[line["format"], line["case"]] = line
+    if not newest:
+        return "Fidelity is not measured yet: `python -m bench.sparsity`."
+    cases = [case for case in _MODELS if any(own == case for _, own in newest)]
+    heads = [f"{_MODELS[case]}: {what}" for case in cases for what in ("KL", "same top word", "perplexity")]
+    rows = ["| method, pattern, weights | bits a weight | " + " | ".join(heads) + " |", "|---|" + "---:|" * (1 + len(heads))]
+    # Dense first, then from pruning that changes most to pruning that changes least.
+    entries = sorted(
+        {entry for entry, _ in newest}, key=lambda entry: (" dense " not in entry, -newest.get((entry, cases[0]), {"kl": 0.0})["kl"])
+    )
+    for entry in entries:
+        own = [newest.get((entry, case)) for case in cases]
+        bits = next(line["bits"] for line in own if line is not None)
+        cells = [
+            part
+            for line in own
+            for part in (("", "", "") if line is None else (f"{line['kl']:.3g}", f"{line['same_top']:.1%}", f"{line['ppl']:.4g}"))
+        ]
+        rows.append(f"| {entry} | {bits:.2f} | " + " | ".join(cells) + " |")
+    base = ", ".join(
+        f"{next(line['ppl_float'] for (_, own), line in newest.items() if own == case):.4g} of {_MODELS[case]}" for case in cases
+    )
+    some = next(iter(newest.values()))
+    note = (
+        f"KL divergence in nats a token from the float model, over {some['tokens']} tokens that calibration did not see; perplexity of the "
+        f'float model: {base}. "+64": 64 steps of recovery a layer. "float" keeps 16 bits for each weight, zeros too. '
+        "Reproduce: `python -m bench.sparsity`."
+    )
+    return "\n".join([*rows, "", note])
+
+
 def pictures(results: Iterable[Path], name: str, words: str) -> str:
     """Markdown of the plots of this name that lie beside the results, newest name last; empty where there is none."""
     found = sorted({path for result in results for path in result.parent.glob(f"{name}.png")})
@@ -209,7 +288,7 @@ def update_readme(readme: Path, results: Sequence[Path]) -> None:
     """Puts the tables between the marker comments of ``readme``; the rest stays as it is.
 
     Raises ``ValueError`` where the markers are not there once each, in order, or no result fits the layers' table. A file
-    without markers for the tables of models and attention gets none.
+    without markers for the tables of models, attention and sparsity gets none.
     """
     text = readme.read_text()
     _check_markers(readme, text, BEGIN, END)
@@ -223,6 +302,11 @@ def update_readme(readme: Path, results: Sequence[Path]) -> None:
         _check_markers(readme, text, ATTENTION_BEGIN, ATTENTION_END)
         drawn = pictures(results, "attention-*", "Attention over its length")
         text = _between(text, ATTENTION_BEGIN, ATTENTION_END, "\n\n".join(filter(None, (render_attention(lines), drawn))))
+    if SPARSITY_BEGIN in text or SPARSITY_END in text:
+        _check_markers(readme, text, SPARSITY_BEGIN, SPARSITY_END)
+        drawn = pictures(results, "sparsity-*", "KL divergence over bits a weight")
+        parts = (render_sparse_speed(lines), render_sparsity(lines), drawn)
+        text = _between(text, SPARSITY_BEGIN, SPARSITY_END, "\n\n".join(filter(None, parts)))
     temporary = readme.with_name(f".{readme.name}.new")
     try:
         temporary.write_text(text)

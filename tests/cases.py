@@ -52,7 +52,7 @@ INT4, INT4_ZEROS, INT8, FP8 = (
 )
 EACH_FORMAT = (INT4, INT4_ZEROS, INT8, FP8, *(format for format in CPU_FORMATS if format.group_size or format.name == "ternary"))
 # (activations, format) for tests of one property: each mode once, and each kind of weight with each mode it takes.
-EACH_MODE = (("float", INT4_ZEROS), ("int8", INT4_ZEROS), ("int8_row", INT8), ("fp8_row", FP8))
+EACH_MODE = (("float", INT4_ZEROS), ("int8", INT4_ZEROS), ("int8_row", INT8), ("fp8_row", FP8), ("int8_outliers", INT4_ZEROS))
 EACH_KIND = tuple((mode, format) for mode in ACTIVATIONS for format in EACH_FORMAT if format in PAIRS[mode])
 
 

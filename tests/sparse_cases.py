@@ -84,7 +84,7 @@ def sparse_cases() -> tuple[SparseCase, ...]:
     rows = covering_set(
         (
             (1, 2, 3, 5, 13, 40), ((1, 8), (8, 32), (17, 64), (40, 200), (33, 1096), (70, 520), (16, 128)), WEIGHTS, PATTERNS,
-            tuple(ACTIVATIONS), DTYPES, (False, True),
+            ("float", "int8", "int8_row", "fp8_row"), DTYPES, (False, True),
         )
     )  # fmt: skip
     return tuple(

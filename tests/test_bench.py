@@ -409,6 +409,49 @@ def test_attention_is_shown_beside_torch_in_the_same_precision() -> None:
     assert "Not measured yet" in table.render_attention(_full_run("2026-11-02T10:00:00+00:00"))
 
 
+def test_sparse_speed_is_shown_as_picked_and_beside_the_fastest_dense_kernel() -> None:
+    about = {"op": "sparse_linear", "threads": 2, "commit": "abc", "machine": "a machine", "torch": "2.13.0"}
+    lines = [
+        {**about, "case": f"N14336_K4096_M{m}", "pattern": pattern, "format": f"{pattern}_int8_g32_a8", "impl": impl, "picked": picked,
+         "median_us": us, "dense_ratio": ratio, "run": run}
+        for m, pattern, impl, picked, us, ratio, run in (
+            (1, "dense", "cpu_avx2.int8_small", True, 900.0, 1.0, "2026-11-02"), (1, "2:4", "cpu_avx2", True, 600.0, 1.5, "2026-11-02"),
+            (1, "2:4", "cpu_scalar", False, 9000.0, 0.1, "2026-11-02"), (16, "2:4", "cpu_avx2", True, 2000.0, 0.9, "2026-11-02"),
+            (1, "2:4", "cpu_avx2", True, 1.0, 99.0, "2026-11-01"),
+        )
+    ]  # fmt: skip
+    rows = table.render_sparse_speed(lines).splitlines()
+    assert rows[2:4] == ["| int8, groups of 32, dense | 0.9 |  |  |", "| int8, groups of 32, 2:4 | 0.6 (1.50x) | 2 (0.90x) |  |"]
+    assert "a machine, 2 threads, torch 2.13.0, commit abc, 2026-11-02" in rows[-1]
+    assert "not measured yet" in table.render_sparse_speed([])
+
+
+def test_sparsity_is_shown_from_worst_to_best_after_dense() -> None:
+    about = {"op": "sparsity", "ppl_float": 18.0, "same_top": 0.5, "tokens": 4088, "commit": "abc"}
+    lines = [
+        {**about, "case": case, "format": entry, "bits": bits, "kl": kl, "ppl": ppl, "run": run}
+        for case, entry, bits, kl, ppl, run in (
+            ("smollm2-135m", "sparsegpt 2:4 int4", 3.5, 0.8, 40.0, "2"), ("smollm2-135m", "magnitude 2:4 int4", 3.5, 4.5, 1894.2, "2"),
+            ("smollm2-135m", "gptq dense int4", 4.5, 0.1, 20.0, "2"), ("gemma3-270m", "sparsegpt 2:4 int4", 3.5, 0.9, 50.0, "1"),
+            ("smollm2-135m", "sparsegpt 2:4 int4", 3.5, 9.9, 99.0, "1"),
+        )
+    ]  # fmt: skip
+    rows = table.render_sparsity(lines).splitlines()
+    assert rows[2:5] == [
+        "| gptq dense int4 | 4.50 | 0.1 | 50.0% | 20 |  |  |  |", "| magnitude 2:4 int4 | 3.50 | 4.5 | 50.0% | 1894 |  |  |  |",
+        "| sparsegpt 2:4 int4 | 3.50 | 0.8 | 50.0% | 40 | 0.9 | 50.0% | 50 |",
+    ]  # fmt: skip
+    assert "18 of SmolLM2 135M, 18 of Gemma 3 270M" in rows[-1]
+    assert "not measured yet" in table.render_sparsity([])
+
+
+def test_the_readme_holds_what_the_committed_results_say(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text((ROOT / "README.md").read_text())
+    table.update_readme(readme, sorted((ROOT / "bench" / "results").glob("*.jsonl")))
+    assert readme.read_text() == (ROOT / "README.md").read_text()
+
+
 def test_update_readme_changes_only_what_is_between_the_markers(tmp_path: Path) -> None:
     readme, results = tmp_path / "README.md", tmp_path / "a.jsonl"
     readme.write_text(f"# top\n{table.BEGIN}\nold\n{table.END}\nrest\n")

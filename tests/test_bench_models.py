@@ -348,7 +348,10 @@ def test_perplexity_cost(llama: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(perplexity, "_WINDOW", 64)
     assert perplexity.main(["--model", str(folder), "--windows", "2", "--json", str(lines)]) == 0
     found = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert [(line["op"], line["case"], line["format"]) for line in found] == [("perplexity", "model", name) for name in ("int4", "int8")]
+    assert [(line["op"], line["case"], line["format"]) for line in found] == [
+        ("perplexity", "model", name) for name in ("int4", "int4", "int8", "int8")
+    ]
+    assert [line["activations"] for line in found] == ["int8", "int8_outliers"] * 2
     for line in found:
         assert line["tokens"] == 2 * 63
         assert line["cost"] == pytest.approx(line["ppl_int8"] / line["ppl_float"] - 1)

@@ -39,6 +39,7 @@ def test_activation_modes():
     int8, fp8 = WeightFormat("int8"), WeightFormat("fp8_e4m3")
     assert [activation_code(name, int8) for name in ("float", "int8", "int8_row")] == [0, 1, 2]
     assert activation_code("fp8_row", fp8) == 3
+    assert activation_code("int8_outliers", int8) == 4
     with pytest.raises(ValueError, match="unknown activations 'fp8'; accepted: auto, float, int8, int8_row, fp8_row"):
         activation_code("fp8", int8)
 
@@ -48,6 +49,7 @@ def test_what_auto_means():
     assert [resolve_activations("auto", int4, device) for device in ("cpu", "meta", "cuda")] == ["int8", "int8", "float"]
     assert [resolve_activations("auto", fp8, device) for device in ("cpu", "cuda")] == ["float", "float"]
     assert resolve_activations("int8", int4, "cuda") == "int8"
+    assert [resolve_activations("int8_outliers", int4, device) for device in ("cpu", "cuda")] == ["int8_outliers", "float"]
     auto = {name: resolve_activations("auto", WeightFormat(name), "cpu") for name in KINDS}
     assert auto == {name: "float" if name.startswith("fp8") else "int8" for name in KINDS}
 
@@ -96,15 +98,15 @@ def test_what_cuda_takes():
 @pytest.mark.parametrize(
     ("name", "accepted"),
     [
-        *((name, "float, int8") for name in ("ternary", "int2", "int3", "int4", "nf4", "mxfp4", "nvfp4")),
-        ("int8", "float, int8, int8_row"),
+        *((name, "float, int8, int8_outliers") for name in ("ternary", "int2", "int3", "int4", "nf4", "mxfp4", "nvfp4")),
+        ("int8", "float, int8, int8_row, int8_outliers"),
         ("fp8_e4m3", "float, fp8_row"),
         ("fp8_block", "float"),
     ],
     ids=str,
 )
 def test_activations_a_format_takes(name, accepted):
-    for activations in ("auto", "float", "int8", "int8_row", "fp8_row"):
+    for activations in ("auto", "float", "int8", "int8_row", "fp8_row", "int8_outliers"):
         if activations in accepted.split(", ") or activations == "auto":
             activation_code(activations, WeightFormat(name))
         else:

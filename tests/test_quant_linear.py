@@ -417,6 +417,54 @@ def test_a_scale_that_is_no_number_stays_in_its_column(impl, activations, format
         assert_same_bits(out[:, ~bad], expected[:, ~bad], f"{impl} on {case}: a scale of {value} in the last row")
 
 
+# ---- Outliers ----
+
+OUTLIER_ROWS = {
+    "one number and zeros": {"scale": 0.0, "spikes": {3: 5.0}},
+    "a spike 2^20 times the rest": {"scale": 2.0**-20, "spikes": {40: -1.0}},
+    "a spike a block": {"scale": 1.0, "spikes": {5: 90.0, 37: -90.0, 64: 90.0, 127: 90.0, 139: -90.0}},
+    "two equal": {"scale": 1.0, "spikes": {5: 90.0, 6: -90.0}},
+    "close to the largest float": {"scale": 2.0**100, "spikes": {70: 2.0**126}},
+    "close to the smallest row that has any": {"scale": 2.0**-100, "spikes": {70: 2.0**-80}},
+    "too small to have any": {"scale": 2.0**-100, "spikes": {70: 2.0**-81}},
+    "too small to count": {"scale": 2.0**-120, "spikes": {70: 2.0**-101}},
+    "a NaN beside a spike": {"scale": 1.0, "spikes": {5: 90.0, 6: float("nan")}},
+    "an infinity": {"scale": 1.0, "spikes": {5: float("inf")}},
+}
+
+
+@pytest.mark.parametrize("format", (WeightFormat("int4", 32, True), INT8, WeightFormat("nvfp4")), ids=str)
+@pytest.mark.parametrize("rows", (1, 33))
+def test_outliers(impl, format, rows, forced):
+    case = LinearCase(rows, 19, 140, format, "int8_outliers")
+    forced(impl, **case.sizes())
+    generator = torch.Generator().manual_seed(case.seed)
+    inputs = case.make()
+    for name, row in OUTLIER_ROWS.items():
+        x = torch.randn(rows, case.K, generator=generator)
+        x[-1] *= row["scale"]
+        for k, value in row["spikes"].items():
+            x[-1, k] = value
+        assert_linear(run(case, inputs, x), x, inputs, case, impl=f"{impl}, {name}")
+
+
+def test_outliers_mend_what_int8_loses():
+    """With spikes in a few blocks of k: an error of the size that int8 makes without them."""
+    case = LinearCase(16, 64, 512, INT8)
+    generator = torch.Generator().manual_seed(1)
+    inputs = case.make()
+    x = torch.randn(case.M, case.K, generator=generator)
+    spiky = x.clone()
+    spiky[:, ::128] *= 50
+    w = weight_numbers(inputs, case)
+
+    def error(x: torch.Tensor, activations: str) -> float:
+        return float((quant_linear(x, inputs.packed, None, case.N, case.format, activations).double() - x.double() @ w.T).norm())
+
+    assert error(spiky, "int8") > 5 * error(x, "int8")
+    assert error(spiky, "int8_outliers") < min(2 * error(x, "int8"), error(spiky, "int8") / 5)
+
+
 # ---- Fuzz ----
 
 
@@ -558,7 +606,8 @@ RAW_BAD_CALLS = {
     "unknown group": ({"group_size": 48}, "group_size must be 32, 64, 128 or 0"),
     "group of nvfp4": ({"format": 7}, "group_size must be 16 for nvfp4"),
     "int8 with zeros": ({"format": 8, "zeros": True}, "zeros are for int2, int3 and int4 only"),
-    "unknown activations": ({"activations": 4}, "weights of up to 4 bits take activations 0"),
+    "unknown activations": ({"activations": 5}, "weights of up to 4 bits take activations 0"),
+    "int8_outliers with fp8": (INT8_CALL | {"format": 9, "activations": 4}, "fp8_e4m3 weights take activations 0"),
     "int8_row with int4": ({"activations": 2}, "weights of up to 4 bits take activations 0"),
     "int8 with fp8_block": (
         {"format": 10, "group_size": 128, "packed": torch.zeros(WeightFormat("fp8_block").layout_bytes(9, 40), dtype=torch.uint8)},

@@ -243,6 +243,10 @@ def test_bad_calls():
         sparse_linear(inputs.x, packed, torch.zeros(23), 24, INT8)
     with pytest.raises(ValueError, match="cannot be multiplied with 'fp8_row'"):
         sparse_linear(inputs.x, packed, None, 24, INT8, "fp8_row")
+    with pytest.raises(ValueError, match="'int8_outliers' activations; accepted: auto, float, int8, int8_row$"):
+        sparse_linear(inputs.x, packed, None, 24, INT8, "int8_outliers")
+    with pytest.raises(RuntimeError, match="are for dense weights"):
+        torch.ops.taut.sparse_linear(inputs.x, packed, None, 24, 8, 32, 2, 4, 1, 4)
     with pytest.raises(ValueError, match="x must be float32"):
         sparse_linear(inputs.x.double(), packed, None, 24, INT8)
     with pytest.raises(RuntimeError, match="n:m must be"):

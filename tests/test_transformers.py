@@ -40,7 +40,7 @@ FORMATS = [
 CPU_FORMATS = [
     {"weights": "ternary", "group_size": 32},
     {"weights": "int2", "zeros": True},
-    {"weights": "int3"},
+    {"weights": "int3", "activations": "int8_outliers"},
     {"weights": "nf4"},
     {"weights": "mxfp4", "activations": "float"},
     {"weights": "nvfp4"},

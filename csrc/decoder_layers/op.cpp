@@ -93,7 +93,7 @@ struct Reader {
     Linear linear;
     const AnyWeight any = any_weight(kOp, N, K, numbers[0], numbers[1], numbers[2] != 0);
     linear.weight = any.spec, linear.pattern = any.pattern;
-    const char* why = quant_linear::refused_activations(linear.weight.format, numbers[3]);
+    const char* why = quant_linear::refused_activations(linear.weight.format, numbers[3], linear.pattern.m == 0);
     REQUIRE(!why, name(layer, index), ": ", why ? why : "", ", got ", numbers[3]);
     linear.activations = static_cast<quant_linear::Activations>(numbers[3]);
     const Tensor& packed = weight(layer, index);

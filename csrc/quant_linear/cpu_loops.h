@@ -5,6 +5,8 @@
 //
 //   small  weights are unpacked in registers, for a few rows of x at a time. A thread walks kMaxStreams strips that start far
 //          apart, so that as many hardware prefetch streams run, and takes all rows of x before it goes on to the next few.
+//   outliers (outliers.h) are added to the sums last: small decodes the weights of each for each strip; tile, where rows share them,
+//          once a panel.
 //   tile   per chunk of rows: x is prepared as A; a panel of kPanelStrips strips x kPanelK is unpacked to L1 once and
 //          reused by every row block; fp32 sums live in a small tile C.
 #pragma once
@@ -14,6 +16,7 @@
 #include <utility>
 
 #include "quant_linear/op.h"
+#include "quant_linear/outliers.h"
 
 namespace taut::quant_linear {
 namespace {
@@ -71,16 +74,29 @@ inline void store_strip(const Params& p, int64_t m, int64_t strip, const float* 
   for_dtype(p.dtype, [&]<DType kDType>() { store_strip<kDType>(p, m, strip, sums, unit); });
 }
 
+// sums[kCount] += rest * columns[k][kCount] for each of a row's outliers, whose k are places in `columns` here.
+template <int kCount>
+__attribute__((noinline)) void add_columns(const Outlier* list, const float* columns, float* sums) {
+  float total[kCount];
+  std::memcpy(total, sums, sizeof total);
+  for (const Outlier *at = list + 1, *end = at + list->k; at < end; at++) {
+    const float* column = columns + at->k * kCount;
+    for (int i = 0; i < kCount; i++) total[i] += at->rest * column[i];
+  }
+  std::memcpy(sums, total, sizeof total);
+}
+
 // Rows m, m + 1 .. of `strips` strips into out.
 template <int kPanelStrips, DType kDType>
-void store_rows(const Params p, int64_t m, int64_t rows, int64_t strip, int strips, float* sums /* [rows][kPanelStrips][8] */, const float* unit,
-                float factor) {
+void store_rows(const Params p, int64_t m, int64_t rows, int64_t strip, int strips, float* sums /* [rows][kPanelStrips][8] */, const float* unit, float factor,
+                const Outlier* outliers /* or nullptr */, int64_t longest, const float* columns) {
   // WHY p by value: a store to out could change what a reference stands for, so that its fields would be loaded again each time.
-  for (int64_t r = 0; r < rows; r++, sums += kPanelStrips * 8)
-    for (int s = 0; s < strips; s++) {
-      scale_sums(sums + s * 8, factor);
-      store_strip<kDType>(p, m + r, strip + s, sums + s * 8, unit[r]);
-    }
+  for (int64_t r = 0; r < rows; r++, sums += kPanelStrips * 8) {
+    for (int s = 0; s < strips; s++) scale_sums(sums + s * 8, factor);
+    if (outliers)
+      if (const Outlier* list = outliers + r * longest; list->k) add_columns<kPanelStrips * 8>(list, columns, sums);
+    for (int s = 0; s < strips; s++) store_strip<kDType>(p, m + r, strip + s, sums + s * 8, unit[r]);
+  }
 }
 
 // Asks for the cache lines of out[m, n0 .. n0 + count) to be written. WHY: rows of out lie far apart, and a store that misses
@@ -98,15 +114,46 @@ constexpr int small_rows_at_once() {
   else return 4;
 }
 
+// Whether a kernel computes with int8 activations whose outliers are multiplied on their own.
+template <class Kernel>
+constexpr bool takes_outliers() {
+  return requires { requires Kernel::kOutliers; };
+}
+
+// Of all rows, for the small loop: what to add, and where its weights lie.
+struct SmallOutliers {
+  Outlier* lists;  // nullptr: other activations
+  WeightColumn* columns;
+  int64_t longest;
+  float global_scale;
+  static int64_t bytes(int64_t M, int64_t padded_k) { return M * outlier_list(padded_k) * (sizeof(WeightColumn) + sizeof(Outlier)); }
+
+  template <bool kZeros, Format kFormat>
+  __attribute__((noinline)) void add(int64_t m, const uint8_t* strip, float* sums) const {
+    const Outlier* list = lists + m * longest;
+    float total[8], weights[8];
+    std::memcpy(total, sums, sizeof total);
+    for (int64_t i = 1; i <= list->k; i++) {
+      column_of_strip<kZeros, kFormat>(columns[m * longest + i], strip, global_scale, weights);
+      for (int r = 0; r < 8; r++) total[r] += list[i].rest * weights[r];
+    }
+    std::memcpy(sums, total, sizeof total);
+  }
+};
+
 // Rows [m, m + kRows) of x times `strips` strips, `apart` strips from one to the next.
 template <class Kernel, bool kZeros, Format kFormat, int kRows>
-void small_rows(const Params& p, const Strips& s, int64_t strip0, int64_t apart, int64_t strips, const uint8_t* a, const float* unit, int64_t m, float factor) {
+void small_rows(const Params& p, const Strips& s, int64_t strip0, int64_t apart, int64_t strips, const uint8_t* a, const float* unit, int64_t m, float factor,
+                const SmallOutliers& outliers) {
   constexpr int kStreams = Kernel::template streams<kFormat, kRows>;
   static_assert(kMaxStreams % kStreams == 0);
   alignas(64) float sums[kStreams * kRows * 8];
   const auto store = [&](int64_t strip, float* tile) {
     for (int r = 0; r < kRows; r++) {
       scale_sums(tile + r * 8, factor);
+      if constexpr (takes_outliers<Kernel>()) {
+        if (outliers.lists) outliers.template add<kZeros, kFormat>(m + r, s.data + strip * s.strip_bytes, tile + r * 8);
+      }
       store_strip(p, m + r, strip, tile + r * 8, unit[r]);
     }
   };
@@ -133,14 +180,29 @@ void small_loop(const Params& p) {
     constexpr int kRows = small_rows_at_once<Kernel>();
     const int64_t row_blocks = (p.M + kRows - 1) / kRows;
     const auto first_row = [&](int64_t block) { return p.M * block / row_blocks; };  // blocks differ by a row at most
-    uint8_t* a = scratch(1, p.M * (row_bytes + sizeof(float)) + padded_k * sizeof(float) + 64);
+    const bool with_outliers = takes_outliers<Kernel>() && p.activations == Activations::kInt8Outliers;
+    const int64_t outlier_bytes = with_outliers ? SmallOutliers::bytes(p.M, padded_k) : 0;
+    uint8_t* const memory = scratch(1, outlier_bytes + p.M * (row_bytes + sizeof(float)) + padded_k * sizeof(float) + 64);
+    SmallOutliers outliers{nullptr, reinterpret_cast<WeightColumn*>(memory), outlier_list(padded_k), 1.0f};
+    if (with_outliers) {
+      outliers.lists = reinterpret_cast<Outlier*>(outliers.columns + p.M * outliers.longest);
+      outliers.global_scale = global_scale_of(s.layout, s.data);
+    }
+    uint8_t* a = memory + (outlier_bytes + 63) / 64 * 64;
     float* unit = reinterpret_cast<float*>(a + p.M * row_bytes);
     float* row = unit + p.M;
     for (int64_t b = 0; b < row_blocks; b++) {
       const int64_t m = first_row(b);
       const int rows = static_cast<int>(first_row(b + 1) - m);
-      for (int r = 0; r < rows; r++)
-        unit[m + r] = Kernel::template prepare_row<kZeros, kFormat>(p, load_row(p, m + r, padded_k, row), padded_k, r, rows, a + m * row_bytes, padded_k, 0);
+      for (int r = 0; r < rows; r++) {
+        Outlier* list = outliers.lists ? outliers.lists + (m + r) * outliers.longest : nullptr;
+        const float* x = load_row(p, m + r, padded_k, row);
+        if (list) x = clip_outliers(x, padded_k, row, list);
+        unit[m + r] = Kernel::template prepare_row<kZeros, kFormat>(p, x, padded_k, r, rows, a + m * row_bytes, padded_k, 0);
+        if (!list) continue;
+        divide_outliers(list, unit[m + r]);
+        for (int64_t i = 1; i <= list->k; i++) outliers.columns[(m + r) * outliers.longest + i] = WeightColumn(s.layout, list[i].k);
+      }
     }
     const int64_t strip0 = num_strips * task / num_tasks, strip1 = num_strips * (task + 1) / num_tasks;
     const float factor = factor_of<Kernel, kFormat>(p);
@@ -149,7 +211,8 @@ void small_loop(const Params& p) {
       for (int64_t b = 0; b < row_blocks; b++) {
         const int64_t m = first_row(b), rows = first_row(b + 1) - m;
         [&]<int... i>(std::integer_sequence<int, i...>) {
-          ((rows == i + 1 ? small_rows<Kernel, kZeros, kFormat, i + 1>(p, s, strip, apart, strips, a + m * row_bytes, unit + m, m, factor) : void()), ...);
+          ((rows == i + 1 ? small_rows<Kernel, kZeros, kFormat, i + 1>(p, s, strip, apart, strips, a + m * row_bytes, unit + m, m, factor, outliers) : void()),
+           ...);
         }(std::make_integer_sequence<int, kRows>());
       }
     };
@@ -182,8 +245,15 @@ void tile_loop(const Params& p) {
   const int64_t k_panels = (padded_k + PanelT::kPanelK - 1) / PanelT::kPanelK, panel_k = (s.num_blocks + k_panels - 1) / k_panels * 32;
   const int64_t row_panel_bytes = panel_k / 32 * Kernel::template row_block_bytes<kFormat>;  // one row of A within one panel's k
   const int64_t panel_stride = row_panel_bytes * chunk_rows;
-  uint8_t* a = scratch(0, k_panels * panel_stride + chunk_rows * sizeof(float));
+  const bool with_outliers = takes_outliers<Kernel>() && p.activations == Activations::kInt8Outliers;
+  const int64_t longest = with_outliers ? outlier_list(padded_k) : 0;
+  // A, the rows' units and outliers, the columns of w that any of them needs, and where a k is among those.
+  const int64_t columns_begin = (k_panels * panel_stride + chunk_rows * (sizeof(float) + longest * sizeof(Outlier)) + 63) / 64 * 64;
+  uint8_t* a = scratch(0, columns_begin + (with_outliers ? padded_k * (sizeof(WeightColumn) + sizeof(int32_t)) : 0));
   float* unit = reinterpret_cast<float*>(a + k_panels * panel_stride);
+  Outlier* lists = with_outliers ? reinterpret_cast<Outlier*>(unit + chunk_rows) : nullptr;
+  WeightColumn* columns = reinterpret_cast<WeightColumn*>(a + columns_begin);
+  int32_t* column_of_k = reinterpret_cast<int32_t*>(columns + padded_k);
 
   for (int64_t m0 = 0; m0 < p.M; m0 += chunk_rows) {
     const int64_t rows = std::min(chunk_rows, p.M - m0), row_blocks = (rows + kRows - 1) / kRows;
@@ -195,11 +265,25 @@ void tile_loop(const Params& p) {
       for (int64_t b = row_blocks * task / prepare_tasks; b < row_blocks * (task + 1) / prepare_tasks; b++) {
         const int64_t first = first_row(b);
         const int in_block = static_cast<int>(first_row(b + 1) - first);
-        for (int r = 0; r < in_block; r++)
-          unit[first + r] = Kernel::template prepare_row<kZeros, kFormat>(p, load_row(p, m0 + first + r, padded_k, row), padded_k, r, in_block,
-                                                                          a + first * row_panel_bytes, panel_k, panel_stride);
+        for (int r = 0; r < in_block; r++) {
+          Outlier* list = lists ? lists + (first + r) * longest : nullptr;
+          const float* x = load_row(p, m0 + first + r, padded_k, row);
+          if (list) x = clip_outliers(x, padded_k, row, list);
+          unit[first + r] = Kernel::template prepare_row<kZeros, kFormat>(p, x, padded_k, r, in_block, a + first * row_panel_bytes, panel_k, panel_stride);
+          if (list) divide_outliers(list, unit[first + r]);
+        }
       }
     });
+    int32_t num_columns = 0;
+    if (lists) {
+      std::memset(column_of_k, -1, padded_k * sizeof(int32_t));
+      for (int64_t r = 0; r < rows; r++)
+        for (Outlier *at = lists + r * longest + 1, *end = at + at[-1].k; at < end; at++) {
+          int32_t& column = column_of_k[at->k];
+          if (column < 0) columns[column = num_columns++] = WeightColumn(s.layout, at->k);
+          at->k = column;
+        }
+    }
 
     // Threads split the panels; if there are fewer of those than threads, the row blocks as well.
     const int64_t across = std::min(p.num_threads, panels), down = std::clamp<int64_t>(p.num_threads / across, 1, row_blocks);
@@ -207,9 +291,10 @@ void tile_loop(const Params& p) {
       const int64_t panel0 = panels * (task % across) / across, panel1 = panels * (task % across + 1) / across;
       const int64_t block0 = row_blocks * (task / across) / down, block1 = row_blocks * (task / across + 1) / down;
       const int64_t blocks = block1 - block0, row0 = first_row(block0), row1 = first_row(block1);
-      uint8_t* memory = scratch(1, sizeof(PanelT) + (row1 - row0) * kPanelStrips * 32);
+      uint8_t* memory = scratch(1, sizeof(PanelT) + (row1 - row0 + num_columns) * kPanelStrips * 32);
       PanelT& panel = *reinterpret_cast<PanelT*>(memory);
       float* c = reinterpret_cast<float*>(memory + sizeof(PanelT));
+      float* panel_columns = c + (row1 - row0) * kPanelStrips * 8;  // [num_columns][kPanelStrips][8]
       for (int64_t n = panel0; n < panel1; n++) {
         const int strips = static_cast<int>(std::min<int64_t>(kPanelStrips, num_strips - n * kPanelStrips));
         std::memset(c, 0, (row1 - row0) * kPanelStrips * 32);
@@ -222,6 +307,13 @@ void tile_loop(const Params& p) {
           const uint8_t* next = s.data + next_n * kPanelStrips * s.strip_bytes + s.layout.header_offset(0, next_k);
           const int64_t next_bytes = s.layout.header_offset(0, std::min(panel_k, padded_k - next_k));
           const int64_t slice = next_n < panel1 && (next_n + 1) * kPanelStrips <= num_strips ? (next_bytes / blocks + 63) / 64 * 64 : 0;
+          if constexpr (takes_outliers<Kernel>()) {
+            const float global_scale = global_scale_of(s.layout, s.data);
+            for (int32_t i = 0; last && i < num_columns; i++)
+              for (int strip = 0; strip < strips; strip++)
+                column_of_strip<kZeros, kFormat>(columns[i], s.data + (n * kPanelStrips + strip) * s.strip_bytes, global_scale,
+                                                 panel_columns + (i * kPanelStrips + strip) * 8);
+          }
           for (int64_t b = block0; b < block1; b++) {
             for (int64_t offset = (b - block0) * slice; offset < std::min(next_bytes, (b - block0 + 1) * slice); offset += 64)
               for (int strip = 0; strip < kPanelStrips; strip++) __builtin_prefetch(next + strip * s.strip_bytes + offset, 0, 2);
@@ -233,7 +325,8 @@ void tile_loop(const Params& p) {
                                                          k_blocks, block);
             if (!last) continue;
             for_dtype(p.dtype, [&]<DType kDType>() {
-              store_rows<kPanelStrips, kDType>(p, m0 + first, end - first, n * kPanelStrips, strips, block, unit + first, factor);
+              store_rows<kPanelStrips, kDType>(p, m0 + first, end - first, n * kPanelStrips, strips, block, unit + first, factor,
+                                               lists ? lists + first * longest : nullptr, longest, panel_columns);
             });
           }
         }

@@ -37,6 +37,42 @@ float quantize_row(float* x /* [K] */, int64_t K, Activations activations) {
   return row_max / (127.0f * 32767.0f) + poison;
 }
 
+// What kInt8Outliers (op.h) takes away from x[K] before it is quantized; x keeps the rest. All zeros where there is none.
+std::vector<float> clip_outliers(float* x, int64_t K) {
+  const auto magnitude_less = [](float a, float b) { return std::fabs(a) < std::fabs(b); };
+  std::vector<float> clipped_off(K);
+  float row_max = 0;
+  for (int64_t k = 0; k < K; k++) {
+    if (!std::isfinite(x[k])) return clipped_off;
+    row_max = std::max(row_max, std::fabs(x[k]));
+  }
+  if (!(row_max >= kSmallestOutlierRowMax)) return clipped_off;
+  const float steps = 32767.0f / row_max;
+  const auto multiple = [&](float largest) -> double { return std::clamp(std::ceil(largest * steps), 1.0f, 32767.0f); };
+  struct Block {
+    int64_t k;
+    float second;
+  };
+  std::vector<Block> blocks;  // where the largest is; the second largest
+  double squares = 0;
+  for (int64_t k0 = 0; k0 < K; k0 += 32) {
+    float *begin = x + k0, *end = x + std::min(K, k0 + 32), *largest = std::max_element(begin, end, magnitude_less);
+    float second = 0;
+    for (float* at = begin; at < end; at++)
+      if (at != largest) second = std::max(second, std::fabs(*at));
+    blocks.push_back({largest - x, second});
+    squares += multiple(std::fabs(*largest)) * multiple(std::fabs(*largest));
+  }
+  for (const Block& block : blocks) {
+    const float largest = std::fabs(x[block.k]);
+    const double m = multiple(largest), rest = multiple(block.second);
+    if (!((m * m - rest * rest) * static_cast<double>(blocks.size()) > squares)) continue;
+    const float clipped = std::copysign(std::max(block.second, largest * kLeastOutlierShare), x[block.k]);
+    clipped_off[block.k] = x[block.k] - clipped, x[block.k] = clipped;
+  }
+  return clipped_off;
+}
+
 double scale_of(const uint8_t* packed, const Rows8& layout, int64_t n, int64_t k) {
   const uint8_t* at = packed + layout.scale_offset(n, k);
   switch (scale_type(layout.spec.format)) {
@@ -71,9 +107,11 @@ void run(const Params& p) {
   const Rows8 layout{p.weight};
   const int64_t M = p.M, N = p.weight.N, K = p.weight.K;
   std::vector<float> x(M * K), unit(M, 1.0f);
+  std::vector<std::vector<float>> clipped_off(M);  // kInt8Outliers alone
   for (int64_t m = 0; m < M; m++) {
     const float* row = load_row(p, m, K, &x[m * K]);
     if (row != &x[m * K]) std::copy(row, row + K, &x[m * K]);
+    if (p.activations == Activations::kInt8Outliers) clipped_off[m] = clip_outliers(&x[m * K], K);
     if (p.activations != Activations::kFloat) unit[m] = quantize_row(&x[m * K], K, p.activations);
   }
   const int64_t num_tasks = std::clamp<int64_t>(N, 1, p.num_threads);
@@ -83,10 +121,12 @@ void run(const Params& p) {
       for (int64_t k = 0; k < K; k++) w[k] = dequantize(p.packed, layout, n, k, p.activations);
       const double bias = p.bias ? load_float(p.bias, n, p.dtype) : 0.0;
       for (int64_t m = 0; m < M; m++) {
-        double sum = 0;
+        double sum = 0, outliers = 0;
         for (int64_t k = 0; k < K; k++) sum += x[m * K + k] * w[k];
+        for (size_t k = 0; k < clipped_off[m].size(); k++)
+          if (clipped_off[m][k] != 0) outliers += clipped_off[m][k] * w[k];
         const double residual = p.residual ? load_float(p.residual, m * N + n, p.dtype) : 0.0;
-        store_float(p.out, m * N + n, p.dtype, static_cast<float>(sum * unit[m] + bias + residual));
+        store_float(p.out, m * N + n, p.dtype, static_cast<float>(sum * unit[m] + outliers + bias + residual));
       }
     }
   });

@@ -46,6 +46,7 @@ using Int8Formats = Formats<Format::kTernary, Format::kInt2, Format::kInt3, Form
 template <bool kPairs>
 struct NeonInt8 {
   static constexpr int kRowBlockBytes = 40;
+  static constexpr bool kOutliers = true;
   template <Format kFormat>
   static constexpr int row_block_bytes = kRowBlockBytes;  // of A, per row and 32 k
   template <Format kFormat>

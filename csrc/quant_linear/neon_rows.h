@@ -31,6 +31,11 @@ inline void prefetch_write(const char* p) { __builtin_prefetch(p, 1); }
 inline float32x4_t load4_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 inline float32x4_t load4_fp16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 
+inline void load_halves(const uint16_t* p, float* out /* [8] */) {
+  vst1q_f32(out, load4_fp16(p));
+  vst1q_f32(out + 4, load4_fp16(p + 4));
+}
+
 inline uint16x4_t to_bf16(float32x4_t v) {  // round to nearest even; NaN stays NaN
   const uint32x4_t bits = vreinterpretq_u32_f32(v), top = vshrq_n_u32(bits, 16);
   const uint32x4_t rounded = vshrq_n_u32(vaddq_u32(bits, vaddq_u32(vandq_u32(top, vdupq_n_u32(1)), vdupq_n_u32(0x7fff))), 16);

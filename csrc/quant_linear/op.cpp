@@ -13,7 +13,8 @@ namespace {
 constexpr const char* kOp = "quant_linear";
 
 const char* needs_int8(const Params& p) {  // every format that may be multiplied with int8 activations
-  return p.activations == Activations::kInt8 || p.activations == Activations::kInt8Row ? nullptr : "it computes with int8 activations";
+  const bool int8 = p.activations == Activations::kInt8 || p.activations == Activations::kInt8Row || p.activations == Activations::kInt8Outliers;
+  return int8 ? nullptr : "it computes with int8 activations";
 }
 
 const char* needs_float(const Params& p) { return p.activations == Activations::kFloat ? nullptr : "it computes with float activations"; }
@@ -36,7 +37,10 @@ const char* needs_float_amx(const Params& p) {
   return needs_float(p);
 }
 
-const char* needs_int8_amx(const Params& p) { return cpu_features().amx ? needs_int8(p) : "this processor has no AMX, or the system grants none"; }
+const char* needs_int8_amx(const Params& p) {
+  if (!cpu_features().amx) return "this processor has no AMX, or the system grants none";
+  return p.activations == Activations::kInt8Outliers ? "it computes with int8 activations whose outliers are rounded too" : needs_int8(p);
+}
 
 const char* needs_float_avx2(const Params& p) { return first_reason(needs_avx2(p), needs_float(p)); }
 
@@ -126,8 +130,8 @@ constexpr Impl<Params> kImpls[] = {
 // A second thread costs about 4 us to start and join; one thread does this many multiply-adds in that time.
 constexpr int64_t kMinWorkPerThread = 1 << 18;
 
-Activations activations_for(const char* op, Format format, int64_t activations) {
-  if (const char* why = refused_activations(format, activations)) check(false, op, ": ", why, ", got ", activations);
+Activations activations_for(const char* op, Format format, int64_t activations, bool sparse = false) {
+  if (const char* why = refused_activations(format, activations, !sparse)) check(false, op, ": ", why, ", got ", activations);
   return static_cast<Activations>(activations);
 }
 
@@ -159,7 +163,7 @@ Tensor linear(const Call& c) {
   check(c.packed.numel() == any.packed_bytes(), c.op, ": packed holds ", c.packed.numel(), " bytes, but [", N, ", ", K, "] in this format takes ",
         any.packed_bytes(), "; is x's last dimension (", x.size(x.dim() - 1), ") the weight's in_features?");
   check(x.size(x.dim() - 1) == width, c.op, ": x must be [..., ", width, "] for this prologue, got ", shape_string(x));
-  const Activations mode = activations_for(c.op, weight.format, c.activations);
+  const Activations mode = activations_for(c.op, weight.format, c.activations, any.pattern.m != 0);
   Tensor bias_row;
   if (c.bias) {
     check_cpu(c.op, "bias", *c.bias);

@@ -27,11 +27,18 @@ constexpr const char* kFusedSchema =
 // kInt8Row: as kInt8, but one scale for the whole row: every m is 32767.
 // kFp8Row: x is rounded to float8 E4M3 inside, one scale per row: q = e4m3(x * (448 / row_max)), nearest even, saturating;
 //         scale = row_max / 448. NaN, infinities and tiny rows as above.
-constexpr float kSmallestRowMax = 0x1p-100f;
-enum class Activations : int64_t { kFloat = 0, kInt8 = 1, kInt8Row = 2, kFp8Row = 3 };
+// kInt8Outliers: as kInt8, but of each 32 k that gain by it the largest x is clipped to the second largest (or to 2^-10 of itself, if that
+//         is more) before, and what was clipped, x - clipped, is multiplied by its weights in fp32. They gain where, with m as above of the
+//         largest and m' of the second largest, m^2 - m'^2 exceeds the mean of m^2 over the row. On the CPU only.
+//         Not where the row's max|x| is under 2^-80.
+constexpr float kSmallestRowMax = 0x1p-100f, kSmallestOutlierRowMax = 0x1p-80f, kLeastOutlierShare = 0x1p-10f;
+enum class Activations : int64_t { kFloat = 0, kInt8 = 1, kInt8Row = 2, kFp8Row = 3, kInt8Outliers = 4 };
 
-// What is wrong with these activations for weights of this format, or nullptr.
-constexpr const char* refused_activations(Format format, int64_t activations) {
+// What is wrong with these activations for weights of this format, or nullptr. `outliers`: whether int8_outliers are known here, as for
+// dense weights on the CPU.
+constexpr const char* refused_activations(Format format, int64_t activations, bool outliers = false) {
+  if (activations == 4 && !outliers) return "activations 4 (int8_outliers) are for dense weights on the CPU";
+  if (activations == 4 && format != Format::kFp8E4M3 && format != Format::kFp8Block) return nullptr;
   switch (format) {
     case Format::kInt8: return 0 <= activations && activations <= 2 ? nullptr : "int8 weights take activations 0 (float), 1 (int8) or 2 (int8_row)";
     case Format::kFp8E4M3: return activations == 0 || activations == 3 ? nullptr : "fp8_e4m3 weights take activations 0 (float) or 3 (fp8_row)";

@@ -40,6 +40,10 @@ const char* dense_supported(const CudaParams& p) {
   return p.batch_invariant ? "cuBLAS chooses its kernels by M: not batch-invariant" : nullptr;
 }
 
+const char* simt_supported(const CudaParams& p) {
+  return p.activations == Activations::kInt8Outliers ? "int8_outliers are for the CPU: here float activations cost no more" : nullptr;
+}
+
 const char* prefer_dense(const CudaParams& p) { return p.M >= kDenseOverSimtM ? nullptr : "for a few rows, writing w as floats costs more than it saves"; }
 
 void run_dense(const CudaParams&) { throw std::logic_error("quant_linear calls product_in_parts itself: it needs tensors"); }
@@ -60,7 +64,7 @@ constexpr Impl<CudaParams> kImpls[] = {
     {"cuda_sm80.mma", built<kSm80, cuda_sm80_mma::supported>, prefer_mma, cuda_sm80_mma::run, cuda_sm80_mma::workspace_bytes},
     {"cuda_sm75.mma", built<kSm75, cuda_sm75_mma::supported>, prefer_mma, cuda_sm75_mma::run, cuda_sm75_mma::workspace_bytes},
     {"cuda_sm75.dense", built<kSm75, dense_supported>, prefer_dense, run_dense},
-    {"cuda_sm75.simt", built<kSm75, always<CudaParams>>, always, cuda_sm75_simt::run},
+    {"cuda_sm75.simt", built<kSm75, simt_supported>, always, cuda_sm75_simt::run},
 };
 
 Tensor quant_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t out_features, int64_t format, int64_t group_size,
@@ -144,7 +148,7 @@ std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
   check_mma_tiles(kOp, params.weight.format);
   params.x_row_stride = params.weight.K;
   const int64_t activations = get("activations", 0);
-  if (const char* why = refused_activations(params.weight.format, activations)) check(false, kOp, ": ", why, ", got ", activations);
+  if (const char* why = refused_activations(params.weight.format, activations, true)) check(false, kOp, ": ", why, ", got ", activations);
   params.activations = static_cast<Activations>(activations);
   params.device = &device(static_cast<int>(get("device_index", 0)));
   params.batch_invariant = batch_invariant();

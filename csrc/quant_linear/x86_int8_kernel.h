@@ -56,6 +56,7 @@ struct Int8Kernel {
 
   static constexpr int kSmallRows = Isa::kSmallRows, kTileRows = Isa::kTileRows, kPanelStrips = Isa::kTileVectors * Isa::kStrips;
   static constexpr int64_t kChunkRows = 516;  // 2.6 MB of A at K=4096
+  static constexpr bool kOutliers = true;
   template <Format kFormat>
   static constexpr int row_block_bytes = 36 + 4 * Weight<kFormat>::kScales;
   template <Format kFormat>

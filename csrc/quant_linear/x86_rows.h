@@ -18,6 +18,8 @@ inline __m256 load8_bf16(const uint16_t* p) {
 }
 inline __m256 load8_fp16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
+inline void load_halves(const uint16_t* p, float* out /* [8] */) { _mm256_storeu_ps(out, load8_fp16(p)); }
+
 inline float horizontal_max(__m256 v) {
   __m128 h = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   h = _mm_max_ps(h, _mm_movehl_ps(h, h));

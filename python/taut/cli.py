@@ -25,7 +25,7 @@ _FORMATS = "ternary, int2, int3, int4, nf4, mxfp4, nvfp4, int8, fp8_e4m3 or fp8_
 Weights = Annotated[str, typer.Option(help=_FORMATS)]
 GroupSize = Annotated[int | None, typer.Option(help="32, 64, 128, or 0 for one scale a row [default: the format's own]")]
 Zeros = Annotated[bool, typer.Option("--zeros", help="a zero point a group, for int2, int3 and int4")]
-Activations = Annotated[str, typer.Option(help="float, int8, int8_row, fp8_row, or auto: int8 on the CPU, float on CUDA")]
+Activations = Annotated[str, typer.Option(help="float, int8, int8_outliers, int8_row, fp8_row, or auto: int8 on the CPU, float on CUDA")]
 LmHead = Annotated[
     str | None, typer.Option(help="a format for the output head as well; tied embeddings share its table [default: it stays in float]")
 ]

@@ -15,7 +15,7 @@ from . import _native
 from . import fuse as fusing
 from . import head as heads
 from .formats import ACTIVATIONS, FORMATS, KINDS, WeightFormat, check_activations, resolve_activations
-from .formats.sparse import Pattern, SparseFormat
+from .formats.sparse import Pattern, SparseFormat, check_sparse_activations
 from .nn import PackedWeight, QuantLinear, SparseLinear
 from .ops.pack_weight import check_device
 
@@ -48,7 +48,11 @@ def make_rule(
         raise ValueError(f"group_size must be 32, 64, 128, 0 (one scale a row) or None, got {group_size!r}")
     format = WeightFormat(weights, group_size, zeros)
     check_activations(activations, format)
-    return Rule(format if sparsity is None else SparseFormat(format, Pattern.parse(sparsity)), activations)
+    if sparsity is None:
+        return Rule(format, activations)
+    sparse = SparseFormat(format, Pattern.parse(sparsity))
+    check_sparse_activations(activations, sparse)
+    return Rule(sparse, activations)
 
 
 def low_bit(linear: nn.Linear, rule: Rule) -> QuantLinear:
@@ -341,8 +345,8 @@ def swap(
     ``weights``: "ternary", "int2", "int3", "int4", "nf4", "mxfp4", "nvfp4", "int8", "fp8_e4m3" or "fp8_block" (what each means:
     ``taut.formats.KINDS``). ``group_size``: 32, 64, 128, 0 (one scale a row); default 32 for int2, int3 and int4, 64 for nf4, 0
     for ternary, int8 and fp8_e4m3; the others fix it. ``zeros``: int2, int3, int4 with a zero point a group. ``activations``:
-    "float" (exact arithmetic), "int8" (fast on CPUs), "int8_row", "fp8_row" or "auto" (int8 on the CPU, float on CUDA and for
-    8-bit floats): see ``taut.QuantLinear``. A model on a CUDA device stays there: its layers are quantized on the CPU, one at
+    "float" (exact arithmetic), "int8" (fast on CPUs), "int8_outliers" (a quarter of its error), "int8_row",
+    "fp8_row" or "auto" (int8 on the CPU, float on CUDA and for 8-bit floats): see ``taut.QuantLinear``. A model on a CUDA device stays there: its layers are quantized on the CPU, one at
     a time, and packed where they were; its weights can be int4, int8 or fp8_e4m3.
     ``skip``: patterns of names to leave alone. ``rules``: pattern -> settings, see ``RuleBook``.
     ``lm_head``: a format for the output head ("int8", say); embeddings that are tied to it share its packed table.

@@ -99,7 +99,7 @@ struct Case {
 };
 
 constexpr const char* kFormatNames[] = {"", "ternary", "int2", "int3", "int4", "nf4", "mxfp4", "nvfp4", "int8", "fp8_e4m3", "fp8_block"};
-constexpr const char* kActivationNames[] = {"float", "int8", "int8_row", "fp8_row"};
+constexpr const char* kActivationNames[] = {"float", "int8", "int8_row", "fp8_row", "int8_outliers"};
 constexpr const char* kDTypeNames[] = {"fp32", "bf16", "fp16"};
 
 void print_case(const Case& c) {
@@ -325,8 +325,8 @@ bool matches(int impl, const Case& c, const Params& p, const Weight& weight, con
       }
       const double error = std::fabs(value - truth);
       // fp32 sums of K terms; one block of 32 k is a sum of integers, exact but for the few products after it
-      const bool integers = c.activations != Activations::kFloat && K <= 32 && c.weight.format != Format::kNvfp4 && code_bits(c.weight.format) < 8 &&
-                            c.weight.format != Format::kNf4;
+      const bool integers = c.activations != Activations::kFloat && c.activations != Activations::kInt8Outliers && K <= 32 &&
+                            c.weight.format != Format::kNvfp4 && code_bits(c.weight.format) < 8 && c.weight.format != Format::kNf4;
       const bool exact = c.data == Data::kSmallIntegers && c.activations == Activations::kFloat && c.weight.format != Format::kNf4 &&
                          c.weight.format != Format::kFp8E4M3 && c.weight.format != Format::kFp8Block;
       double allowed = integers ? 6 * 0x1p-23 * std::fabs(truth - bias - residual) : 4 * 0x1p-24 * std::sqrt(static_cast<double>(K) + 16) * size;
@@ -440,8 +440,8 @@ int run_all(bool thorough, const char* required) {
   constexpr int64_t kWidths[] = {1, 7, 8, 9, 16, 17, 33}, kDepths[] = {32, 1, 31, 33, 75, 130, 300, 1100}, kRows[] = {1, 2, 3, 4, 5, 6, 7, 12, 13, 21};
   int64_t turn = 0;
   for_each_weight([&](Format format, int64_t group, bool zeros) {
-    for (int mode = 0; mode < 4; mode++) {
-      if (quant_linear::refused_activations(format, mode)) continue;
+    for (int mode = 0; mode < 5; mode++) {
+      if (quant_linear::refused_activations(format, mode, true)) continue;
       const auto next = [&](int64_t M, int64_t N, int64_t K, Data data, int dtype) {
         turn++;
         run_case({{format, N, K, group, zeros}, M, static_cast<DType>(dtype), turn % 2 == 0, turn % 5 == 0, static_cast<Activations>(mode), data});
@@ -465,7 +465,7 @@ int run_all(bool thorough, const char* required) {
   });
   // more rows than a chunk of the tiles, and more k than a panel
   if (thorough)
-    for (int mode = 0; mode < 2; mode++)
+    for (const int mode : {0, 1, 4})
       run_case({{Format::kInt4, 9, 40, 32, true}, 530, DType::kFloat32, true, false, static_cast<Activations>(mode), Data::kRandom});
 
   int failures = 0;

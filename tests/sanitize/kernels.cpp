@@ -204,9 +204,43 @@ void test_pack(const WeightSpec& spec, Layout layout) {
 
 using quant_linear::Activations;
 
+// What int8_outliers take away before x is quantized; the rest stays in x.
+std::vector<double> clipped_off(std::vector<float>& x) {
+  const size_t blocks = (x.size() + 31) / 32;
+  std::vector<double> off(x.size());
+  std::vector<size_t> where(blocks);
+  std::vector<float> largest(blocks), second(blocks);
+  float row_max = 0;
+  for (size_t b = 0; b < blocks; b++) {
+    for (size_t k = where[b] = b * 32; k < std::min(x.size(), b * 32 + 32); k++)
+      if (std::fabs(x[k]) > std::fabs(x[where[b]])) where[b] = k;
+    largest[b] = std::fabs(x[where[b]]);
+    for (size_t k = b * 32; k < std::min(x.size(), b * 32 + 32); k++)
+      if (k != where[b]) second[b] = std::fmax(second[b], std::fabs(x[k]));
+    row_max = std::fmax(row_max, largest[b]);
+  }
+  if (!(row_max >= quant_linear::kSmallestOutlierRowMax)) return off;
+  const auto square = [&](float v) { return std::pow(std::fmin(std::fmax(std::ceil(v * (32767.0f / row_max)), 1.0f), 32767.0f), 2.0); };
+  double squares = 0;
+  for (const float v : largest) squares += square(v);
+  for (size_t b = 0; b < blocks; b++)
+    if ((square(largest[b]) - square(second[b])) * static_cast<double>(blocks) > squares) {
+      const float clipped = std::copysign(std::fmax(second[b], largest[b] / 1024), x[where[b]]);
+      off[where[b]] = x[where[b]] - clipped, x[where[b]] = clipped;
+    }
+  return off;
+}
+
 // 8-bit activations as op.h defines them, one fp32 operation at a time; q * m * unit.
 std::vector<double> quantized(const std::vector<float>& x, Activations activations) {
   if (activations == Activations::kFloat) return {x.begin(), x.end()};
+  if (activations == Activations::kInt8Outliers) {
+    std::vector<float> rest = x;
+    const std::vector<double> off = clipped_off(rest);
+    std::vector<double> out = quantized(rest, Activations::kInt8);
+    for (size_t k = 0; k < x.size(); k++) out[k] += off[k];
+    return out;
+  }
   float row_max = 0;
   for (const float v : x) row_max = std::fmax(row_max, std::fabs(v));
   const bool counts = row_max >= quant_linear::kSmallestRowMax;
@@ -265,7 +299,8 @@ bool named(const LinearImpl& impl, const char* part) { return std::strstr(impl.n
 // As the table of op.cpp has it.
 bool takes(const LinearImpl& impl, Activations activations, const WeightSpec& w, DType dtype) {
   if ((named(impl, "amx.float") || named(impl, "avx512bf16.float")) && dtype != DType::kBFloat16) return false;
-  const bool int8 = activations == Activations::kInt8 || activations == Activations::kInt8Row;
+  const bool outliers = activations == Activations::kInt8Outliers && !named(impl, "amx");
+  const bool int8 = activations == Activations::kInt8 || activations == Activations::kInt8Row || outliers;
   return impl.takes == LinearImpl::kTakes_any || (impl.takes == LinearImpl::kTakes_int8 ? int8 : activations == Activations::kFloat);
 }
 
@@ -286,8 +321,8 @@ void test_linear(int64_t M, const WeightSpec& spec, DType dtype, bool with_bias)
   std::memcpy(x_before.data(), x.data(), x.bytes());
 
   const double rounding = dtype == DType::kFloat32 ? 0x1p-24 : dtype == DType::kBFloat16 ? 0x1p-8 : 0x1p-11;
-  for (const Activations activations : {Activations::kFloat, Activations::kInt8, Activations::kInt8Row, Activations::kFp8Row}) {
-    if (quant_linear::refused_activations(spec.format, static_cast<int64_t>(activations))) continue;
+  for (const Activations activations : {Activations::kFloat, Activations::kInt8, Activations::kInt8Row, Activations::kFp8Row, Activations::kInt8Outliers}) {
+    if (quant_linear::refused_activations(spec.format, static_cast<int64_t>(activations), true)) continue;
     std::vector<double> w(N * K), expected(M * N), allowed(M * N), sizes(M * N);
     for (int64_t n = 0; n < N; n++)
       for (int64_t k = 0; k < K; k++) w[n * K + k] = weight.value(n, k, activations != Activations::kFloat);

@@ -151,9 +151,11 @@ def resolve_activations(activations: str, format: WeightFormat, device_type: str
     """What "auto" means for weights of ``format`` on a device of this type: the fastest that changes results little.
 
     On the CPU int8, and float for the two 8-bit floats; on CUDA float, since tensor cores multiply 16-bit x with any weight at
-    full speed. Raises ``ValueError`` as ``check_activations``.
+    full speed, and so "int8_outliers" is there, which mends what float does not break. Raises ``ValueError`` as ``check_activations``.
     """
     check_activations(activations, format)
+    if device_type == "cuda" and activations == "int8_outliers":
+        return "float"
     if activations != "auto":
         return activations
     return "int8" if device_type != "cuda" and "int8" in format.kind.activations else "float"

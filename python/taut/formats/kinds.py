@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 # How x enters the product, and the integers kernels know that by: as it is; int8, one scale per row and 32 k; int8 or
-# float8 E4M3, one scale per row.
-ACTIVATIONS = {"float": 0, "int8": 1, "int8_row": 2, "fp8_row": 3}
+# float8 E4M3, one scale per row; int8 but for outliers, which are multiplied in fp32.
+ACTIVATIONS = {"float": 0, "int8": 1, "int8_row": 2, "fp8_row": 3, "int8_outliers": 4}
 GROUP_SIZES = (32, 64, 128, 0)
 
 
@@ -30,7 +30,7 @@ class Kind:
     default_group_size: int = 32
     takes_zeros: bool = False
     has_global_scale: bool = False
-    activations: tuple[str, ...] = ("float", "int8")
+    activations: tuple[str, ...] = ("float", "int8", "int8_outliers")
     cuda: bool = False
     block_rows: int = 1  # of the weight that share a scale
     largest: float = float("inf")  # magnitude of a weight for which its scale certainly fits
@@ -149,7 +149,7 @@ class Int8(Kind):
     codes_in: tuple[int, int] = (1, 1)
     codes_dtype: torch.dtype = torch.int8
     default_group_size: int = 0
-    activations: tuple[str, ...] = ("float", "int8", "int8_row")
+    activations: tuple[str, ...] = ("float", "int8", "int8_row", "int8_outliers")
     cuda: bool = True
     largest: float = 65504.0 * 127
 

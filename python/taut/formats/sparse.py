@@ -14,9 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import Kind, WeightFormat
+from . import Kind, WeightFormat, check_activations
 
-__all__ = ["PATTERNS", "SPARSE_WEIGHTS", "VECTORS", "Pattern", "SparseCanonical", "SparseFormat", "densify", "sparsify"]
+__all__ = [
+    "PATTERNS", "SPARSE_WEIGHTS", "VECTORS", "Pattern", "SparseCanonical", "SparseFormat", "check_sparse_activations", "densify",
+    "sparsify",
+]  # fmt: skip
 
 SPARSE_WEIGHTS = ("int8", "int4", "fp8_e4m3")  # without zero points
 
@@ -218,6 +221,14 @@ def sparsify(codes: Tensor, scales: Tensor, mask: Tensor, format: SparseFormat) 
     kept = torch.where(mask, whole, zero).gather(1, index)
     kept = kept.view(format.weights.codes_dtype) if format.weights.bits == 8 else _pack_bits(kept, 4)
     return SparseCanonical(kept.contiguous(), scales, _pack_bits(places, format.place_bits))
+
+
+def check_sparse_activations(activations: str, format: SparseFormat) -> None:
+    """Raises ``ValueError`` for activations that sparse weights of ``format`` do not take: as dense ones, but no "int8_outliers"."""
+    check_activations(activations, format.weights)
+    if activations == "int8_outliers":
+        accepted = ", ".join(("auto", *(name for name in format.weights.kind.activations if name != "int8_outliers")))
+        raise ValueError(f"sparse weights cannot be multiplied with 'int8_outliers' activations; accepted: {accepted}")
 
 
 def densify(weight: SparseCanonical, in_features: int, format: SparseFormat) -> tuple[Tensor, Tensor]:

@@ -23,9 +23,10 @@ def quant_linear(
     ``x``: float32, bfloat16 or float16; sums are float32. ``packed``: from ``pack_weight``.
     ``activations="float"``: x enters as it is. Else x is quantized inside, symmetric (``csrc/quant_linear/op.h`` defines
     how), and a row that holds a NaN or an infinity gives NaN. ``"int8"``: one scale per row per 32 k, for all weights but those
-    of 8-bit floats; the product of codes is exact, where nf4's numbers are taken as 127ths. ``"int8_row"``: one scale per
-    row, for int8 weights. ``"fp8_row"``: float8 E4M3, one scale per row, for fp8_e4m3 weights. ``"auto"``: see
-    ``taut.formats.resolve_activations``. On CUDA weights are int4, int8 or fp8_e4m3.
+    of 8-bit floats; the product of codes is exact, where nf4's numbers are taken as 127ths. ``"int8_outliers"``: the same, but of the
+    blocks of 32 k that gain most by it the largest x is clipped first, and what is clipped multiplied in float32; on CUDA it is "float".
+    ``"int8_row"``: one scale per row, for int8 weights. ``"fp8_row"``: float8 E4M3, one scale per row, for fp8_e4m3 weights.
+    ``"auto"``: see ``taut.formats.resolve_activations``. On CUDA weights are int4, int8 or fp8_e4m3.
     A row's result does not depend on the rows around it: on the CPU in a given impl, on CUDA within ``taut.batch_invariant()``.
     On CUDA and with AMX bfloat16 x above 2^110 in size may overflow to infinity before a small scale brings the sum back into range.
     Differentiable in ``x`` (through the dequantized weight) and ``bias``. Raises ``ValueError`` for wrong shapes, dtypes or devices.
@@ -82,6 +83,9 @@ torch.library.register_autograd("taut::quant_linear", _backward, setup_context=_
 def quantize_activations(x: Tensor, activations: str = "int8") -> Tensor:
     """What 8-bit activations round ``x [M, K]`` to, as ``float64``: the definition in op.h, in plain torch."""
     x = x.float()
+    if activations == "int8_outliers":
+        clipped = clip_outliers(x)
+        return quantize_activations(clipped) + torch.where(clipped == x, 0.0, (x - clipped).double())
     k = x.shape[1]
     row_max = x.abs().amax(1, keepdim=True)
     counts = row_max >= 2.0**-100
@@ -99,6 +103,23 @@ def quantize_activations(x: Tensor, activations: str = "int8") -> Tensor:
         unit = row_max[:, :, None] / (127.0 * 32767.0)
         values = (codes.double() * multiple.double() * unit.double()).flatten(1)[:, :k]
     return torch.where(x.isfinite().all(1, keepdim=True), values, torch.nan)
+
+
+def clip_outliers(x: Tensor) -> Tensor:
+    """``x [M, K]`` of float32 with the outliers clipped that ``"int8_outliers"`` takes out: the definition in op.h."""
+    k = x.shape[1]
+    blocks = torch.nn.functional.pad(x, (0, -k % 32)).unflatten(1, (-1, 32))
+    magnitude = blocks.abs()
+    largest, where = magnitude.max(2, keepdim=True)
+    where = (magnitude == largest).int().argmax(2, keepdim=True)  # the first of equals
+    second = magnitude.scatter(2, where, 0.0).amax(2, keepdim=True)
+    row_max = x.abs().amax(1)[:, None, None]
+    steps = torch.tensor(32767.0) / row_max
+    squares, rest = (torch.ceil(value * steps).clamp(1, 32767).double() ** 2 for value in (largest, second))
+    gains = (squares - rest) * blocks.shape[1] > squares.sum(1, keepdim=True)
+    gains &= (row_max >= 2.0**-80) & row_max.isfinite()
+    clipped = torch.maximum(second, largest * 2.0**-10).copysign(blocks.gather(2, where))
+    return torch.where(gains, blocks.scatter(2, where, clipped), blocks).flatten(1)[:, :k]
 
 
 def reference(x: Tensor, w: Tensor, bias: Tensor | None, activations: str = "float") -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _native
 from ..formats import WeightFormat, activation_code
-from ..formats.sparse import Pattern, SparseCanonical, SparseFormat, densify
+from ..formats.sparse import Pattern, SparseCanonical, SparseFormat, check_sparse_activations, densify
 from .pack_sparse import check_sparse
 from .quant_linear import FLOAT_DTYPES, quantize_activations
 
@@ -30,6 +30,7 @@ def sparse_linear(
     check_sparse(packed, out_features, x.shape[-1], format)
     if bias is not None and (tuple(bias.shape) != (out_features,) or bias.dtype != x.dtype):
         raise ValueError(f"bias must be {x.dtype} [{out_features}], got {bias.dtype} {list(bias.shape)}")
+    check_sparse_activations(activations, format)
     mode = activation_code(activations, format.weights, kind)
     weights, pattern = format.weights, format.pattern
     return _native.ops_for(kind).sparse_linear(
