@@ -41,7 +41,7 @@ Promote promote_of(const CudaParams& p) {
 const char* supported(const CudaParams& p) {
   if (p.device->sm < 80) return "it needs SM 80: sparse tensor cores";
   if (const char* why = unsupported_tiles(p)) return why;
-  if (p.weight.format == Format::kFp8E4M3) return "it computes with int8 and int4 weights";
+  if (p.weight.format != Format::kInt8 && p.weight.format != Format::kInt4) return "it computes with int8 and int4 weights";
   const bool int8 = p.activations == Activations::kInt8 || p.activations == Activations::kInt8Row;
   return int8 ? nullptr : "it computes with int8 activations";
 }
