@@ -18,9 +18,9 @@ def sparse_linear(
     """``x [..., K]`` times a packed sparse weight ``[N, K]``, plus ``bias [N]``: ``[..., N]`` in the dtype of x.
 
     ``x``: float32, bfloat16 or float16; sums are float32. ``packed``: from ``pack_sparse``. ``activations``: as ``quant_linear`` takes
-    them for the dense format. Where a weight is not kept, NaN and infinities of x may count
-    or not. A row's result does not depend on the rows around it: on the CPU in a given impl, on CUDA within ``taut.batch_invariant()``.
-    Differentiable in ``x`` and ``bias``. Raises ``ValueError`` for wrong shapes, dtypes or devices.
+    them for the dense format, but for "int8_outliers". Where a weight is not kept, NaN and infinities of x may count or not. A row's
+    result does not depend on the rows around it: on the CPU in a given impl, on CUDA within ``taut.batch_invariant()``. Differentiable
+    in ``x`` and ``bias``. Raises ``ValueError`` for wrong shapes, dtypes or devices.
     """
     if x.dim() < 1:
         raise ValueError("x must be [..., K], got a scalar")
