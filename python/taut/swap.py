@@ -346,7 +346,8 @@ def swap(
     ``taut.formats.KINDS``). ``group_size``: 32, 64, 128, 0 (one scale a row); default 32 for int2, int3 and int4, 64 for nf4, 0
     for ternary, int8 and fp8_e4m3; the others fix it. ``zeros``: int2, int3, int4 with a zero point a group. ``activations``:
     "float" (exact arithmetic), "int8" (fast on CPUs), "int8_outliers" (a quarter of its error), "int8_row",
-    "fp8_row" or "auto" (int8 on the CPU, float on CUDA and for 8-bit floats): see ``taut.QuantLinear``. A model on a CUDA device stays there: its layers are quantized on the CPU, one at
+    "fp8_row" or "auto" (int8 on the CPU, float on CUDA and for 8-bit floats): see ``taut.QuantLinear``.
+    A model on a CUDA device stays there: its layers are quantized on the CPU, one at
     a time, and packed where they were; its weights can be int4, int8 or fp8_e4m3.
     ``skip``: patterns of names to leave alone. ``rules``: pattern -> settings, see ``RuleBook``.
     ``lm_head``: a format for the output head ("int8", say); embeddings that are tied to it share its packed table.
