@@ -35,7 +35,7 @@ from bench.gpu_device import CudaDevice, DryDevice
 from bench.gpu_problem import max_error
 from bench.timing import MIN_SAMPLES, spread
 from taut import _native
-from taut.formats import WeightFormat
+from taut.formats import ACTIVATIONS, WeightFormat
 from taut.formats.sparse import Pattern, SparseCanonical, SparseFormat
 from taut.ops.pack_sparse import pack_sparse
 from taut.ops.pack_weight import pack_weight
@@ -46,7 +46,7 @@ OP = "sparse_linear"
 FILE = "sparse.jsonl"
 CUBLAS = "torch linear"
 PATTERNS = ("2:4", "16:2:4", "4:8")
-_TOLERANCE = 1e-2  # of the largest result, of 16 bits
+TOLERANCES = {"float": 1e-2, "int8": 2e-2, "int8_row": 3e-2, "fp8_row": 6e-2}  # of the largest result, of 16 bits, by the activations
 _MOST_ROWS_SIMT = 16  # rows of x: beyond, cuda_sm75.simt would only take time
 
 
@@ -58,21 +58,27 @@ class Case:
     k: int
     weights: WeightFormat
     rows: tuple[int, ...] = (1, 4, 16, 64, 256, 2048)
+    activations: str = "float"
 
     def __str__(self) -> str:
-        return f"N{self.n}_K{self.k}_{self.weights.name}_{f'g{self.weights.group_size}' if self.weights.group_size else 'row'}"
+        name = f"N{self.n}_K{self.k}_{self.weights.name}_{f'g{self.weights.group_size}' if self.weights.group_size else 'row'}"
+        return name if self.activations == "float" else f"{name}_a{self.activations}"
 
 
 INT4, INT8 = WeightFormat("int4", 128), WeightFormat("int8", 128)
-CASES = (Case(28672, 4096, INT4), Case(28672, 4096, INT8), Case(4096, 4096, INT4), Case(4096, 14336, WeightFormat("int4", 32)))
-DRY_CASES = (Case(72, 256, INT4, (1, 20)),)
+CASES = (
+    Case(28672, 4096, INT4), Case(28672, 4096, INT8), Case(28672, 4096, WeightFormat("int8", 0), activations="int8_row"),
+    Case(4096, 4096, INT4), Case(28672, 4096, INT8, activations="int8"), Case(4096, 14336, WeightFormat("int4", 32)),
+)  # fmt: skip
+DRY_CASES = (Case(72, 256, INT4, (1, 20)), Case(72, 256, WeightFormat("int8", 0), (1, 20), "int8_row"))
 
 
 def random_codes(rows: int, count: int, weights: WeightFormat, generator: torch.Generator) -> Tensor:
     shape = weights.codes_shape(rows, count)
     if weights.name == "int8":
         return torch.randint(-128, 128, shape, generator=generator, device=generator.device, dtype=torch.int8)
-    return torch.randint(0, 256, shape, generator=generator, device=generator.device, dtype=torch.uint8)
+    codes = torch.randint(0, 256, shape, generator=generator, device=generator.device, dtype=torch.uint8)
+    return (codes & 0xBF).view(torch.float8_e4m3fn) if weights.name == "fp8_e4m3" else codes  # of floats: those below 2
 
 
 def random_sparse(case: Case, pattern: Pattern, generator: torch.Generator) -> tuple[SparseCanonical, SparseFormat]:
@@ -96,8 +102,9 @@ def random_sparse(case: Case, pattern: Pattern, generator: torch.Generator) -> t
 
 def impls(case: Case, m: int, pattern: Pattern, dtype: torch.dtype, device: str) -> Iterator[str]:
     """Those of a device ("cuda") that can run a call, but for the one that would only take time."""
-    sizes = {"M": m, "N": case.n, "K": case.k, "format": case.weights.code, "group_size": case.weights.group_size, "activations": 0}
+    sizes = {"M": m, "N": case.n, "K": case.k, "format": case.weights.code, "group_size": case.weights.group_size}
     sizes |= {"n": pattern.n, "m": pattern.m, "v": pattern.v, "dtype": 1 if dtype == torch.bfloat16 else 2}
+    sizes["activations"] = ACTIVATIONS[case.activations]
     for impl, _, _ in _native._C.explain(OP, sizes, device):
         with taut.force_impl(OP, impl):
             runs = any(row[:2] == (impl, True) for row in _native._C.explain(OP, sizes, device))
@@ -116,13 +123,13 @@ class Bench(gpu_decode.Bench):
         for text in PATTERNS:
             weight, format = random_sparse(case, Pattern.parse(text), generator)
             packed = self._copies(pack_sparse(weight, case.k, format))
-            call = lambda x, packed, format=format: sparse_linear(x, packed, None, case.n, format, "float")  # noqa: E731
+            call = lambda x, packed, format=format: sparse_linear(x, packed, None, case.n, format, case.activations)  # noqa: E731
             makers[text] = packed, call, dequantize_sparse(weight, case.k, format)
         dense = makers[PATTERNS[0]][2]
         codes = random_codes(case.n, case.k, case.weights, generator)
         scales = torch.full(case.weights.scales_shape(case.n, case.k), 1.0, device=where).half()
         packed = self._copies(pack_weight(codes, scales, None, None, case.k, case.weights))
-        quant = packed, (lambda x, packed: quant_linear(x, packed, None, case.n, case.weights, "float"))
+        quant = packed, (lambda x, packed: quant_linear(x, packed, None, case.n, case.weights, case.activations))
         floats = self._copies(dense.to(dtype))
         for m in case.rows:
             x = torch.randn(m, case.k, generator=generator, device=where).to(dtype)
@@ -152,7 +159,7 @@ class Bench(gpu_decode.Bench):
                 if own:
                     out = call(0)
                     error = max_error(out, x, numbers)
-                    if not error <= _TOLERANCE or not torch.equal(out, call(len(copies) - 1)):
+                    if not error <= TOLERANCES[case.activations] or not torch.equal(out, call(len(copies) - 1)):
                         self.add("wrong", id=id, reason=f"off by {error:.2g} of the largest result, or not the same twice")
                         continue
                 nbytes = copies[0].nbytes + (m * (case.k + case.n)) * x.element_size()

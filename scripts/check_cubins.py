@@ -64,6 +64,8 @@ EXPECTED = (
     # WHY: 9.0 and 10.x have no e4m3 for mma.sync; ptxas makes fp16 of it, exactly, and multiplies at fp16's rate.
     Rule("cuda_sm89_fp8", "fp8_kernel", (r"F2FP\.F16\.E4M3\.UNPACK_B", r"HMMA\.16816\.F32", "LDSM", COPY), range(90, 120)),
     Rule("cuda_sm89_fp8", "fp8_kernel", (r"QMMA\.16832\.F32\.E4M3\.E4M3", "LDSM", COPY)),
+    Rule("cuda_sm80_int8", "sparse_int8_kernel", (r"IMMA\.SP\.168(32|64)\.S8\.S8", "LDSM", COPY)),
+    Rule("cuda_sm89_fp8", "sparse_fp8_kernel", (r"QMMA\.SP\.16864\.F32\.E4M3\.E4M3", "LDSM", COPY)),
     Rule(r"cuda_sm(80_int8|89_fp8)", "mma8_reduce", (LOAD, STORE)),
     Rule("cuda_sm90a_wgmma", "quant_linear_wgmma", (r"HGMMA\.64x\d+x16\.F32{type}", "UTMALDG", "UBLKCP", "STSM")),
     Rule("cuda_sm90a_wgmma", "quant_linear_wgmma_combine", (LOAD, STORE)),

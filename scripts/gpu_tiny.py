@@ -34,26 +34,30 @@ CASES = (
     (66, 256, "fp8_row_f8row", (1, 40)),
     (257, 512, "int4_row_{0}", (130,)),
 )
-# weights, pattern, rows of x: of [70, 1168], which 8 and 16 divide, and 128 does not
+# weights, pattern, activations, rows of x: of [70, 1168], which 8 and 16 divide, and 128 does not
 SPARSE_CASES = (
-    (WeightFormat("int4", 32), "2:4", (1, 13, 70)),
-    (WeightFormat("int8", 128), "16:2:4", (5, 40)),
-    (WeightFormat("int4", 128), "4:8", (1, 7)),
+    (WeightFormat("int4", 32), "2:4", "float", (1, 13, 70)),
+    (WeightFormat("int8", 128), "16:2:4", "float", (5, 40)),
+    (WeightFormat("int4", 128), "4:8", "float", (1, 7)),
+    (WeightFormat("int8", 0), "2:4", "int8_row", (1, 40, 70)),
+    (WeightFormat("int8", 64), "8:2:4", "int8_row", (13, 70)),
+    (WeightFormat("int4", 32), "2:4", "int8", (5, 40)),
+    (WeightFormat("fp8_e4m3", 32), "2:4", "fp8_row", (3, 70)),
 )
 
 
 def sparse_calls(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, float, float]]:
     generator = torch.Generator(device).manual_seed(5)
-    for weights, text, rows in SPARSE_CASES:
-        case = gpu_sparse.Case(70, 1168, weights, rows)
+    for weights, text, activations, rows in SPARSE_CASES:
+        case = gpu_sparse.Case(70, 1168, weights, rows, activations)
         weight, format = gpu_sparse.random_sparse(case, Pattern.parse(text), generator)
         packed, numbers = pack_sparse(weight, case.k, format), dequantize_sparse(weight, case.k, format)
         for m in rows:
             x = torch.randn(m, case.k, generator=generator, device=device).to(dtype)
             for impl in gpu_sparse.impls(case, m, format.pattern, dtype, device.type):
                 with taut.force_impl("sparse_linear", impl):
-                    error = max_error(sparse_linear(x, packed, None, case.n, format, "float"), x, numbers)
-                yield f"sparse {impl} {case}_M{m} {text}", error, TOLERANCES["bf16"]
+                    error = max_error(sparse_linear(x, packed, None, case.n, format, activations), x, numbers)
+                yield f"sparse {impl} {case}_M{m} {text}", error, gpu_sparse.TOLERANCES[activations]
 
 
 def calls(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, float, float]]:

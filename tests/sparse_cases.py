@@ -105,6 +105,21 @@ SPECIAL = tuple(
 )
 
 
+def cuda_8bit_cases() -> tuple[SparseCase, ...]:
+    """What CUDA kernels take besides, with 8-bit activations: every shape of a block, splits of K, pipelines that go around."""
+    weights = (
+        *((WeightFormat("int8", group), mode) for mode in ("int8", "int8_row") for group in (0, 32, 64, 128)),
+        *((WeightFormat("int4", group), "int8") for group in (32, 128)),
+        *((WeightFormat("fp8_e4m3", group), "fp8_row") for group in (0, 32, 128)),
+    )  # fmt: skip
+    # tokens to a block: 8, 8 and K split, 16, 32, 64, 128
+    shapes = ((3, 136, 2304), (7, 24, 4096), (13, 72, 1668), (30, 40, 1292), (50, 130, 908), (33, 385, 468))
+    rows = covering_set((shapes, weights, (1, 8, 16), (torch.float16, torch.bfloat16), (False, True)))
+    return tuple(
+        SparseCase(m, n, k, SparseFormat(format, Pattern(2, 4, v)), mode, dtype, bias) for (m, n, k), (format, mode), v, dtype, bias in rows
+    )
+
+
 def cuda_cases() -> tuple[SparseCase, ...]:
     """What CUDA kernels take: float activations; every tile, ragged in all ways, and deep enough for their pipelines to go around."""
     weights = (*(WeightFormat(name, group) for name in ("int4", "int8") for group in (32, 64, 128, 0)), WeightFormat("fp8_e4m3", 64))

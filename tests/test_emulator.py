@@ -54,6 +54,7 @@ FAULTS = {
     "lane_not_in_its_own_mask": "the calling lane is not in its mask",
     "mma_in_a_divergent_branch": "warp divergence: mma.m16n8k16 at .* while other lanes .* are at mma.m16n8k16",
     "mma_sp_places_do_not_ascend": r"mma.sp: the places of row 3, k 12 to 15 must ascend, and are 2 and 1",
+    "mma_sp_8bit_places_do_not_ascend": r"mma.sp: the places of row 11, k 48 to 51 must ascend, and are 2 and 1",
     "ldmatrix_misaligned": "ldmatrix: the row address of lane 1 is misaligned",
     "ldmatrix_out_of_bounds": "ldmatrix: 16 bytes at .* are not all in shared memory",
     "ldmatrix_before_barrier": "data race at dynamic shared memory .* ldmatrix|ldmatrix reads uninitialised",
@@ -264,6 +265,46 @@ def test_mma_sp(name, dtype, mode, selftests):
     for selector in range(2):
         a = torch.zeros(16, 8, 4, dtype=torch.float64).scatter_(2, places[selector], given.double().view(16, 8, 2)).view(16, 32)
         expected = (a @ b.double() + c.double()).float()
+        for lane, register in itertools.product(range(32), range(4)):
+            assert out[lane, 4 * selector + register] == expected[accumulator(lane, register, 0)], f"selector {selector}, lane {lane}"
+
+
+SPARSE_8BIT = (
+    ("mma_sp_m16n8k32_s8", torch.int8, 32), ("mma_sp_m16n8k64_s8", torch.int8, 64), ("mma_sp_m16n8k64_e4m3", torch.float8_e4m3fn, 64),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", build.MODES)
+@pytest.mark.parametrize(("name", "dtype", "depth"), SPARSE_8BIT, ids=str)
+def test_mma_sp_of_8_bits(name, dtype, depth, mode, selftests):
+    """Where 16-bit types have 16 k of two rows in a lane's metadata, these have 32 k of one."""
+    selftests[mode].set_device(89)
+    generator = torch.Generator().manual_seed(depth)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        if dtype == torch.int8:
+            return torch.randint(-128, 128, shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    given, b = numbers(16, depth // 2), numbers(depth, 8)
+    c = torch.randint(-(2**20), 2**20, (16, 8), generator=generator)
+    c[0, 0] = 2**31 - 1 if dtype == torch.int8 else 1  # wraps around
+    c = c.to(torch.int32 if dtype == torch.int8 else torch.float32)
+    selectors = 64 // depth
+    # [selector][row][chunk of 4 k][2]
+    places = torch.rand(selectors, 16, depth // 4, 4, generator=generator).argsort(-1)[..., :2].sort(-1).values
+    a_words, b_words = (lanes(f, depth // 16, 4, m.view(torch.uint8).numpy()) for f, m in ((a_8bit, given), (b_8bit, b)))
+    meta = np.zeros((32, 1), np.uint32)
+    for lane, chunk in itertools.product(range(32), range(8)):
+        pair, row = lane % 4 // 2, lane // 4 + 8 * (lane % 2)
+        first, second = (places[pair, row, chunk] if depth == 32 else places[0, row, 8 * pair + chunk]).tolist()
+        meta[lane] |= np.uint32((first | second << 2) << (4 * chunk))
+    words = np.concatenate([a_words, b_words, meta, lanes(accumulator, 4, 1, c.numpy())], 1)
+    out = golden.run(selftests[mode].library, name, words[None], 4 * selectors)[0].view(c.numpy().dtype)
+    wide = torch.int64 if dtype == torch.int8 else torch.float64
+    for selector in range(selectors):
+        a = torch.zeros(16, depth // 4, 4, dtype=wide).scatter_(2, places[selector], given.to(wide).view(16, -1, 2)).view(16, depth)
+        expected = (a @ b.to(wide) + c.to(wide)).to(c.dtype)
         for lane, register in itertools.product(range(32), range(4)):
             assert out[lane, 4 * selector + register] == expected[accumulator(lane, register, 0)], f"selector {selector}, lane {lane}"
 

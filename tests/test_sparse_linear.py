@@ -7,10 +7,13 @@ import torch
 
 import taut
 from checks import assert_linear, assert_same_bits
-from sparse_cases import SPECIAL, SparseCase, cuda_cases, sparse_cases
-from taut.formats import WeightFormat
+from emulator import build, emulated
+from sparse_cases import SPECIAL, SparseCase, cuda_8bit_cases, cuda_cases, sparse_cases
+from taut.formats import Canonical, WeightFormat
 from taut.formats.sparse import Pattern, SparseFormat
 from taut.ops import sparse_linear as sparse_op
+from taut.ops.pack_weight import pack_weight
+from taut.ops.quant_linear import quant_linear
 from taut.ops.sparse_linear import dequantize_sparse, sparse_linear
 
 OP = "sparse_linear"
@@ -38,7 +41,7 @@ def check(impl: str, case: SparseCase) -> None:
         assert_same_bits(old, new, f"{impl} on {case}: an input was written to")
 
 
-@pytest.mark.parametrize("case", tuple(dict.fromkeys(sparse_cases() + SPECIAL + cuda_cases())), ids=str)
+@pytest.mark.parametrize("case", tuple(dict.fromkeys(sparse_cases() + SPECIAL + cuda_cases() + cuda_8bit_cases())), ids=str)
 def test_matches_reference(impl, case, forced):
     forced(impl, **case.sizes())
     check(impl, case)
@@ -61,21 +64,73 @@ def test_rows_and_threads_change_nothing(impl, pattern, forced, threads):
             assert_same_bits(row, expected[m : m + 1], f"{impl}: row {m} alone")
 
 
+CHOSEN = (
+    # weights, group, pattern, activations, sm; the impl, and what a better one lacked
+    ("int8", 0, Pattern(2, 4), "int8_row", 80, "cuda_sm80.int8", {}),
+    ("int4", 32, Pattern(2, 4, 16), "int8", 120, "cuda_sm80.int8", {}),
+    ("int8", 32, Pattern(2, 4), "int8", 75, "cuda_sm75.simt", {"cuda_sm80.int8": "SM 80"}),
+    ("int8", 0, Pattern(1, 4), "int8_row", 90, "cuda_sm75.simt", {"cuda_sm80.int8": "2:4 alone", "cuda_sm75.dense": "float activations"}),
+    ("fp8_e4m3", 0, Pattern(2, 4), "fp8_row", 89, "cuda_sm89.fp8", {"cuda_sm80.int8": "int8 and int4 weights"}),
+    ("fp8_e4m3", 0, Pattern(2, 4), "fp8_row", 90, "cuda_sm75.simt", {"cuda_sm89.fp8": "SM 90 and 100 have no fp8 in mma.sp"}),
+    ("int8", 0, Pattern(2, 4), "float", 80, "cuda_sm80.mma", {"cuda_sm80.int8": "int8 activations", "cuda_sm89.fp8": "SM 89"}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "group", "pattern", "activations", "sm", "chosen", "reasons"), CHOSEN, ids=str)
+def test_who_multiplies_on_cuda(name, group, pattern, activations, sm, chosen, reasons):
+    if reason := build.unavailable():
+        pytest.skip(reason)
+    case = SparseCase(4, 64, 256, SparseFormat(WeightFormat(name, group), pattern), activations, torch.float16)
+    with emulated.emulated("fast", sm):
+        verdicts = {row[0]: row[1:] for row in taut._C.explain(OP, case.sizes(), "emulated fast")}
+    assert verdicts[chosen][0]
+    for other, why in reasons.items():
+        assert not verdicts[other][0] and why in verdicts[other][1]
+
+
+DENSE_BITS = tuple(
+    SparseCase(m, n, k, SparseFormat(WeightFormat("int8", group), Pattern(2, 4, v)), activations, dtype, n % 2 == 0)
+    for m, n, k, group, v, activations, dtype in (
+        (1, 72, 1032, 0, 1, "int8_row", torch.float16), (7, 24, 4096, 64, 8, "int8_row", torch.bfloat16),
+        (8, 24, 4096, 0, 1, "int8", torch.float16), (13, 136, 524, 32, 1, "int8_row", torch.float16),
+        (30, 65, 1668, 128, 16, "int8", torch.bfloat16), (50, 72, 1032, 0, 1, "int8_row", torch.float16),
+        (50, 72, 1032, 128, 1, "int8", torch.float16), (33, 385, 468, 0, 1, "int8_row", torch.float16),
+        (33, 385, 468, 64, 1, "int8_row", torch.bfloat16), (33, 385, 468, 0, 8, "int8", torch.float32),
+    )
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DENSE_BITS, ids=str)
+def test_the_bits_of_the_dense_kernel(impl, case, forced):
+    """Of w with its zeros written out, and x in the same codes: integers are added to fp32 sums in the same order."""
+    if not impl.startswith("cuda_sm80.int8"):
+        pytest.skip("cuda_sm80.int8 promises it")
+    forced(impl, **case.sizes())
+    inputs, packed = case.make()
+    found = sparse_linear(inputs.x, packed, inputs.bias, case.N, case.format, case.activations)
+    weights = case.format.weights
+    dense = pack_weight(*Canonical(inputs.codes, inputs.scales), case.K, weights)
+    with taut.force_impl("quant_linear", "cuda_sm80.int8"):
+        expected = quant_linear(inputs.x, dense, inputs.bias, case.N, weights, case.activations)
+    assert_same_bits(found, expected, f"{impl} on {case}")
+
+
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("weights", (WeightFormat("int4", 128), WeightFormat("int8", 32)), ids=str)
-def test_a_row_does_not_depend_on_its_batch(impl, weights, dtype, forced):
+@pytest.mark.parametrize("activations", ("float", "int8"))
+def test_a_row_does_not_depend_on_its_batch(impl, activations, weights, dtype, forced):
     """CPU kernels promise it always (above), CUDA kernels in ``taut.batch_invariant()``."""
     if not impl.startswith("cuda"):
         pytest.skip("test_rows_and_threads_change_nothing is the CPU's")
-    case = SparseCase(140, 24, 1668, SparseFormat(weights, Pattern(2, 4)), "float", dtype, True)
+    case = SparseCase(140, 24, 1668, SparseFormat(weights, Pattern(2, 4)), activations, dtype, True)
     with taut.batch_invariant():
         forced(impl, **case.sizes())
         inputs, packed = case.make()
-        whole = sparse_linear(inputs.x, packed, inputs.bias, case.N, case.format, "float")
+        whole = sparse_linear(inputs.x, packed, inputs.bias, case.N, case.format, activations)
         assert_linear(whole, inputs.x, inputs, case.dense, impl=impl)
         for rows in (1, 9, 20, 40, 64, 65):
             for start in (0, 8):
-                part = sparse_linear(inputs.x[start : start + rows], packed, inputs.bias, case.N, case.format, "float")
+                part = sparse_linear(inputs.x[start : start + rows], packed, inputs.bias, case.N, case.format, activations)
                 assert_same_bits(part, whole[start : start + rows], f"{impl} on {case}: rows {start} to {start + rows} alone")
 
 

@@ -188,6 +188,56 @@ TAUT_DEVICE void mma_sp_m16n8k32(float (&d)[4], const uint32_t (&a)[4], const ui
 
 #undef TAUT_MMA_SP
 
+// ---- mma.sp of 8-bit numbers: the same, d[16,8] += a[16,k] @ b[k,8] with two of each 4 neighbours of a row of a given ----------------------
+// g = lane / 4, t = lane % 4:
+//   a     those that are given, as the a of mma.sync of half the depth: register a_0 has the four of (g; 8t..8t+7), a_1 of (g+8; the same), and
+//         of k64 a_2 and a_3 those 32 further on
+//   b     as of mma.sync: (4t..4t+3; g), (4t+16..4t+19; g), and of k64 the same 32 further on
+//   meta  2 bits for each number given, as above, but 32 k of one row to a lane, where 16-bit types have 16 k of two rows. k32: row g in the lane of
+//         t = 2 * kSelector, row g + 8 in that of t = 2 * kSelector + 1. k64: k 0..31 of g and of g + 8 in t = 0 and 1, k 32..63 in t = 2 and 3
+
+// Sums wrap around. sm_80, PTX 8.5
+template <int kSelector>
+TAUT_DEVICE void mma_sp_m16n8k32_s8(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0, uint32_t b1, uint32_t meta TAUT_SITE) {
+  static_assert(kSelector == 0 || kSelector == 1);
+#if defined(TAUT_EMULATE)
+  const uint32_t a[2] = {a0, a1}, b[2] = {b0, b1};
+  emulator::mma_sp_m16n8k32_s8(d, a, b, meta, kSelector, site);
+#else
+  asm volatile(
+      "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6,%7}, "
+      "{%0,%1,%2,%3}, %8, %9;\n"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a0), "r"(a1), "r"(b0), "r"(b1), "r"(meta), "n"(kSelector));
+#endif
+}
+
+// Sums wrap around. sm_80, PTX 8.5
+TAUT_DEVICE void mma_sp_m16n8k64_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t meta TAUT_SITE) {
+#if defined(TAUT_EMULATE)
+  emulator::mma_sp_m16n8k64_s8(d, a, b, meta, site);
+#else
+  asm volatile(
+      "mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, "
+      "{%0,%1,%2,%3}, %12, 0;\n"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(meta));
+#endif
+}
+
+// float8 E4M3; of the sums what mma_m16n8k32_e4m3 says. sm_89, PTX 8.5
+TAUT_DEVICE void mma_sp_m16n8k64_e4m3(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t meta TAUT_SITE) {
+#if defined(TAUT_EMULATE)
+  emulator::mma_sp_m16n8k64_e4m3(d, a, b, meta, site);
+#else
+  asm volatile(
+      "mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, "
+      "{%0,%1,%2,%3}, %12, 0;\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(meta));
+#endif
+}
+
 // ---- bits -------------------------------------------------------------------------------------------------------------
 
 // Any function of three bits: kTable is f(0xf0, 0xcc, 0xaa). (a & b) | c is 0xea.

@@ -20,6 +20,8 @@
 // SPARSETILES LAYOUT. 2:4, whatever v: what sparse tensor cores (mma.sp.m16n8k32) take.
 //   kept    the kept numbers [N,K/2] with their scales in groups of G/2 as MmaTiles (formats.h): K is padded to 128, so that a tile is 64 n x
 //           128 dense k; word j of int4, words 2j and 2j + 1 of 8 bits, are step j of 32 dense k
+//           For 8-bit x the same words are registers a_h of mma.sp.m16n8k32 (their bytes 1 and 2 change places), if x stands in the order of
+//           sparse_x8_slot: a lane's word has what is kept of blocks t and t + 4 of its 32 k, and the instruction takes them as blocks 2t and 2t + 1
 //   places  u32 tiles [N/64][K/128] of [2][32 lanes][4]: for each pair of strips of 16 n, what a lane gives as metadata in each of the 4 steps.
 //           Its low half holds the places of 4 blocks of 4 k, 2 bits each, of row g = lane / 4 of a strip, its high half those of row g + 8; t =
 //           lane % 4: of the pair's first strip for t = 0 and 1, of its second for 2 and 3; of the first 16 k of a step for t = 0 and 2.
@@ -33,6 +35,9 @@ namespace taut {
 
 // The byte of zero in Sparse8.
 constexpr int sparse_zero(Format format) { return format == Format::kInt8 ? 128 : format == Format::kInt4 ? 8 : 0; }
+
+// Where element k of x stands within its 32 when x is 8 bits wide and w sparse, on CUDA: blocks of 4 in the order 0, 4, 1, 5, 2, 6, 3, 7.
+TAUT_HOST_DEVICE constexpr int64_t sparse_x8_slot(int64_t k) { return k / 32 * 32 + k % 16 / 4 * 8 + k % 32 / 16 * 4 + k % 4; }
 
 struct SparsePattern {
   int64_t n, m, v;

@@ -25,10 +25,12 @@
 namespace taut::quant_linear {
 namespace {
 
-template <int kStrips_ /* of 16 n a warp */, int kTokens_ /* m a warp */, int kWarpsN_, int kWarpsM_, int kWarpsK_, int kStages_, int kBlocksPerSm_>
+template <int kStrips_ /* of 16 n a warp */, int kTokens_ /* m a warp */, int kWarpsN_, int kWarpsM_, int kWarpsK_, int kStages_, int kBlocksPerSm_,
+          int kTilesK_ = kWarpsK_>
 struct Mma8Shape {
   static constexpr int kStrips = kStrips_, kTokens = kTokens_, kWarpsN = kWarpsN_, kWarpsM = kWarpsM_, kWarpsK = kWarpsK_, kStages = kStages_;
   static constexpr int kBlocksPerSm = kBlocksPerSm_;  // for which registers are limited
+  static constexpr int kTilesK = kTilesK_;            // k-tiles of 64 k in a stage: kWarpsK or more (sparse_linear)
   static constexpr int kBlockN = kWarpsN * kStrips * 16, kBlockM = kWarpsM * kTokens, kThreads = 32 * kWarpsN * kWarpsM * kWarpsK;
 };
 
@@ -66,15 +68,15 @@ struct Fp8Mma {
   TAUT_DEVICE static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { ptx::mma_m16n8k32_e4m3(d, a, b0, b1); }
 };
 
-template <class Mma, class Shape, Promote kPromote>
+template <class Mma, class Shape, Promote kPromote, int kWBytes = Shape::kWarpsN * Shape::kTilesK * Shape::kStrips * 1024>
 struct Mma8Stage {
   static constexpr int kScaleRows = kPromote == Promote::kNever ? 0 : kPromote == Promote::kEvery64 ? 1 : 2;  // a k-tile
-  static constexpr bool kMayHaveMultiples = kPromote == Promote::kEvery32 && std::is_same_v<Mma, Int8Mma>;
-  static constexpr int kStripBytes = 1024, kRowBytes = Shape::kWarpsK * 64;
-  static constexpr int kXBegin = Shape::kWarpsN * Shape::kWarpsK * Shape::kStrips * kStripBytes;
+  static constexpr bool kMayHaveMultiples = kPromote == Promote::kEvery32 && std::is_same_v<typename Mma::Sum, int>;
+  static constexpr int kRowBytes = Shape::kTilesK * 64;
+  static constexpr int kXBegin = kWBytes;
   static constexpr int kScalesBegin = kXBegin + Shape::kBlockM * kRowBytes;
-  static constexpr int kMultiplesBegin = kScalesBegin + Shape::kWarpsN * Shape::kWarpsK * kScaleRows * 128;
-  static constexpr int kBytes = kMultiplesBegin + (kMayHaveMultiples ? Shape::kWarpsK * 2 * Shape::kBlockM * 4 : 0);
+  static constexpr int kMultiplesBegin = kScalesBegin + Shape::kWarpsN * Shape::kTilesK * kScaleRows * 128;
+  static constexpr int kBytes = kMultiplesBegin + (kMayHaveMultiples ? Shape::kTilesK * 2 * Shape::kBlockM * 4 : 0);
   // After the last step the same memory holds the sums, [kWarpsK][kBlockM][kSumStride]. WHY + 4: no two lanes of a store meet in a bank.
   static constexpr int kSumStride = Shape::kBlockN + 4;
   static constexpr int kSharedBytes = std::max(Shape::kStages * kBytes, Shape::kWarpsK* Shape::kBlockM * kSumStride * 4);
@@ -156,16 +158,20 @@ TAUT_DEVICE void store_sums(void* target, const Sum (&sums)[8]) {
   }
 }
 
-template <class Mma, class Shape, Promote kPromote>
+template <class Mma_, class Shape_, Promote kPromote_, class Stage_ = Mma8Stage<Mma_, Shape_, kPromote_>>
 struct Mma8 {
-  using Stage = Mma8Stage<Mma, Shape, kPromote>;
+  using Args = Mma8Args;
+  using Mma = Mma_;
+  using Shape = Shape_;
+  using Stage = Stage_;
+  static constexpr Promote kPromote = kPromote_;
   using Sum = std::conditional_t<kPromote == Promote::kNever, typename Mma::Sum, float>;
   static constexpr int kStrips = Shape::kStrips, kColumns = Shape::kTokens / 8, kThreads = Shape::kThreads;
 
   static constexpr int kStripChunks = kStrips * 64;                                            // 16-byte chunks of a warp's strips of a k-tile
   static constexpr int kRowChunks = Stage::kRowBytes / 16, kPassRows = kThreads / kRowChunks;  // of x; rows that all threads load at once
-  static constexpr int kScaleChunks = Shape::kWarpsN * Shape::kWarpsK * Stage::kScaleRows * 8;
-  static constexpr int kRowMultiples = 2 * Shape::kWarpsK;
+  static constexpr int kScaleChunks = Shape::kWarpsN * Shape::kTilesK * Stage::kScaleRows * 8;
+  static constexpr int kRowMultiples = 2 * Shape::kTilesK;
   static_assert(kStripChunks % kThreads == 0 && Shape::kBlockM % kPassRows == 0 && kPassRows % 8 == 0);
 
   const Mma8Args& p;
@@ -201,12 +207,18 @@ struct Mma8 {
           ptx::cp_async_16(stage + ((warp * Shape::kWarpsK + k) * kStripChunks + pass * kThreads + thread) * 16, source + pass * kThreads * 16,
                            exists ? 16 : 0);
       }
+    load_scales_stage(step);
+  }
+
+  TAUT_DEVICE void load_scales_stage(int step) const {
+    unsigned char* const stage = smem + step % Shape::kStages * Stage::kBytes;
+    const int tile_k0 = step * Shape::kTilesK, last_k = p.tiles_k - 1;
 
     if constexpr (Stage::kScaleRows > 0) {
 #pragma unroll
       for (int chunk0 = 0; chunk0 < kScaleChunks; chunk0 += kThreads) {
         const int chunk = chunk0 + thread, row = chunk / 8 % Stage::kScaleRows, tile = chunk / 8 / Stage::kScaleRows;
-        const int k = tile_k0 + tile % Shape::kWarpsK, n = tile_n + tile / Shape::kWarpsK;
+        const int k = tile_k0 + tile % Shape::kTilesK, n = tile_n + tile / Shape::kTilesK;
         const bool exists = k <= last_k && n < p.tiles_n;
         const int64_t source = (int64_t{n} * p.groups + ((2 * k + row) >> p.group_shift)) * 128 + chunk % 8 * 16;
         if (chunk < kScaleChunks) ptx::cp_async_16(stage + Stage::kScalesBegin + chunk * 16, p.scales + source, exists ? 16 : 0);
@@ -216,7 +228,7 @@ struct Mma8 {
 
   TAUT_DEVICE void load_x_stage(int step) const {
     unsigned char* const stage = smem + step % Shape::kStages * Stage::kBytes;
-    const int tile_k0 = step * Shape::kWarpsK, last_k = p.tiles_k - 1;
+    const int tile_k0 = step * Shape::kTilesK, last_k = p.tiles_k - 1;
 
     unsigned char* const s_x = stage + Stage::kXBegin + Stage::x_offset(thread / kRowChunks, thread % kRowChunks);
     const int x_rows = tile_k0 + thread % kRowChunks / 4 <= last_k ? rows - thread / kRowChunks : 0;
@@ -240,9 +252,9 @@ struct Mma8 {
     }
   }
 
-  // The scales of a lane's rows for row `row` of the k-tile's scales: of strip i, those of g (low half) and g + 8.
-  TAUT_DEVICE void load_scales(uint32_t (&scales)[kStrips], const unsigned char* stage, int row) const {
-    const unsigned char* source = stage + Stage::kScalesBegin + ((warp_n * Shape::kWarpsK + warp_k) * Stage::kScaleRows + row) * 128 + g * 16;
+  // The scales of a lane's rows for row `row` of the scales of the stage's k-tile `tile`: of strip i, those of g (low half) and g + 8.
+  TAUT_DEVICE void load_scales(uint32_t (&scales)[kStrips], const unsigned char* stage, int tile, int row) const {
+    const unsigned char* source = stage + Stage::kScalesBegin + ((warp_n * Shape::kTilesK + tile) * Stage::kScaleRows + row) * 128 + g * 16;
     static_assert(kStrips == 4 || (kStrips == 2 && Shape::kWarpsN == 1));
     if constexpr (kStrips == 4) {
       const uint4 v = *reinterpret_cast<const uint4*>(source);
@@ -279,7 +291,7 @@ struct Mma8 {
         }
     } else if constexpr (kPromote == Promote::kEvery64) {
       uint32_t scale_pairs[kStrips];
-      load_scales(scale_pairs, stage, 0);
+      load_scales(scale_pairs, stage, warp_k, 0);
 #pragma unroll
       for (int strip = 0; strip < kStrips; strip++) {
         uint32_t a[2][4];
@@ -298,7 +310,7 @@ struct Mma8 {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         uint32_t scale_pairs[kStrips];
-        load_scales(scale_pairs, stage, half);
+        load_scales(scale_pairs, stage, warp_k, half);
 #pragma unroll
         for (int strip = 0; strip < kStrips; strip++) {
           uint32_t a[4];
@@ -308,7 +320,7 @@ struct Mma8 {
           for (int j = 0; j < kColumns; j++) {
             typename Mma::Sum part[4] = {Mma::kStart, Mma::kStart, Mma::kStart, Mma::kStart};
             Mma::mma(part, a, b[j][2 * half], b[j][2 * half + 1]);
-            const float2 multiples = load_multiples(stage, half, j);
+            const float2 multiples = load_multiples(stage, warp_k, half, j);
             const float factors[4] = {scales.x * multiples.x, scales.x * multiples.y, scales.y * multiples.x, scales.y * multiples.y};
 #pragma unroll
             for (int i = 0; i < 4; i++) sums[strip][j][i] = __fmaf_rn(Mma::promoted(part[i]), factors[i], sums[strip][j][i]);
@@ -324,81 +336,91 @@ struct Mma8 {
     return __half22float2(scales);
   }
 
-  // The multiples of tokens 2t and 2t + 1 of 8, for half a k-tile.
-  TAUT_DEVICE float2 load_multiples(const unsigned char* stage, int half, int column) const {
+  // The multiples of tokens 2t and 2t + 1 of 8, for half of the stage's k-tile `tile`.
+  TAUT_DEVICE float2 load_multiples(const unsigned char* stage, int tile, int half, int column) const {
     if constexpr (Stage::kMayHaveMultiples) {
-      const int at = (2 * warp_k + half) * Shape::kBlockM + warp_m * Shape::kTokens + column * 8 + 2 * t;
+      const int at = (2 * tile + half) * Shape::kBlockM + warp_m * Shape::kTokens + column * 8 + 2 * t;
       if (p.x.multiple) return *reinterpret_cast<const float2*>(stage + Stage::kMultiplesBegin + at * 4);
     }
     return make_float2(1, 1);
   }
-
-  // Steps [begin, end) of K.
-  TAUT_DEVICE void multiply_steps(int begin, int end) {
-#pragma unroll 1
-    for (int step = begin; step < min(begin + Shape::kStages - 1, end); step++) load_w_stage(step);
-#if TAUT_ARCH_AT_LEAST(90)
-    ptx::griddep_launch();  // mma8_reduce may take its place, and wait
-    ptx::griddep_wait();    // for quantize_rows, behind whose back the first of w was asked for
-#endif
-#pragma unroll 1
-    for (int s = 0; s < Shape::kStages - 1; s++) {
-      if (begin + s < end) load_x_stage(begin + s);
-      ptx::cp_async_commit();  // the first group holds all of w so far
-    }
-    for (int step = begin; step < end; step++) {
-      ptx::cp_async_wait<Shape::kStages - 2>();
-      __syncthreads();  // this step's stage is there for all warps, and all have left the one before, which is filled next
-      if (step + Shape::kStages - 1 < end) load_w_stage(step + Shape::kStages - 1), load_x_stage(step + Shape::kStages - 1);
-      ptx::cp_async_commit();
-      multiply(smem + step % Shape::kStages * Stage::kBytes);
-    }
-    ptx::cp_async_wait<0>();
-    __syncthreads();
-  }
-
-  // Adds the warps along k and writes the tile: to out, or as split `split` to the partial sums.
-  TAUT_DEVICE void store(int split) const {
-    Sum* const s_sums = reinterpret_cast<Sum*>(smem);
-#pragma unroll
-    for (int strip = 0; strip < kStrips; strip++)
-#pragma unroll
-      for (int j = 0; j < kColumns; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const int token = warp_m * Shape::kTokens + j * 8 + 2 * t + i % 2, n = (warp_n * kStrips + strip) * 16 + g + i / 2 * 8;
-          s_sums[(warp_k * Shape::kBlockM + token) * Stage::kSumStride + n] = sums[strip][j][i];
-        }
-    __syncthreads();
-    constexpr int kPerRow = Shape::kBlockN / 8;
-    for (int i = thread; i < Shape::kBlockM * kPerRow; i += kThreads) {
-      const int token = i / kPerRow, column = i % kPerRow * 8;
-      const int64_t m = int64_t{block.m} * Shape::kBlockM + token, n = int64_t{block.n} * Shape::kBlockN + column;
-      if (m >= p.M || n >= p.N) continue;
-      Sum total[8];
-      load_sums(total, s_sums + token * Stage::kSumStride + column);
-#pragma unroll
-      for (int k = 1; k < Shape::kWarpsK; k++) {
-        Sum more[8];
-        load_sums(more, s_sums + (k * Shape::kBlockM + token) * Stage::kSumStride + column);
-#pragma unroll
-        for (int e = 0; e < 8; e++) total[e] += more[e];
-      }
-      if (p.splits > 1) store_sums(p.partials + ((split * p.M + m) * p.tiles_n * 64 + n) * 4, total);
-      else mma8_finish<kPromote>(p, m, n, total);
-    }
-  }
 };
 
-template <class Mma, class Shape, Promote kPromote>
-TAUT_DEVICE void mma8_block(const Mma8Args& p) {
+// Steps [begin, end) of K.
+template <class Block>
+TAUT_DEVICE void mma8_steps(Block& block, int begin, int end) {
+  using Shape = typename Block::Shape;
+  using Stage = typename Block::Stage;
+#pragma unroll 1
+  for (int step = begin; step < min(begin + Shape::kStages - 1, end); step++) block.load_w_stage(step);
+#if TAUT_ARCH_AT_LEAST(90)
+  ptx::griddep_launch();  // mma8_reduce may take its place, and wait
+  ptx::griddep_wait();    // for quantize_rows, behind whose back the first of w was asked for
+#endif
+#pragma unroll 1
+  for (int s = 0; s < Shape::kStages - 1; s++) {
+    if (begin + s < end) block.load_x_stage(begin + s);
+    ptx::cp_async_commit();  // the first group holds all of w so far
+  }
+  for (int step = begin; step < end; step++) {
+    ptx::cp_async_wait<Shape::kStages - 2>();
+    __syncthreads();  // this step's stage is there for all warps, and all have left the one before, which is filled next
+    if (step + Shape::kStages - 1 < end) block.load_w_stage(step + Shape::kStages - 1), block.load_x_stage(step + Shape::kStages - 1);
+    ptx::cp_async_commit();
+    block.multiply(block.smem + step % Shape::kStages * Stage::kBytes);
+  }
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+}
+
+// Adds the warps along k and writes the tile: to out, or as split `split` to the partial sums.
+template <class Block>
+TAUT_DEVICE void mma8_store(const Block& block, int split) {
+  using Shape = typename Block::Shape;
+  using Stage = typename Block::Stage;
+  using Sum = typename Block::Sum;
+  const Mma8Args& p = block.p;
+  Sum* const s_sums = reinterpret_cast<Sum*>(block.smem);
+#pragma unroll
+  for (int strip = 0; strip < Block::kStrips; strip++)
+#pragma unroll
+    for (int j = 0; j < Block::kColumns; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int token = block.warp_m * Shape::kTokens + j * 8 + 2 * block.t + i % 2;
+        const int n = (block.warp_n * Block::kStrips + strip) * 16 + block.g + i / 2 * 8;
+        s_sums[(block.warp_k * Shape::kBlockM + token) * Stage::kSumStride + n] = block.sums[strip][j][i];
+      }
+  __syncthreads();
+  constexpr int kPerRow = Shape::kBlockN / 8;
+  for (int i = block.thread; i < Shape::kBlockM * kPerRow; i += Shape::kThreads) {
+    const int token = i / kPerRow, column = i % kPerRow * 8;
+    const int64_t m = int64_t{block.block.m} * Shape::kBlockM + token, n = int64_t{block.block.n} * Shape::kBlockN + column;
+    if (m >= p.M || n >= p.N) continue;
+    Sum total[8];
+    load_sums(total, s_sums + token * Stage::kSumStride + column);
+#pragma unroll
+    for (int k = 1; k < Shape::kWarpsK; k++) {
+      Sum more[8];
+      load_sums(more, s_sums + (k * Shape::kBlockM + token) * Stage::kSumStride + column);
+#pragma unroll
+      for (int e = 0; e < 8; e++) total[e] += more[e];
+    }
+    if (p.splits > 1) store_sums(p.partials + ((split * p.M + m) * p.tiles_n * 64 + n) * 4, total);
+    else mma8_finish<Block::kPromote>(p, m, n, total);
+  }
+}
+
+// What a thread block does. Block: Mma8, or sparse_linear's.
+template <class Block>
+TAUT_DEVICE void mma8_block(const typename Block::Args& p) {
   TAUT_DYNAMIC_SMEM(smem);
   const Mma8Block place = mma8_block_place(p);
   if (place.m >= p.blocks_m) return;  // of the last band
-  Mma8<Mma, Shape, kPromote> block(p, smem, place);
+  Block block(p, smem, place);
   const int split = blockIdx.y;
-  block.multiply_steps(static_cast<int>(int64_t{p.steps} * split / p.splits), static_cast<int>(int64_t{p.steps} * (split + 1) / p.splits));
-  block.store(split);
+  mma8_steps(block, static_cast<int>(int64_t{p.steps} * split / p.splits), static_cast<int>(int64_t{p.steps} * (split + 1) / p.splits));
+  mma8_store(block, split);
 }
 
 constexpr int kReduceThreads = 128;
@@ -480,45 +502,55 @@ int64_t mma8_workspace_bytes(const CudaParams& p) {
   return plan.splits > 1 ? plan.splits * p.M * MmaTiles{p.weight}.num_tiles_n() * 64 * 4 : 0;
 }
 
+// `layout`: where the codes and scales lie in p.packed; of a sparse weight that of its kept numbers.
+inline Mma8Args mma8_args(const CudaParams& p, const Mma8Plan& plan, const MmaTiles& layout) {
+  const int band_shift = plan.blocks_m >= 8 ? 3 : plan.blocks_m >= 4 ? 2 : plan.blocks_m >= 2 ? 1 : 0;
+  const int64_t group = p.weight.group_size;
+  return {p.packed,
+          p.packed + layout.scales_begin(),
+          p.x8,
+          p.bias,
+          p.out,
+          static_cast<uint8_t*>(p.workspace),
+          p.M,
+          p.weight.N,
+          static_cast<int>(layout.num_tiles_n()),
+          static_cast<int>(MmaTiles{p.weight}.num_tiles_k()),
+          static_cast<int>(layout.num_groups()),
+          group == 32    ? 0
+          : group == 64  ? 1
+          : group == 128 ? 2
+                         : 31,
+          plan.blocks_m,
+          band_shift,
+          plan.steps,
+          plan.splits,
+          p.activations == Activations::kInt8Row ? 32767.0f : 1.0f,
+          p.dtype};
+}
+
+// The kernel, and the one that adds up what it left. Args: Mma8Args, or what begins with them.
+template <class Sum, Promote kPromote, class Args>
+void mma8_launch(const char* name, const CudaParams& p, const Mma8Plan& plan, const Args& args, void (*kernel)(Args), int threads, int shared_bytes) {
+  const dim3 grid(plan.blocks_n << args.band_shift, plan.splits, (plan.blocks_m + (1 << args.band_shift) - 1) >> args.band_shift);
+  launch_dependent(*p.device, name, kernel, grid, dim3(threads), shared_bytes, p.stream, args);
+  if (plan.splits > 1) {
+    const int64_t sums = p.M * args.tiles_n * 8;
+    const dim3 reduce_grid(static_cast<unsigned>((sums + kReduceThreads - 1) / kReduceThreads));
+    launch_dependent(*p.device, name, mma8_reduce<Sum, kPromote>, reduce_grid, dim3(kReduceThreads), 0, p.stream, static_cast<const Mma8Args&>(args));
+  }
+}
+
 // kernel(Shape{}): the kernel for a shape, as a function pointer and its shared bytes.
 template <class Sum, Promote kPromote, class KernelOf>
 void mma8_run(const char* name, const CudaParams& p, const KernelOf& kernel_of) {
   if (p.M == 0 || p.weight.N == 0) return;
   const Mma8Plan plan = mma8_plan<kPromote>(p);
-  const int band_shift = plan.blocks_m >= 8 ? 3 : plan.blocks_m >= 4 ? 2 : plan.blocks_m >= 2 ? 1 : 0;
-  const MmaTiles layout{p.weight};
-  const int64_t group = p.weight.group_size;
-  const Mma8Args args{p.packed,
-                      p.packed + layout.scales_begin(),
-                      p.x8,
-                      p.bias,
-                      p.out,
-                      static_cast<uint8_t*>(p.workspace),
-                      p.M,
-                      p.weight.N,
-                      static_cast<int>(layout.num_tiles_n()),
-                      static_cast<int>(layout.num_tiles_k()),
-                      static_cast<int>(layout.num_groups()),
-                      group == 32    ? 0
-                      : group == 64  ? 1
-                      : group == 128 ? 2
-                                     : 31,
-                      plan.blocks_m,
-                      band_shift,
-                      plan.steps,
-                      plan.splits,
-                      p.activations == Activations::kInt8Row ? 32767.0f : 1.0f,
-                      p.dtype};
-  const dim3 grid(plan.blocks_n << band_shift, plan.splits, (plan.blocks_m + (1 << band_shift) - 1) >> band_shift);
+  const Mma8Args args = mma8_args(p, plan, MmaTiles{p.weight});
   with_mma8_shape<kPromote>(plan.tokens, [&]<class Shape>(Shape shape) {
     const auto [kernel, shared_bytes] = kernel_of(shape);
-    launch_dependent(*p.device, name, kernel, grid, dim3(Shape::kThreads), shared_bytes, p.stream, args);
+    mma8_launch<Sum, kPromote>(name, p, plan, args, kernel, Shape::kThreads, shared_bytes);
   });
-  if (plan.splits > 1) {
-    const int64_t threads = p.M * args.tiles_n * 8;
-    const dim3 reduce_grid(static_cast<unsigned>((threads + kReduceThreads - 1) / kReduceThreads));
-    launch_dependent(*p.device, name, mma8_reduce<Sum, kPromote>, reduce_grid, dim3(kReduceThreads), 0, p.stream, args);
-  }
 }
 
 }  // namespace

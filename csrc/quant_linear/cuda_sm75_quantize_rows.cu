@@ -1,6 +1,6 @@
 // COMPUTES  QuantizedRows (op.h) of x fp32, bf16 or fp16: 8-bit codes, row_unit, and for kInt8 the multiples. Every step is one fp32
 //           operation, rounded to nearest, in the order of quantize_row (cpu_scalar.cpp): the CPU's bits.
-// LAYOUT    x row-major with a row stride; codes [M, K8] in x8_slot order, 16 k a 16-byte store; multiple [M, K8/32]
+// LAYOUT    x row-major with a row stride; codes [M, K8] in x8_slot or sparse_x8_slot order, 16-byte stores; multiple [M, K8/32]
 // WORK      kWarps warps take a row. A thread takes 16 consecutive k at a time: the quarter of a k16-step of w's tiles that it writes is
 //           whole, and two neighbours hold a group of 32. Pass 1 finds the row's maximum; pass 2 reads x again, from L1 or L2, and rounds.
 // BOUND     DRAM: x is read once, 2 or 4 bytes a number, and a byte a number is written
@@ -52,9 +52,20 @@ TAUT_DEVICE uint4 in_slots(const uint32_t (&codes)[kUnit]) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
+// To sparse_x8_slot order: of 32 k the blocks of 4 stand as 0, 4, 1, 5, 2, 6, 3, 7. Lanes of even number have the first 16 k and store the first four
+// blocks; they give the third and fourth of theirs for the first and second of the next lane's.
+TAUT_DEVICE uint4 in_sparse_slots(const uint32_t (&codes)[kUnit]) {
+  uint32_t words[4];
+#pragma unroll
+  for (int b = 0; b < 4; b++) words[b] = codes[4 * b] | codes[4 * b + 1] << 8 | codes[4 * b + 2] << 16 | codes[4 * b + 3] << 24;
+  const bool upper = threadIdx.x % 2;
+  const uint32_t first = __shfl_xor_sync(0xffffffffu, upper ? words[0] : words[2], 1), second = __shfl_xor_sync(0xffffffffu, upper ? words[1] : words[3], 1);
+  return upper ? make_uint4(first, words[2], second, words[3]) : make_uint4(words[0], first, words[1], second);
+}
+
 template <class T, Activations kActivations, int kWarps /* of a row */, int kRows /* of a block */>
 __global__ void __launch_bounds__(32 * kWarps * kRows)
-    quantize_rows(const T* __restrict__ x /* [M, K] */, int64_t x_row_stride, int64_t M, int K, uint8_t* __restrict__ codes /* [M, K8] */,
+    quantize_rows(const T* __restrict__ x /* [M, K] */, int64_t x_row_stride, int64_t M, int K, bool for_sparse, uint8_t* __restrict__ codes /* [M, K8] */,
                   float* __restrict__ row_unit /* [M] */, float* __restrict__ multiple /* [M, K8/32], kInt8 */) {
 #if TAUT_ARCH_AT_LEAST(90)
   ptx::griddep_launch();  // the product may begin with w, and wait
@@ -116,7 +127,8 @@ __global__ void __launch_bounds__(32 * kWarps * kRows)
         if constexpr (kActivations == Activations::kFp8Row) bytes[i] = to_e4m3(scaled);
         else bytes[i] = static_cast<uint32_t>(static_cast<int>(fminf(fmaxf(rintf(scaled), -127.0f), 127.0f))) & 255u;
       }
-      if (mine) *reinterpret_cast<uint4*>(codes + m * K8 + unit * kUnit) = in_slots(bytes);
+      const uint4 slots = for_sparse ? in_sparse_slots(bytes) : in_slots(bytes);
+      if (mine) *reinterpret_cast<uint4*>(codes + m * K8 + unit * kUnit) = slots;
     }
     if (exists && thread == 0) {
       constexpr float kDivisor = kActivations == Activations::kFp8Row ? 448.0f : 127.0f * 32767.0f;
@@ -126,25 +138,25 @@ __global__ void __launch_bounds__(32 * kWarps * kRows)
 }
 
 template <int kWarps, int kRows>
-void launch_rows(const CudaParams& p, uint8_t* codes, float* row_unit, float* multiple) {
+void launch_rows(const CudaParams& p, bool for_sparse, uint8_t* codes, float* row_unit, float* multiple) {
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>((p.M + kRows - 1) / kRows, 1 << 30)));
   with_dtype(p.dtype, [&]<class T>(T) {
     const auto kernel = p.activations == Activations::kInt8      ? quantize_rows<T, Activations::kInt8, kWarps, kRows>
                         : p.activations == Activations::kInt8Row ? quantize_rows<T, Activations::kInt8Row, kWarps, kRows>
                                                                  : quantize_rows<T, Activations::kFp8Row, kWarps, kRows>;
     launch("quantize_rows", kernel, grid, dim3(32 * kWarps * kRows), 0, p.stream, static_cast<const T*>(p.x), p.x_row_stride, p.M, static_cast<int>(p.weight.K),
-           codes, row_unit, multiple);
+           for_sparse, codes, row_unit, multiple);
   });
 }
 
 }  // namespace
 
 // A warp for a short row, so that a block holds several; else as many warps as leave a thread no more than a few units.
-void run(const CudaParams& p, uint8_t* codes, float* row_unit, float* multiple) {
+void run(const CudaParams& p, bool for_sparse, uint8_t* codes, float* row_unit, float* multiple) {
   if (p.M == 0) return;
-  if (p.weight.K <= 1024) launch_rows<1, 8>(p, codes, row_unit, multiple);
-  else if (p.weight.K <= 8192) launch_rows<8, 1>(p, codes, row_unit, multiple);
-  else launch_rows<32, 1>(p, codes, row_unit, multiple);
+  if (p.weight.K <= 1024) launch_rows<1, 8>(p, for_sparse, codes, row_unit, multiple);
+  else if (p.weight.K <= 8192) launch_rows<8, 1>(p, for_sparse, codes, row_unit, multiple);
+  else launch_rows<32, 1>(p, for_sparse, codes, row_unit, multiple);
 }
 
 }  // namespace taut::quant_linear::cuda_sm75_quantize_rows

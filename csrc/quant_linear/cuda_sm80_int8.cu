@@ -13,7 +13,7 @@ namespace {
 template <class Shape, Promote kPromote>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm) int8_kernel(const Mma8Args p) {
 #if TAUT_ARCH_AT_LEAST(80)
-  mma8_block<Int8Mma, Shape, kPromote>(p);
+  mma8_block<Mma8<Int8Mma, Shape, kPromote>>(p);
 #endif
 }
 

@@ -132,7 +132,7 @@ void run_tile(const Params&);
 // ---- CUDA -------------------------------------------------------------------------------------------------------------
 
 // x quantized by quantize_rows (cuda_sm75_quantize_rows.cu), for the 8-bit activations:
-//   codes     [M, K8] bytes, K8 = K padded to 64 with zeros; element k at x8_slot(k) (common/formats.h)
+//   codes     [M, K8] bytes, K8 = K padded to 64 with zeros; element k at x8_slot(k) (common/formats.h), for a sparse w at sparse_x8_slot(k)
 //   row_unit  fp32 [M]: kInt8 and kInt8Row: row_max / (127 * 32767); kFp8Row: row_max / 448; NaN for a row to become NaN
 //   multiple  kInt8 only: fp32 [M, K8/32], the integers m of the definition above; kInt8Row: 32767 throughout, not stored
 struct QuantizedRows {
@@ -159,9 +159,9 @@ struct CudaParams {
   void* workspace;       // 256-byte aligned, as many bytes as the row's workspace_bytes asked for, uninitialised
 };
 
-// M rows of p.x to codes, row_unit and multiple, by p.activations.
+// M rows of p.x to codes, row_unit and multiple, by p.activations; in the order that a sparse w wants, or a dense one.
 namespace cuda_sm75_quantize_rows {
-void run(const CudaParams& p, uint8_t* codes, float* row_unit, float* multiple);
+void run(const CudaParams& p, bool for_sparse, uint8_t* codes, float* row_unit, float* multiple);
 }
 // Any dtype, format and activations, fp32 arithmetic: the correct slower path.
 namespace cuda_sm75_simt {

@@ -3,6 +3,7 @@
 #include "common/cuda_archs.h"
 #include "common/impl.h"
 #include "common/torch_cuda.h"
+#include "common/x8_bridge.h"
 #include "pack_weight/op.h"
 #include "quant_linear/op.h"
 
@@ -66,26 +67,6 @@ constexpr Impl<CudaParams> kImpls[] = {
     {"cuda_sm75.simt", built<kSm75, simt_supported>, always, cuda_sm75_simt::run},
 };
 
-// 8-bit activations: the codes, units and multiples of x, in one allocation.
-struct QuantizedX {
-  Tensor scratch;
-  QuantizedRows rows;
-
-  QuantizedX(const CudaCall& call, const Tensor& like, const CudaParams& p) {
-    const int64_t k8 = padded_k8(p.weight.K), code_bytes = (p.M * k8 + 255) / 256 * 256, unit_bytes = (p.M * 4 + 255) / 256 * 256;
-    const int64_t multiple_bytes = p.activations == Activations::kInt8 ? p.M * (k8 / 32) * 4 : 0;
-    scratch = scratch_bytes(like, code_bytes + unit_bytes + multiple_bytes);
-    uint8_t* codes = aligned(scratch);
-    float* row_unit = reinterpret_cast<float*>(codes + code_bytes);
-    float* multiple = multiple_bytes ? reinterpret_cast<float*>(codes + code_bytes + unit_bytes) : nullptr;
-    call.expose("x8 codes", codes, p.M * k8, true);
-    call.expose("x8 row_unit", row_unit, p.M * 4, true);
-    if (multiple) call.expose("x8 multiple", multiple, multiple_bytes, true);
-    cuda_sm75_quantize_rows::run(p, codes, row_unit, multiple);
-    rows = {codes, row_unit, multiple};
-  }
-};
-
 Tensor quant_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t out_features, int64_t format, int64_t group_size,
                     bool zeros, int64_t activations) {
   check(x.dim() >= 1, kOp, ": x must be [..., K], got a scalar");
@@ -142,7 +123,7 @@ Tensor quant_linear(const Tensor& x, const Tensor& packed, const std::optional<T
   call.expose("out", out, true);
   std::optional<QuantizedX> x8;
   if (params.activations != Activations::kFloat) {
-    x8.emplace(call, x, params);
+    x8.emplace(call, x, params, false);
     params.x8 = x8->rows;
   }
   Tensor scratch;

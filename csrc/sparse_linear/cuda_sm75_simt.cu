@@ -1,11 +1,12 @@
-// COMPUTES  out[M,N] = x[M,K] @ dequant(w)[N,K]^T + bias;  x, bias, out fp32, bf16 or fp16; sums fp32, scales multiplied into the sums of 32 k
+// COMPUTES  out[M,N] = x[M,K] @ dequant(w)[N,K]^T + bias;  x, bias, out fp32, bf16 or fp16, or x as 8-bit codes; sums fp32, scales multiplied into the sums of
+//           32 k
 // LAYOUT    w: SparseTiles (common/sparse.h), 2:4 and the others. x in shared memory as fp32, a word of padding every 32 k: lanes that stand 32 k
 //           apart meet no bank conflict
 // WORK      A block takes 16 rows of w and up to 8 of x, a warp 2 of w; a lane what is kept of 32 k of both, then of the 32 k that are 1024 further
 //           on. A kept number meets the x that its place points to. The lanes' sums are added by shuffles, in a fixed order
 // BOUND     One row of x: about 9 instructions a kept number, 20 of which an SM of H200 is sent in a cycle (4:8 int4 at 4.3 TB/s): 180 / 32 = 6
 //           for 4 schedulers, so 1.5 times what the bytes take. Smaller GPUs are sent less: bytes. Each row of x more: 2 instructions
-// LIMITS    float activations. Any M, N, K, pattern, format, dtype, stride; a row's result does not depend on M
+// LIMITS    none: any activations, M, N, K, pattern, format, dtype, stride; a row's result does not depend on M
 #include <algorithm>
 
 #include "common/launch.h"
@@ -27,8 +28,12 @@ constexpr int block_of(Kind kind, int j) {
   return kind == Kind::kTiled ? j / 2 * 4 : kind == Kind::k1of4 ? j * 4 : kind == Kind::k2of8 ? j / 2 * 8 : j / 4 * 8;
 }
 
+using quant_linear::Activations;
+
 struct SimtArgs {
   const void *x, *bias;
+  quant_linear::QuantizedRows x8;  // where activations are not kFloat
+  Activations activations;
   void* out;
   const uint8_t* packed;
   int64_t x_row_stride;
@@ -38,6 +43,16 @@ struct SimtArgs {
   int tiles_k, groups, group_shift, shared_shift;
   int64_t scales_begin, places_begin;
 };
+
+// x[m][k] as the sums want it: for 8-bit activations without the row's unit, which comes in at the end.
+TAUT_DEVICE float load_x(const SimtArgs& args, int m, int k) {
+  if (args.activations == Activations::kFloat) return load_number(args.x, m * args.x_row_stride + k, args.dtype);
+  const int64_t K8 = (int64_t{args.K} + 63) / 64 * 64;
+  const uint32_t code = args.x8.codes[m * K8 + sparse_x8_slot(k)];
+  if (args.activations == Activations::kFp8Row) return from_e4m3(code);
+  const float multiple = args.activations == Activations::kInt8 ? args.x8.multiple[m * (K8 / 32) + k / 32] : 32767.0f;
+  return static_cast<float>(static_cast<int8_t>(code)) * multiple;
+}
 
 // kBytes bytes of which `valid` are there.
 template <int kBytes>
@@ -124,8 +139,7 @@ __global__ void __launch_bounds__(kThreads) sparse_simt(const SimtArgs args) {
     const int count = min(kChunk, args.K - k0), padded = (count + 31) / 32 * 32;
     __syncthreads();  // all are done with the last chunk
     for (int m = 0; m < kRows; m++)
-      for (int k = threadIdx.x; k < padded; k += kThreads)
-        s_x[m * kPadded + k + k / 32] = m0 + m < args.M && k < count ? load_number(args.x, (m0 + m) * args.x_row_stride + k0 + k, args.dtype) : 0.0f;
+      for (int k = threadIdx.x; k < padded; k += kThreads) s_x[m * kPadded + k + k / 32] = m0 + m < args.M && k < count ? load_x(args, m0 + m, k0 + k) : 0.0f;
     __syncthreads();
     for (int block = lane; block * 32 < count; block += 32) {
       Kept<kFormat, kKind> kept[kWarpRows];
@@ -159,6 +173,7 @@ __global__ void __launch_bounds__(kThreads) sparse_simt(const SimtArgs args) {
       for (int step = 16; step > 0; step /= 2) sum[r][m] += __shfl_xor_sync(0xffffffffu, sum[r][m], step);
       const int n = n0 + r;
       if (lane == 0 && n < args.N && m0 + m < args.M) {
+        if (args.activations != Activations::kFloat) sum[r][m] *= args.x8.row_unit[m0 + m];
         const float bias = args.bias ? load_number(args.bias, n, args.dtype) : 0.0f;
         store_number(args.out, static_cast<int64_t>(m0 + m) * args.N + n, args.dtype, sum[r][m] + bias);
       }
@@ -173,6 +188,7 @@ void run(const CudaParams& p) {
   const bool tiled = w.is_tiled();
   SimtArgs args{};
   args.x = p.x, args.bias = p.bias, args.out = p.out, args.packed = p.packed, args.x_row_stride = p.x_row_stride, args.dtype = p.dtype;
+  args.x8 = p.x8, args.activations = p.activations;
   args.M = static_cast<int>(p.M), args.N = static_cast<int>(w.spec.N), args.K = static_cast<int>(w.spec.K);
   args.kept = static_cast<int>(w.kept()), args.row_bytes = static_cast<int>(w.kept_row_bytes()), args.meta_row_bytes = static_cast<int>(w.meta_row_bytes());
   args.tiles_k = static_cast<int>(w.kept_tiles().num_tiles_k());

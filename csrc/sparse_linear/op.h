@@ -42,7 +42,7 @@ struct CudaParams : quant_linear::CudaParams {
   SparseTiles sparse() const { return {weight, pattern}; }
 };
 
-// Any pattern and dtype, fp32 arithmetic: few rows of x, and what the others cannot do.
+// Any pattern, dtype and activations, fp32 arithmetic: few rows of x, and what the others cannot do.
 namespace cuda_sm75_simt {
 void run(const CudaParams&);
 }
@@ -52,5 +52,16 @@ const char* supported(const CudaParams&);
 int64_t workspace_bytes(const CudaParams&);
 void run(const CudaParams&);
 }  // namespace cuda_sm80_mma
+// 8-bit x, 2:4, sparse tensor cores.
+namespace cuda_sm80_int8 {
+const char* supported(const CudaParams&);
+int64_t workspace_bytes(const CudaParams&);
+void run(const CudaParams&);
+}  // namespace cuda_sm80_int8
+namespace cuda_sm89_fp8 {
+const char* supported(const CudaParams&);
+int64_t workspace_bytes(const CudaParams&);
+void run(const CudaParams&);
+}  // namespace cuda_sm89_fp8
 
 }  // namespace taut::sparse_linear

@@ -2,6 +2,7 @@
 #include "common/impl.h"
 #include "common/sparse_bridge.h"
 #include "common/torch_cuda.h"
+#include "common/x8_bridge.h"
 #include "pack_sparse/op.h"
 #include "sparse_linear/op.h"
 
@@ -9,6 +10,7 @@ namespace taut::sparse_linear {
 namespace {
 
 using quant_linear::Activations;
+using quant_linear::QuantizedX;
 
 constexpr const char* kOp = "sparse_linear";
 
@@ -20,10 +22,8 @@ const char* prefer_mma(const CudaParams& p) {
   return p.batch_invariant || p.M < dense_from(p) ? nullptr : "for so many rows making w dense once and cuBLAS are faster";
 }
 
-const char* float_activations(const CudaParams& p) { return p.activations == Activations::kFloat ? nullptr : "it computes with float activations"; }
-
 const char* dense_supported(const CudaParams& p) {
-  if (const char* why = float_activations(p)) return why;
+  if (p.activations != Activations::kFloat) return "it computes with float activations";
   return p.batch_invariant ? "cuBLAS chooses its kernels by M: not batch-invariant" : nullptr;
 }
 
@@ -33,7 +33,7 @@ const char* prefer_dense(const CudaParams& p) { return p.M >= 16 ? nullptr : "fo
 void run_dense(const CudaParams&) { throw std::logic_error("sparse_linear calls product_in_parts itself: it needs tensors"); }
 
 // `supported` of an impl whose kernels are in a file for this SM: whether the build has them for the device, too.
-constexpr char kSm75[] = "75", kSm80[] = "80";
+constexpr char kSm75[] = "75", kSm80[] = "80", kSm89[] = "89";
 template <const char* kFile, const char* (*kSupported)(const CudaParams&)>
 const char* built(const CudaParams& p) {
   if (const char* why = kSupported(p)) return why;
@@ -42,15 +42,16 @@ const char* built(const CudaParams& p) {
 
 // In priority order. Every crossover is in this table, and nowhere else.
 constexpr Impl<CudaParams> kImpls[] = {
+    {"cuda_sm89.fp8", built<kSm89, cuda_sm89_fp8::supported>, always, cuda_sm89_fp8::run, cuda_sm89_fp8::workspace_bytes},
+    {"cuda_sm80.int8", built<kSm80, cuda_sm80_int8::supported>, always, cuda_sm80_int8::run, cuda_sm80_int8::workspace_bytes},
     {"cuda_sm80.mma", built<kSm80, cuda_sm80_mma::supported>, prefer_mma, cuda_sm80_mma::run, cuda_sm80_mma::workspace_bytes},
     {"cuda_sm75.dense", built<kSm75, dense_supported>, prefer_dense, run_dense},
-    {"cuda_sm75.simt", built<kSm75, float_activations>, always, cuda_sm75_simt::run},
+    {"cuda_sm75.simt", built<kSm75, always<CudaParams>>, always, cuda_sm75_simt::run},
 };
 
 Activations activations_for(Format format, int64_t activations) {
   if (const char* why = quant_linear::refused_activations(format, activations)) check(false, kOp, ": ", why, ", got ", activations);
-  check(activations == 0, kOp, ": on CUDA sparse weights are multiplied with activations 0 (float), got ", activations);
-  return Activations::kFloat;
+  return static_cast<Activations>(activations);
 }
 
 Tensor sparse_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t out_features, int64_t format, int64_t group_size,
@@ -103,6 +104,11 @@ Tensor sparse_linear(const Tensor& x, const Tensor& packed, const std::optional<
   if (empty) return out;
   params.out = out.mutable_data_ptr();
   call.expose("out", out, true);
+  std::optional<QuantizedX> x8;
+  if (params.activations != Activations::kFloat) {
+    x8.emplace(call, x, params, true);
+    params.x8 = x8->rows;
+  }
   Tensor scratch;
   if (const int64_t bytes = impl->workspace_bytes ? impl->workspace_bytes(params) : 0; bytes > 0) {
     scratch = scratch_bytes(x, bytes);
@@ -123,9 +129,7 @@ std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
   params.dtype = static_cast<DType>(get("dtype", static_cast<int64_t>(DType::kFloat16)));
   const Sparse8 w = sparse_weight(kOp, get("N", 16), get("K", 32), get("format", 4), get("group_size", 32), get("n", 2), get("m", 4), get("v", 1));
   params.weight = w.spec, params.pattern = w.pattern, params.x_row_stride = w.spec.K;
-  const int64_t activations = get("activations", 0);
-  if (const char* why = quant_linear::refused_activations(w.spec.format, activations)) check(false, kOp, ": ", why, ", got ", activations);
-  params.activations = static_cast<Activations>(activations);
+  params.activations = activations_for(w.spec.format, get("activations", 0));
   params.device = &device(static_cast<int>(get("device_index", 0)));
   params.batch_invariant = batch_invariant();
   return explain_table(kOp, kImpls, params);

@@ -79,6 +79,9 @@ void mma_m16n8k8(float* d, uint32_t a0, uint32_t a1, uint32_t b0, Site site);
 void mma_m16n8k32_s8(int* d, const uint32_t* a, uint32_t b0, uint32_t b1, Site site);
 void mma_m16n8k32_e4m3(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, Site site);
 void mma_sp_m16n8k32(float* d, const uint32_t* a, const uint32_t* b, uint32_t meta, int selector, bool bf16, Site site);
+void mma_sp_m16n8k32_s8(int* d, const uint32_t* a, const uint32_t* b, uint32_t meta, int selector, Site site);
+void mma_sp_m16n8k64_s8(int* d, const uint32_t* a, const uint32_t* b, uint32_t meta, Site site);
+void mma_sp_m16n8k64_e4m3(float* d, const uint32_t* a, const uint32_t* b, uint32_t meta, Site site);
 uint4 load_global_16(const void* p, Site site);
 void prefetch(const void* p, Site site);
 

@@ -112,6 +112,30 @@ __device__ void mma_sp_both(const uint32_t* in, uint32_t* out) {
 TAUT_PROBE(mma_sp_m16n8k32_f16, 13, 8, kSm80, { mma_sp_both<half>(in, out); })
 TAUT_PROBE(mma_sp_m16n8k32_bf16, 13, 8, kSm80, { mma_sp_both<__nv_bfloat16>(in, out); })
 
+// in = a[2], b[2], metadata, d[4]; out as above
+TAUT_PROBE(mma_sp_m16n8k32_s8, 9, 8, kSm80, {
+  int d[4];
+  memcpy(d, in + 5, sizeof d);
+  ptx::mma_sp_m16n8k32_s8<0>(d, in[0], in[1], in[2], in[3], in[4]);
+  memcpy(out, d, sizeof d);
+  memcpy(d, in + 5, sizeof d);
+  ptx::mma_sp_m16n8k32_s8<1>(d, in[0], in[1], in[2], in[3], in[4]);
+  memcpy(out + 4, d, sizeof d);
+})
+
+// in = a[4], b[4], metadata, d[4]; call(d, a, b, metadata)
+#define TAUT_MMA_SP8_PROBE(name, Sum, condition)                \
+  TAUT_PROBE(name, 13, 4, condition, {                          \
+    uint32_t a[4], b[4];                                        \
+    Sum d[4];                                                   \
+    for (int i = 0; i < 4; i++) a[i] = in[i], b[i] = in[4 + i]; \
+    memcpy(d, in + 9, sizeof d);                                \
+    ptx::name(d, a, b, in[8]);                                  \
+    memcpy(out, d, sizeof d);                                   \
+  })
+TAUT_MMA_SP8_PROBE(mma_sp_m16n8k64_s8, int, kSm80)
+TAUT_MMA_SP8_PROBE(mma_sp_m16n8k64_e4m3, float, kSm89)
+
 // in = a[2], b, d[4]
 TAUT_PROBE(mma_m16n8k8_f16, 7, 4, true, {
   float d[4];
@@ -211,6 +235,9 @@ constexpr Probe kProbes[] = {
     {"cvt_e4m3x2", 89, "FF", 1, cvt_e4m3x2},
     {"cvt_f16x2_e4m3x2", 89, "e", 1, cvt_f16x2_e4m3x2},
     {"stmatrix_x4_trans", 90, "xxxx", 4, stmatrix_x4_trans},
+    {"mma_sp_m16n8k32_s8", 80, "xxxxpxxxx", 8, mma_sp_m16n8k32_s8},
+    {"mma_sp_m16n8k64_s8", 80, "xxxxxxxxpxxxx", 4, mma_sp_m16n8k64_s8},
+    {"mma_sp_m16n8k64_e4m3", 89, "eeeeeeeepffff", 4, mma_sp_m16n8k64_e4m3},
 };
 
 // sm_90 alone.

@@ -201,7 +201,7 @@ void combine_mma(void** arguments, uint32_t) {
 }
 
 struct SparseArgument {
-  float* d;
+  void* d;
   const uint32_t *a, *b;
   uint32_t meta;
   int selector;
@@ -235,7 +235,45 @@ void combine_mma_sp(void** arguments, uint32_t) {
   }
   for (int lane = 0; lane < 32; lane++) {
     const int g = lane / 4, t = lane % 4;
-    for (int i = 0; i < 4; i++) of(lane).d[i] = static_cast<float>(sums[g + i / 2 * 8][2 * t + i % 2] + of(lane).d[i]);
+    auto* d = static_cast<float*>(of(lane).d);
+    for (int i = 0; i < 4; i++) d[i] = static_cast<float>(sums[g + i / 2 * 8][2 * t + i % 2] + d[i]);
+  }
+}
+
+struct S8Element {
+  static int64_t value(uint8_t bits) { return static_cast<int8_t>(bits); }
+};
+
+// mma.sp of 8-bit numbers: a is 16 x kDepth / 2 of 16 x kDepth. Of k32 only the two lanes that the selector names are looked at.
+template <class Element, class Sum, int kDepth>
+void combine_mma_sp8(void** arguments, uint32_t) {
+  using Number = decltype(Element::value(0));
+  const auto of = [&](int lane) -> const SparseArgument& { return *static_cast<const SparseArgument*>(arguments[lane]); };
+  Number a[16][kDepth / 2];
+  int place[16][kDepth / 2];
+  for (int row = 0; row < 16; row++) {
+    const int g = row % 8, upper = row / 8;
+    for (int chunk = 0; chunk < kDepth / 4; chunk++) {  // of 4 k
+      const int k32 = chunk / 8, pair = kDepth == 32 ? of(0).selector : k32;
+      const uint32_t meta = of(4 * g + 2 * pair + upper).meta >> (chunk % 8 * 4), low = meta & 3, high = meta >> 2 & 3;
+      if (low >= high) fail("mma.sp: the places of row %d, k %d to %d must ascend, and are %u and %u", row, 4 * chunk, 4 * chunk + 3, low, high);
+      const uint32_t two = of(4 * g + chunk % 8 / 2).a[2 * k32 + upper] >> (chunk % 2 * 16);
+      a[row][2 * chunk] = Element::value(static_cast<uint8_t>(two)), place[row][2 * chunk] = 4 * chunk + static_cast<int>(low);
+      a[row][2 * chunk + 1] = Element::value(static_cast<uint8_t>(two >> 8)), place[row][2 * chunk + 1] = 4 * chunk + static_cast<int>(high);
+    }
+  }
+  Number columns[kDepth][8];
+  for (int k = 0; k < kDepth; k++)
+    for (int n = 0; n < 8; n++) columns[k][n] = Element::value(static_cast<uint8_t>(of(4 * n + k % 16 / 4).b[k / 16] >> (k % 4 * 8)));
+  Number sums[16][8] = {};
+  for (int row = 0; row < 16; row++)
+    for (int i = 0; i < kDepth / 2; i++)
+      for (int n = 0; n < 8; n++) sums[row][n] += a[row][i] * columns[place[row][i]][n];
+  for (int lane = 0; lane < 32; lane++) {
+    auto* d = static_cast<Sum*>(of(lane).d);
+    const int g = lane / 4, t = lane % 4;
+    // Integers wrap around; of floats the sum is rounded once.
+    for (int i = 0; i < 4; i++) d[i] = static_cast<Sum>(sums[g + i / 2 * 8][2 * t + i % 2] + static_cast<Number>(d[i]));
   }
 }
 
@@ -281,6 +319,24 @@ void mma_sp_m16n8k32(float* d, const uint32_t* a, const uint32_t* b, uint32_t me
   require_sm(80, "mma.sp.m16n8k32", site);
   SparseArgument argument{d, a, b, meta, selector};
   collective(bf16 ? combine_mma_sp<Bf16Element> : combine_mma_sp<HalfElement>, &argument, ~0u, false, "mma.sp.m16n8k32", site);
+}
+
+void mma_sp_m16n8k32_s8(int* d, const uint32_t* a, const uint32_t* b, uint32_t meta, int selector, Site site) {
+  require_sm(80, "mma.sp.m16n8k32.s8", site);
+  SparseArgument argument{d, a, b, meta, selector};
+  collective(combine_mma_sp8<S8Element, int, 32>, &argument, ~0u, false, "mma.sp.m16n8k32.s8", site);
+}
+
+void mma_sp_m16n8k64_s8(int* d, const uint32_t* a, const uint32_t* b, uint32_t meta, Site site) {
+  require_sm(80, "mma.sp.m16n8k64.s8", site);
+  SparseArgument argument{d, a, b, meta, 0};
+  collective(combine_mma_sp8<S8Element, int, 64>, &argument, ~0u, false, "mma.sp.m16n8k64.s8", site);
+}
+
+void mma_sp_m16n8k64_e4m3(float* d, const uint32_t* a, const uint32_t* b, uint32_t meta, Site site) {
+  require_sm(89, "mma.sp.m16n8k64.e4m3", site);
+  SparseArgument argument{d, a, b, meta, 0};
+  collective(combine_mma_sp8<E4M3Element, float, 64>, &argument, ~0u, false, "mma.sp.m16n8k64.e4m3", site);
 }
 
 void mma_m16n8k8(float* d, uint32_t a0, uint32_t a1, uint32_t b0, Site site) {

@@ -251,6 +251,13 @@ TAUT_CASE(mma_sp_places_do_not_ascend, (1), (32), 0) {
   a.out[threadIdx.x] = d[0];
 }
 
+TAUT_CASE(mma_sp_8bit_places_do_not_ascend, (1), (32), 0) {
+  int d[4] = {};
+  const uint32_t words[4] = {};
+  ptx::mma_sp_m16n8k64_s8(d, words, words, threadIdx.x == 15 ? 0x44464444u : 0x44444444u);
+  a.out[threadIdx.x] = static_cast<float>(d[0]);
+}
+
 TAUT_CASE(ldmatrix_misaligned, (1), (32), 1024) {
   TAUT_DYNAMIC_SMEM(smem);
   uint32_t r[4];

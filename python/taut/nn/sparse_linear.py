@@ -17,7 +17,7 @@ from .quant_linear import QuantLinear
 class SparseLinear(QuantLinear):
     """``y = x @ dequant(w)^T + bias`` for ``x [..., in_features]`` in float32, bfloat16 or float16; w is N:M or V:N:M sparse.
 
-    ``format``: a ``taut.formats.sparse.SparseFormat``. ``activations``: as for ``QuantLinear``; on CUDA "auto" or "float".
+    ``format``: a ``taut.formats.sparse.SparseFormat``. ``activations``: as for ``QuantLinear``, but for "int8_outliers".
     In a ``state_dict`` the weight is in canonical form: ``qweight``, ``scales``, ``meta`` (``SparseCanonical``). Else as ``PackedWeight``.
     Raises ``ValueError`` where the pattern's blocks do not divide ``in_features``, and for other devices than the CPU and CUDA.
     """

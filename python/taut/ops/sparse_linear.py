@@ -18,9 +18,9 @@ def sparse_linear(
     """``x [..., K]`` times a packed sparse weight ``[N, K]``, plus ``bias [N]``: ``[..., N]`` in the dtype of x.
 
     ``x``: float32, bfloat16 or float16; sums are float32. ``packed``: from ``pack_sparse``. ``activations``: as ``quant_linear`` takes
-    them for the dense format; on CUDA "float" alone, which "auto" is there. Where a weight is not kept, NaN and infinities of x may count
-    or not. A row's result does not depend on the rows around it: on the CPU in a given impl, on CUDA within ``taut.batch_invariant()``.
-    Differentiable in ``x`` and ``bias``. Raises ``ValueError`` for wrong shapes, dtypes or devices.
+    them for the dense format, but for "int8_outliers". Where a weight is not kept, NaN and infinities of x may count or not. A row's
+    result does not depend on the rows around it: on the CPU in a given impl, on CUDA within ``taut.batch_invariant()``. Differentiable
+    in ``x`` and ``bias``. Raises ``ValueError`` for wrong shapes, dtypes or devices.
     """
     if x.dim() < 1:
         raise ValueError("x must be [..., K], got a scalar")
@@ -32,8 +32,6 @@ def sparse_linear(
         raise ValueError(f"bias must be {x.dtype} [{out_features}], got {bias.dtype} {list(bias.shape)}")
     check_sparse_activations(activations, format)
     mode = activation_code(activations, format.weights, kind)
-    if _native.layout_for(kind) == _native.MMA_TILES and mode != 0:
-        raise ValueError(f"on CUDA sparse weights are multiplied with activations 'float' (or 'auto'), got {activations!r}")
     weights, pattern = format.weights, format.pattern
     return _native.ops_for(kind).sparse_linear(
         x, packed, bias, out_features, weights.code, weights.group_size, pattern.n, pattern.m, pattern.v, mode
