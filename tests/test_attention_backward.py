@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import taut
 from attention_cases import CASES, EXTREMES, LONG, MASKS, AttentionCase, laid_out
 from cases import DTYPE_CODES, DTYPES
-from checks import assert_attention_gradients, assert_same_bits
+from checks import ROUND_GRADIENTS, ROUNDING, assert_attention_gradients, assert_same_bits
 from taut import _native
 from taut.ops import attention_backward as op
 from taut.ops.attention_backward import attention_backward
@@ -119,7 +119,9 @@ def test_what_is_hidden_does_not_matter(impl, how, dtype, value, forced):
         poisoned[name][:, :, hidden] = value
         found = attention_backward(grad_out, None, out=out, lse=lse, **poisoned)
         rtol = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
-        close = lambda a, b: torch.allclose(a.float(), b.float(), rtol=rtol, atol=2e-6)  # noqa: B023, E731
+        # Rows in which tensor cores met a hidden NaN are computed again without rounding weights: sums of terms of about 1 move.
+        atol = 2 * ROUNDING[dtype][0] if impl.startswith(ROUND_GRADIENTS) else 2e-6
+        close = lambda a, b: torch.allclose(a.float(), b.float(), rtol=rtol, atol=atol)  # noqa: B023, E731
         assert close(found[0][:, :, queries], expected[0][:, :, queries]), f"{impl}: dq, {name}"
         for one, other in zip(found[1:3], expected[1:3], strict=True):
             assert close(one[:, :, keys], other[:, :, keys]), f"{impl}: {name}"

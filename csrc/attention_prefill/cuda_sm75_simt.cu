@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_simt(const Args args) {
 #pragma unroll
       for (int e = 0; e < 4; e++)
         if (const int d = x * 4 + 32 * c + e; d < args.Dv) store_number(const_cast<void*>(args.out.data), at + d, args.dtype, sums[r][c][e] * inverse);
-    if (x == 0) *block.lse_at(args, row) = lse_of_row(total[r], most[r]);
+    if (x == 0) args.lse[block.lse_at(args, row)] = lse_of_row(total[r], most[r]);
   }
 }
 

@@ -256,7 +256,7 @@ struct Consumer {
       const int row = first_row + lane / 4 + 8 * h;
       const float inverse = inverse_of(total[h]);
       T* g_out = row < block.rows ? static_cast<T*>(const_cast<void*>(args.out.data)) + block.query_at(args, args.out, row) : nullptr;
-      if (t == 0 && row < block.rows) *block.lse_at(args, row) = lse_of_row(total[h], most[h]);
+      if (t == 0 && row < block.rows) args.lse[block.lse_at(args, row)] = lse_of_row(total[h], most[h]);
 #pragma unroll
       for (int n = 0; n < kWidth / 8; n += 4) {
         uint32_t mine[4];
