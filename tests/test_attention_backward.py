@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import taut
-from attention_cases import CASES, EXTREMES, LONG, MASKS, AttentionCase, laid_out
+from attention_cases import CASES, EXTREMES, LONG, MASKS, PLAIN, SHORT, AttentionCase, laid_out
 from cases import DTYPE_CODES, DTYPES
 from checks import ROUND_GRADIENTS, ROUNDING, assert_attention_gradients, assert_same_bits
 from taut import _native
@@ -48,7 +48,7 @@ def check(impl: str, case: AttentionCase) -> None:
         assert_same_bits(arguments[name], value, f"{impl} on {context}: {name} was written to")
 
 
-@pytest.mark.parametrize("case", CASES + LONG + EXTREMES, ids=str)
+@pytest.mark.parametrize("case", CASES + LONG + SHORT + PLAIN + EXTREMES, ids=str)
 def test_matches_reference(impl, case, forced):
     forced(impl, **case.sizes())
     check(impl, case)
