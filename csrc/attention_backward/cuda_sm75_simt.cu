@@ -5,9 +5,10 @@
 //           dq:   a query of a head; each lane takes one of 32 keys, its score and dp; then each lane takes every 32nd column of dq and adds the keys.
 //           dkv:  a key of a key head; the same with the queries of all heads that share it, which the rules leave: dk and dv.
 //           sinks: a head; each lane adds every 32nd row of all sequences, lane 0 the lanes.
+//           repair: dq and dkv of rows and keys in which cuda_sm80_mma met NaN or infinity, which it cannot tell from hidden ones.
 //           Scores are computed twice: for dq and for dk, dv. 7 products of D multiply-adds a pair instead of 5 are the price of an order.
 // BOUND     loads: two of a number for each multiply-add, of rows that lie in the L1 cache. No GPU has run it yet.
-// LIMITS    none: any dtype, head dims to 256, from SM 75 on. It uses no tensor cores: the slower path, and so far the only one
+// LIMITS    none: any dtype, head dims to 256, from SM 75 on. It uses no tensor cores: the slower path
 #include "attention_backward/cuda_rows.cuh"
 #include "common/launch.h"
 

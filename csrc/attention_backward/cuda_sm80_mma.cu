@@ -258,9 +258,9 @@ TAUT_DEVICE void find_visible(uint32_t (&visible)[Tile::kFragments], const Args&
 
 // s, products of q and k, to weights (raised), and d, their gradients, to those of the products but for softmax_scale.
 // most, log_total, shift, rules: of the first of the rows.
-template <class T, bool kRules, bool kDown, class Tile>
+template <class T, bool kRules, bool kHides, bool kDown, class Tile>
 TAUT_DEVICE void weigh(Pairs<Tile>& s, Pairs<Tile>& d, const Args& args, const float* most, const float* log_total, const float* shift, const RowRules* rules,
-                       int key, bool hides, const uint32_t (&visible)[Tile::kFragments], int lane) {
+                       int key, const uint32_t (&visible)[Tile::kFragments], int lane) {
   using At = Places<kDown, Tile>;
   const float scale = first_scale(args.rules);
 #pragma unroll
@@ -276,7 +276,7 @@ TAUT_DEVICE void weigh(Pairs<Tile>& s, Pairs<Tile>& d, const Args& args, const f
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int m = At::m(line, in_line), n = At::n(line, in_line), which = At::which(i);
-        const bool seen = !hides || (visible[m] >> (4 * n + i) & 1);
+        const bool seen = !kHides || (visible[m] >> (4 * n + i) & 1);
         float exponent, slope = 1.0f;
         if constexpr (kRules) {
           const float scaled = s[m][n][i] * scale;
@@ -409,8 +409,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) backward_dq_mma(const Args 
         Pairs<Tile> weights, pair_grads;
         multiply<T, Tile>(weights, queries, s_q, s.passing(slot, 0), lane);
         multiply<T, Tile>(pair_grads, grads, s_grad, s.passing(slot, 1), lane);
-        weigh<T, kRules, false, Tile>(weights, pair_grads, args, s_rows.most + warp_row, s_rows.log_total + warp_row, s_rows.shift + warp_row, rules, key,
-                                      sight.hides, visible, lane);
+        if (sight.hides)
+          weigh<T, kRules, true, false, Tile>(weights, pair_grads, args, s_rows.most + warp_row, s_rows.log_total + warp_row, s_rows.shift + warp_row, rules,
+                                              key, visible, lane);
+        else
+          weigh<T, kRules, false, false, Tile>(weights, pair_grads, args, s_rows.most + warp_row, s_rows.log_total + warp_row, s_rows.shift + warp_row, rules,
+                                               key, visible, lane);
         add_product<T, Tile>(dq, pair_grads, s.passing(slot, 0), 0, lane);
       }
       slot ^= 1;
@@ -489,7 +493,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) backward_dkv_mma(const Args
         Pairs<Tile> weights, pair_grads;
         multiply<T, Tile>(weights, keys, s_k, s.passing(slot, 0), lane);
         multiply<T, Tile>(pair_grads, values, s_v, s.passing(slot, 1), lane);
-        weigh<T, kRules, true, Tile>(weights, pair_grads, args, s_rows.most, s_rows.log_total, s_rows.shift, s_rows.rules, key, sight.hides, visible, lane);
+        if (sight.hides)
+          weigh<T, kRules, true, true, Tile>(weights, pair_grads, args, s_rows.most, s_rows.log_total, s_rows.shift, s_rows.rules, key, visible, lane);
+        else weigh<T, kRules, false, true, Tile>(weights, pair_grads, args, s_rows.most, s_rows.log_total, s_rows.shift, s_rows.rules, key, visible, lane);
         add_product<T, Tile>(dv, weights, s.passing(slot, 1), first_chunk, lane);
         add_product<T, Tile>(dk, pair_grads, s.passing(slot, 0), first_chunk, lane);
       }
