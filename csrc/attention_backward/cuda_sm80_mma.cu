@@ -215,86 +215,89 @@ constexpr int kRaise = std::is_same_v<T, __half> ? 14 : 0;
 template <class T>
 constexpr float kRaised = std::is_same_v<T, __half> ? 16384.0f : 1.0f;
 
-// Which query and key the elements of a lane's pairs belong to: kDown, keys are own rows and queries pass; else the other way.
-// The pairs of a `line` (fragments of passing rows, or of own ones) are of two queries, in_line the other index.
-template <bool kDown, class Tile>
-struct Places {
-  static constexpr int kLines = kDown ? Tile::kPassing8 : Tile::kFragments, kInLine = kDown ? Tile::kFragments : Tile::kPassing8;
-  TAUT_DEVICE static int query(int line, int which, int lane) { return kDown ? 8 * line + 2 * (lane % 4) + which : 16 * line + 8 * which + lane / 4; }
-  TAUT_DEVICE static int which(int i) { return kDown ? i % 2 : i / 2; }
-  TAUT_DEVICE static int key(int in_line, int i, int lane) { return kDown ? 16 * in_line + 8 * (i / 2) + lane / 4 : 8 * in_line + 2 * (lane % 4) + i % 2; }
-  TAUT_DEVICE static int m(int line, int in_line) { return kDown ? in_line : line; }
-  TAUT_DEVICE static int n(int line, int in_line) { return kDown ? line : in_line; }
-};
+// f(m, n, i, query, key) for each of a lane's pairs, element i of fragment m and columns n, with the query and the key it is of, counted from the
+// tile's. kDown: keys are own rows and queries pass; else the other way.
+template <bool kDown, class Tile, class F>
+TAUT_DEVICE void for_pairs(int lane, const F& f) {
+#pragma unroll
+  for (int m = 0; m < Tile::kFragments; m++)
+#pragma unroll
+    for (int n = 0; n < Tile::kPassing8; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int own = 16 * m + 8 * (i / 2) + lane / 4, passing = 8 * n + 2 * (lane % 4) + i % 2;
+        f(m, n, i, kDown ? passing : own, kDown ? own : passing);
+      }
+}
 
 // Which of this lane's pairs count: bit 4 n + i of word m. first_row: of those that rules begins with; key: the first.
 template <bool kRules, bool kDown, class Tile>
 TAUT_DEVICE void find_visible(uint32_t (&visible)[Tile::kFragments], const Args& args, const Block& block, const RowRules* rules, int first_row, int key,
                               int lane) {
-  using At = Places<kDown, Tile>;
   const AttentionMask& mask = args.rules.mask;
 #pragma unroll
   for (int m = 0; m < Tile::kFragments; m++) visible[m] = 0;
-#pragma unroll
-  for (int line = 0; line < At::kLines; line++)
-#pragma unroll
-    for (int which = 0; which < 2; which++) {
-      const int query = At::query(line, which, lane);
-      const RowRules row = rules[query];
-      const int first = static_cast<int>(first_key(args.rules, row.position));
-      const int end = first_row + query < block.rows ? static_cast<int>(end_key(args.rules, row.position, block.Lk)) : 0;
-#pragma unroll
-      for (int in_line = 0; in_line < At::kInLine; in_line++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          if (At::which(i) != which) continue;
-          const int j = key + At::key(in_line, i, lane);
-          bool seen = j >= first && j < end;
-          if constexpr (kRules) seen = seen && (mask.kind == MaskKind::kNone || mask_shows(mask, row.mask + j * mask.key_stride));
-          visible[At::m(line, in_line)] |= static_cast<uint32_t>(seen) << (4 * At::n(line, in_line) + i);
-        }
-    }
+  for_pairs<kDown, Tile>(lane, [&](int m, int n, int i, int query, int j) {
+    const int position = rules[query].position, first = static_cast<int>(first_key(args.rules, position));
+    const int end = first_row + query < block.rows ? static_cast<int>(end_key(args.rules, position, block.Lk)) : 0;
+    visible[m] |= static_cast<uint32_t>(key + j >= first && key + j < end) << (4 * n + i);
+  });
+  if constexpr (kRules) {
+    const auto hide = [&](const auto& hidden) {
+      for_pairs<kDown, Tile>(lane, [&](int m, int n, int i, int query, int j) {
+        const uint32_t bit = 1u << (4 * n + i);
+        if (visible[m] & bit && hidden(rules[query].mask + (key + j) * mask.key_stride)) visible[m] &= ~bit;
+      });
+    };
+    if (mask.kind == MaskKind::kBool) hide([&](int64_t at) { return static_cast<const uint8_t*>(mask.data)[at] == 0; });
+    else if (mask.kind == MaskKind::kAdditive && mask.dtype == DType::kFloat32)
+      hide([&](int64_t at) { return static_cast<const float*>(mask.data)[at] == -INFINITY; });
+    else if (mask.kind == MaskKind::kAdditive)
+      hide([&](int64_t at) { return static_cast<const uint16_t*>(mask.data)[at] == (mask.dtype == DType::kBFloat16 ? 0xff80 : 0xfc00); });
+  }
 }
 
 // s, products of q and k, to weights (raised), and d, their gradients, to those of the products but for softmax_scale.
-// most, log_total, shift, rules: of the first of the rows.
+// most, log_total, shift, rules: of the first of the rows. WHY what apply_rules does is done here in turns: its branches are taken once for all pairs.
 template <class T, bool kRules, bool kHides, bool kDown, class Tile>
 TAUT_DEVICE void weigh(Pairs<Tile>& s, Pairs<Tile>& d, const Args& args, const float* most, const float* log_total, const float* shift, const RowRules* rules,
                        int key, const uint32_t (&visible)[Tile::kFragments], int lane) {
-  using At = Places<kDown, Tile>;
   const float scale = first_scale(args.rules);
-#pragma unroll
-  for (int line = 0; line < At::kLines; line++) {
-    float row_most[2], row_total[2], row_shift[2];
-#pragma unroll
-    for (int which = 0; which < 2; which++) {
-      const int query = At::query(line, which, lane);
-      row_most[which] = most[query], row_total[which] = log_total[query] - kRaise<T>, row_shift[which] = shift[query] * (1.0f / kRaised<T>);
+  const auto seen = [&](int m, int n, int i) { return !kHides || (visible[m] >> (4 * n + i) & 1); };
+  const auto less_shift = [&](float grad_weight, int query) { return fmaf(grad_weight, 1.0f / kRaised<T>, shift[query] * (-1.0f / kRaised<T>)); };
+  if constexpr (kRules) {
+    if (const float cap = args.rules.softcap; cap > 0) {
+      for_pairs<kDown, Tile>(lane, [&](int m, int n, int i, int query, int) {
+        const float capped = tanhf(s[m][n][i] * scale);
+        s[m][n][i] = cap * kLog2E * capped;
+        d[m][n][i] = less_shift(d[m][n][i], query) * (1.0f - capped * capped);
+      });
+    } else {
+      for_pairs<kDown, Tile>(lane, [&](int m, int n, int i, int query, int) { s[m][n][i] *= scale, d[m][n][i] = less_shift(d[m][n][i], query); });
     }
-#pragma unroll
-    for (int in_line = 0; in_line < At::kInLine; in_line++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int m = At::m(line, in_line), n = At::n(line, in_line), which = At::which(i);
-        const bool seen = !kHides || (visible[m] >> (4 * n + i) & 1);
-        float exponent, slope = 1.0f;
-        if constexpr (kRules) {
-          const float scaled = s[m][n][i] * scale;
-          if (args.rules.softcap > 0) {
-            const float capped = tanhf(scaled);
-            slope = 1.0f - capped * capped;
-          }
-          exponent = seen ? apply_rules(args.rules, rules[At::query(line, which, lane)], key + At::key(in_line, i, lane), scaled) - row_most[which] : -INFINITY;
-        } else {
-          exponent = fmaf(s[m][n][i], scale, -row_most[which]);
-        }
-        const float weight = ptx::ex2(exponent - row_total[which]);
-        float grad = weight * fmaf(d[m][n][i], 1.0f / kRaised<T>, -row_shift[which]);
-        if constexpr (kRules) grad *= slope;
-        s[m][n][i] = seen ? weight : 0.0f;
-        d[m][n][i] = seen ? grad : 0.0f;
-      }
+    if (args.rules.alibi_slopes)
+      for_pairs<kDown, Tile>(
+          lane, [&](int m, int n, int i, int query, int j) { s[m][n][i] -= rules[query].slope * static_cast<float>(abs(rules[query].position - (key + j))); });
+    if (kHides && args.rules.mask.kind == MaskKind::kAdditive) {
+      const auto add = [&]<class Bias>(const Bias* g_bias) {
+        for_pairs<kDown, Tile>(lane, [&](int m, int n, int i, int query, int j) {
+          if (!seen(m, n, i)) return;
+          const float added = to_float(g_bias[rules[query].mask + (key + j) * args.rules.mask.key_stride]) * kLog2E;
+          s[m][n][i] += added < kLowest ? kLowest : added;
+        });
+      };
+      const DType dtype = args.rules.mask.dtype;
+      if (dtype == DType::kFloat32) add(static_cast<const float*>(args.rules.mask.data));
+      else if (dtype == DType::kBFloat16) add(static_cast<const __nv_bfloat16*>(args.rules.mask.data));
+      else add(static_cast<const __half*>(args.rules.mask.data));
+    }
   }
+  for_pairs<kDown, Tile>(lane, [&](int m, int n, int i, int query, int) {
+    const float exponent = kRules ? s[m][n][i] - most[query] : fmaf(s[m][n][i], scale, -most[query]);
+    const float weight = ptx::ex2(exponent - (log_total[query] - kRaise<T>)), grad = weight * (kRules ? d[m][n][i] : less_shift(d[m][n][i], query));
+    s[m][n][i] = seen(m, n, i) ? weight : 0.0f;
+    d[m][n][i] = seen(m, n, i) ? grad : 0.0f;
+  });
 }
 
 // Whether a warp sees any of a tile, and whether something of it is hidden. early, late: positions of the first and last row;
@@ -517,13 +520,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) backward_dkv_mma(const Args
 
 // ---- Host -----------------------------------------------------------------------------------------------------------------
 
-// Tiles by head dim, in what sm_86, 89 and 120 give a block (99 KB).
-template <class Dq_, class Dkv_>
+// Tiles by head dim, in what sm_86, 89 and 120 give a block (99 KB). WHY others for rules at 64: they want more registers than there are.
+template <class Dq_, class Dkv_, class RulesDkv_ = Dkv_>
 struct Tiles {
   using Dq = Dq_;
   using Dkv = Dkv_;
+  using RulesDkv = RulesDkv_;
+  static_assert(Dkv::kOwn == RulesDkv::kOwn && Dkv::kWarpOwn == RulesDkv::kWarpOwn && Dkv::kParts == RulesDkv::kParts);
 };
-using W64 = Tiles<Tile<64, 4, 2, 32, false>, Tile<64, 4, 2, 32, false>>;
+using W64 = Tiles<Tile<64, 4, 2, 32, false>, Tile<64, 4, 2, 32, false>, Tile<64, 4, 2, 16, false>>;
 using W96 = Tiles<Tile<96, 8, 1, 32, true>, Tile<96, 8, 1, 32, false>>;
 using W128 = Tiles<Tile<128, 8, 1, 32, true>, Tile<128, 8, 1, 32, false>>;
 using W192 = Tiles<Tile<192, 4, 1, 32, false>, Tile<192, 4, 1, 32, false, 2>>;
@@ -583,16 +588,22 @@ void run_for(const CudaParams& p) {
   with_tiles(p, [&]<class Tiles>() {
     using Dq = typename Tiles::Dq;
     using Dkv = typename Tiles::Dkv;
-    // What every device of the generation gives a block.
-    constexpr int kDqBytes = static_cast<int>(sizeof(DqMemory<Dq>)), kDkvBytes = static_cast<int>(sizeof(DkvMemory<Dkv>)), kMost = 99 * 1024;
-    static_assert(kDqBytes <= kMost && kDkvBytes <= kMost);
+    using RulesDkv = typename Tiles::RulesDkv;
+    constexpr int kDqBytes = sizeof(DqMemory<Dq>), kDkvBytes = sizeof(DkvMemory<Dkv>), kRulesDkvBytes = sizeof(DkvMemory<RulesDkv>);
+    static_assert(std::max({kDqBytes, kDkvBytes, kRulesDkvBytes}) <= 99 * 1024, "what every device of the generation gives a block");
     const auto start = [&](const char* name, void (*kernel)(Args), int64_t blocks, int threads, int bytes) {
       if (blocks > 0) launch(name, kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), bytes, p.stream, args);
     };
     args.blocks = static_cast<int>((p.Lq * (p.Hq / p.Hkv) + Dq::kOwn - 1) / Dq::kOwn);
-    start("attention_backward dq mma", rules ? backward_dq_mma<T, true, Dq> : backward_dq_mma<T, false, Dq>, p.B * p.Hkv * args.blocks, Dq::kThreads, kDqBytes);
-    start("attention_backward dkv mma", rules ? backward_dkv_mma<T, true, Dkv> : backward_dkv_mma<T, false, Dkv>,
-          p.B * p.Hkv * ((p.Lk + Dkv::kOwn - 1) / Dkv::kOwn) * Dkv::kParts, Dkv::kThreads, kDkvBytes);
+    const int64_t dq_blocks = p.B * p.Hkv * args.blocks, dkv_blocks = p.B * p.Hkv * ((p.Lk + Dkv::kOwn - 1) / Dkv::kOwn) * Dkv::kParts;
+    const char *dq_name = "attention_backward dq mma", *dkv_name = "attention_backward dkv mma";
+    if (rules) {
+      start(dq_name, backward_dq_mma<T, true, Dq>, dq_blocks, Dq::kThreads, kDqBytes);
+      start(dkv_name, backward_dkv_mma<T, true, RulesDkv>, dkv_blocks, RulesDkv::kThreads, kRulesDkvBytes);
+    } else {
+      start(dq_name, backward_dq_mma<T, false, Dq>, dq_blocks, Dq::kThreads, kDqBytes);
+      start(dkv_name, backward_dkv_mma<T, false, Dkv>, dkv_blocks, Dkv::kThreads, kDkvBytes);
+    }
   });
   cuda_sm75_simt::repair(p, plan.flags);
   cuda_sm75_simt::finish(p);
