@@ -12,14 +12,14 @@
 //           sees nothing not computed. Hidden pairs have the weight 0, but 0 times NaN is NaN, and in fp16 dS may be beyond 65504: a warp whose
 //           sums are not finite sets its flag, and cuda_sm75_simt::repair computes its rows again, in fp32.
 // BOUND     Not memory: a pair of query and key costs 7 products of D, of which 5 count. An m16n8k16 is 2048 multiply-adds, 8 clocks of a
-//           quarter of an A100's SM; an ldmatrix.x4 takes 4 clocks of the SM's 128 bytes of shared memory. At D = 128 a warp has in
-//             dkv (4 products), of 16 keys and 32 rows: 128 mma, 80 ldmatrix: 4 warps want 1024 clocks of the tensor cores, 1280 of shared memory
-//             dq (3 products), of 16 rows and 32 keys, q and grad_out in registers: 96 mma, 48 ldmatrix: 768 and 768 clocks
-//           together 2048 clocks for 1792 of mma: by shared memory at most 87% of an A100's 312 TFLOP/s in products done, 62% in those that count.
-//           An H200's tensor cores do twice as much a clock for the same shared memory: 44% and 31% of its 989. Issue slots: an element's
-//           weight and dS are 8 instructions, so 128 a lane and tile besides dkv's 210: not the bound. What latency a block of 8 warps on an SM
-//           leaves uncovered comes off: about 45% of an A100 and 25% of an H200 is what we expect of counted products. No GPU has run it yet.
-//           At D = 64 a warp has 32 keys or rows: half the shared memory a product.
+//           quarter of an A100's SM; its shared memory delivers an ldmatrix.x4 in 4 clocks. At D = 128, with the 8 warps that an SM holds,
+//             dkv (4 products), of 16 keys a warp and 32 rows: 2 * 128 mma a quarter, 2048 clocks; 8 * 80 ldmatrix, 8 * 24 smaller loads and
+//                 the 16 KB of the next tile: 2880 clocks of shared memory. Issued: about 700 instructions a warp, 1400 a quarter
+//             dq (3 products), of 16 rows and 32 keys, q and grad_out in registers: 1536 clocks of mma; 8 * 48 ldmatrix and the rest: 1712
+//           together 3584 of mma in 4592 of shared memory: at most 78% of an A100's 312 TFLOP/s in products done, 56% in those that count.
+//           An H200's tensor cores do twice as much a clock beside the same shared memory: 39% and 28% of its 989. One block of 8 warps leaves
+//           some latency and every barrier uncovered: we predict 40% of an A100 (125 TFLOP/s) and 20% of an H200 (200). No GPU has run it yet.
+//           At D = 64 a warp has 32 keys or rows, and wants half the shared memory a product.
 // LIMITS    sm_80 or newer; fp16 or bf16; head dims to 256; under 2^30 rows of a key head
 #include "attention_backward/cuda_rows.cuh"
 #include "common/attention_mma.cuh"
