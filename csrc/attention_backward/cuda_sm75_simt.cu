@@ -230,8 +230,8 @@ __global__ void __launch_bounds__(kThreads, 4) backward_dkv(const Args args) {
   if (mine.row < place.Lk) make_dkv(args, place, mine.h, mine.row, smem);
 }
 
-// A block has the rows of a flag.
-__global__ void __launch_bounds__(kThreads) backward_repair_dq(const Args args) {
+// A block has the rows of a flag. WHY 3 blocks: as above.
+__global__ void __launch_bounds__(kThreads, 3) backward_repair_dq(const Args args) {
   TAUT_DYNAMIC_SMEM(smem);
   const Flags& flags = args.flags;
   const int flag = static_cast<int>(blockIdx.x) % flags.row_flags, head = static_cast<int>(blockIdx.x) / flags.row_flags, kv_head = head % args.kv_heads;
@@ -244,8 +244,8 @@ __global__ void __launch_bounds__(kThreads) backward_repair_dq(const Args args) 
   }
 }
 
-// A block has the keys of a flag.
-__global__ void __launch_bounds__(kThreads, 4) backward_repair_dkv(const Args args) {
+// A block has the keys of a flag. WHY 3 blocks: as above.
+__global__ void __launch_bounds__(kThreads, 3) backward_repair_dkv(const Args args) {
   TAUT_DYNAMIC_SMEM(smem);
   const Flags& flags = args.flags;
   const int flag = static_cast<int>(blockIdx.x) % flags.key_flags, head = static_cast<int>(blockIdx.x) / flags.key_flags;

@@ -4,7 +4,7 @@
 //           between 0 and 1 and relative to the largest so far, are rounded to the dtype for the second product, not for lse.
 // LAYOUT    q, k, v, out [B,H,L,D] by strides, rows of 16-byte chunks (else they are copied once, attention_align). In shared memory rows
 //           of kWidth numbers, chunk c of row r at c ^ (r % 8), so that ldmatrix and cp.async meet no bank conflict.
-// WORK      A block has kRows rows (cuda_rows.cuh), a warp 16 or 32 of them, and goes over tiles of kKeys keys: both products from shared
+// WORK      A block has kRows rows (attention_rows.cuh), a warp 16 or 32 of them, and goes over tiles of kKeys keys: both products from shared
 //           memory, the next tile of k and v on its way meanwhile (cp.async; sm_75: through registers). The weights of a tile stay in
 //           registers: the accumulators of q k^T are the A operand of the other product. Softmax online, in exponents of 2.
 //           Tiles that no row of the block sees by causality and window are not read, tiles that no row of a warp sees not computed.

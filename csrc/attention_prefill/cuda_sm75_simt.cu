@@ -1,6 +1,6 @@
 // COMPUTES  out = softmax(q k^T) v and lse, with the rules of common/attention.h; fp32, bf16 and fp16, all of it in fp32
 // LAYOUT    q, k, v, out [B,H,L,D] by strides, rows contiguous; lse [B,Hq,Lq]
-// WORK      A block has 32 rows (cuda_rows.cuh) and goes over tiles of kKeys keys that are made fp32 in shared memory, k and v in one buffer.
+// WORK      A block has 32 rows (attention_rows.cuh) and goes over tiles of kKeys keys that are made fp32 in shared memory, k and v in one buffer.
 //           Eight lanes share two rows: a lane has every eighth key of the scores, and every eighth four columns of the sums. Softmax online.
 //           `repair` does so for the rows in which the mma kernels met NaN or infinity, which they cannot tell from hidden ones.
 // BOUND     fp32 FMA and shared memory: 6 reads of 16 bytes for 32 multiply-adds in q k^T
