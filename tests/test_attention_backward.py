@@ -178,6 +178,23 @@ def test_a_mask_of_the_lowest_number_is_a_mean(impl, dtype, forced):
         assert torch.allclose(one, other, rtol=atol, atol=atol)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", (1, 64))
+def test_nan_goes_where_it_is_seen(impl, columns, dtype, forced):
+    """Of one query's gradient, as where a loss overflows: to that query, and to the keys it sees, in all columns but those of dv."""
+    forced(impl, dtype=DTYPE_CODES[dtype], D=64)
+    arguments = AttentionCase((4, 2), (40, 90), (64, 64), dtype, window=30).make()
+    out, lse = attention_prefill(**arguments)
+    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(6)).to(dtype)
+    grad_out[:, 3, 20, :columns] = float("nan")
+    dq, dk, dv, _ = attention_backward(grad_out, None, out=out, lse=lse, **arguments)
+    queries, keys = torch.zeros(1, 4, 40, 64, dtype=torch.bool), torch.zeros(1, 2, 90, 64, dtype=torch.bool)
+    queries[:, 3, 20], keys[:, 1, 41:71] = True, True
+    values = keys & (torch.arange(64) < columns)
+    for one, expected in ((dq, queries), (dk, keys), (dv, values)):
+        assert bool((one.isnan() == expected).all())
+
+
 def test_gradients_of_scores_beyond_fp16(impl, forced):
     """What gets to k and q is small enough for fp16, and on the way to it are gradients of scores that are not."""
     case = AttentionCase((4, 2), (20, 2), (64, 64), torch.float16, causal=False)

@@ -85,6 +85,14 @@ TAUT_DEVICE void add_row(float (&values)[kColumns], float factor, const void* da
     if (const int d = lane + 32 * c; d < count) values[c] = fmaf(factor, load_number(data, at + d, dtype), values[c]);
 }
 
+// Whether a row's sums are all NaN, which no more terms change. WHY: where a loss overflows all gradients are NaN, and all rows are to be repaired.
+TAUT_DEVICE bool all_nan(const float (&values)[kColumns], int count, int lane) {
+  bool nan = true;
+#pragma unroll
+  for (int c = 0; c < kColumns; c++) nan &= lane + 32 * c >= count || values[c] != values[c];
+  return __all_sync(kAllLanes, nan);
+}
+
 // Which row a warp has, of `rows` of each of `heads` heads of each sequence; rows lie side by side. b < 0: none.
 struct Mine {
   int b, h, row;
@@ -158,7 +166,7 @@ TAUT_DEVICE void make_dq(const Args& args, const Place& place, int h, int i, uns
     load_row(s_grad, args.grad_out.data, place.query_at(args.grad_out, h, i), args.dtype, args.Dv, lane);
     const RowRules row = rules_of_row(args, place, h, i);
     const int first = static_cast<int>(first_key(args.rules, row.position)), end = static_cast<int>(end_key(args.rules, row.position, place.Lk));
-    for (int key = first / 32 * 32; key < end; key += 32) {
+    for (int key = first / 32 * 32; key < end && !all_nan(dq, args.D, lane); key += 32) {
       __syncwarp();
       const int j = key + lane;
       float factor = 0;
@@ -177,7 +185,8 @@ TAUT_DEVICE void make_dq(const Args& args, const Place& place, int h, int i, uns
   store_row(const_cast<void*>(args.dq.data), place.query_at(args.dq, h, i), args.dtype, args.D, lane, dq);
 }
 
-__global__ void __launch_bounds__(kThreads) backward_dq(const Args args) {
+// WHY 4 blocks, and 3 below: left to itself nvcc aims at more, and spills.
+__global__ void __launch_bounds__(kThreads, 4) backward_dq(const Args args) {
   TAUT_DYNAMIC_SMEM(smem);
   const Mine mine(args.batch, args.kv_heads * args.group, args.Lq);
   if (mine.b < 0) return;
@@ -196,7 +205,7 @@ TAUT_DEVICE void make_dkv(const Args& args, const Place& place, int kv_head, int
   const int end = window ? min(place.Lq, j + window - ahead) : place.Lq;
   float dk[kColumns] = {}, dv[kColumns] = {};
   for (int h = kv_head * args.group; h < (kv_head + 1) * args.group; h++)
-    for (int query = first / 32 * 32; query < end; query += 32) {
+    for (int query = first / 32 * 32; query < end && !(all_nan(dk, args.D, lane) && all_nan(dv, args.Dv, lane)); query += 32) {
       __syncwarp();
       const int i = query + lane;
       Pair pair{};
@@ -221,7 +230,6 @@ TAUT_DEVICE void make_dkv(const Args& args, const Place& place, int kv_head, int
   store_row(const_cast<void*>(args.dv.data), place.key_at(args.dv, kv_head, j), args.dtype, args.Dv, lane, dv);
 }
 
-// WHY 4 blocks: left to itself nvcc aims at more, and spills.
 __global__ void __launch_bounds__(kThreads, 4) backward_dkv(const Args args) {
   TAUT_DYNAMIC_SMEM(smem);
   const Mine mine(args.batch, args.kv_heads, args.Lk);
@@ -230,7 +238,7 @@ __global__ void __launch_bounds__(kThreads, 4) backward_dkv(const Args args) {
   if (mine.row < place.Lk) make_dkv(args, place, mine.h, mine.row, smem);
 }
 
-// A block has the rows of a flag. WHY 3 blocks: as above.
+// A block has the rows of a flag.
 __global__ void __launch_bounds__(kThreads, 3) backward_repair_dq(const Args args) {
   TAUT_DYNAMIC_SMEM(smem);
   const Flags& flags = args.flags;
@@ -244,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, 3) backward_repair_dq(const Args arg
   }
 }
 
-// A block has the keys of a flag. WHY 3 blocks: as above.
+// A block has the keys of a flag.
 __global__ void __launch_bounds__(kThreads, 3) backward_repair_dkv(const Args args) {
   TAUT_DYNAMIC_SMEM(smem);
   const Flags& flags = args.flags;
