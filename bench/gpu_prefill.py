@@ -3,10 +3,11 @@
 Every impl of the op that can run a case is timed, so that the table's order can be checked. Each result is checked first: its last
 query rows of the first and the last head against float64, all of it against torch's, and against itself, bit for bit. Contenders take
 turns, launches come from a CUDA graph (``bench/gpu_device.py``). The flops are those of the visible pairs; the share is of the matrix
-rate that this run measured.
+rate that this run measured. Then, while there is time, training steps: attention and its gradients, by every impl of attention_backward;
+the gradients of one key head are held against float64. A step counts five products for the gradients beside the two of attention.
 
-Lines go to DIR/prefill.jsonl as they are found, of ``kind`` run, ceiling, prefill, skipped, wrong or failed. Exit code: 0, 1 if a
-result was wrong or failed, 2 for bad input.
+Lines go to DIR/prefill.jsonl as they are found, of ``kind`` run, ceiling, prefill, training, skipped, wrong or failed. Exit code: 0, 1 if
+a result was wrong or failed, 2 for bad input.
 """
 
 from __future__ import annotations
@@ -36,13 +37,16 @@ from bench.timing import MIN_SAMPLES, spread
 from taut import _native
 from taut.ops.attention_prefill import attention_prefill, cost
 
-OP = "attention_prefill"
+OP, BACKWARD = "attention_prefill", "attention_backward"
 FILE = "prefill.jsonl"
 PEERS = {"torch cudnn": SDPBackend.CUDNN_ATTENTION, "torch flash": SDPBackend.FLASH_ATTENTION}
 DRY_PEERS = {"torch math": SDPBackend.MATH}
 _TOLERANCE, _PEER_TOLERANCE = 1e-2, 2e-2  # of the largest result, of 16 bits
 _CHECKED_ROWS = 64
 _SLOW_IMPL = "simt"  # an impl for correctness: minutes at these sizes
+
+
+Call = Callable[[int], tuple[Tensor, ...]]  # of a copy of the inputs, of which there is one
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ CASES = (
     Case(32, 512, False, 12, 12, 64), Case(1, 1024), Case(2, 4096, heads=8, kv_heads=4, head_dim=256),
 )  # fmt: skip
 DRY_CASES = (Case(2, 40, True, 4, 2, 32),)
+TRAINED = (Case(4, 4096), Case(4, 4096, heads=14, kv_heads=2, head_dim=64), Case(4, 2048, False, 12, 12, 64))
 
 
 class Bench:
@@ -91,54 +96,86 @@ class Bench:
             self.add("ceiling", id=name, value=value)
         self.peak = next(line["value"] for line in self.lines if line.get("id") == "dense_tflop_s")
 
-    def impls(self, case: Case) -> list[str]:
-        """The impls that can run a case, the one the table picks first."""
+    def impls(self, op: str, case: Case) -> list[str]:
+        """The impls of an op that can run a case, the one the table picks first."""
         dtype = 1 if self.device.dtype == torch.bfloat16 else 2
         sizes = {"D": case.head_dim, "Dv": case.head_dim, "dtype": dtype, "B": case.batch, "Hq": case.heads, "Hkv": case.kv_heads}
         sizes |= {"Lq": case.length, "Lk": case.length, "causal": int(case.causal)}
         found = []
-        for impl, _, _ in _native._C.explain(OP, sizes, self.device.impls):
-            with taut.force_impl(OP, impl):
-                if any(row[:2] == (impl, True) for row in _native._C.explain(OP, sizes, self.device.impls)):
+        for impl, _, _ in _native._C.explain(op, sizes, self.device.impls):
+            with taut.force_impl(op, impl):
+                if any(row[:2] == (impl, True) for row in _native._C.explain(op, sizes, self.device.impls)):
                     found.append(impl)
         return [impl for impl in found if _SLOW_IMPL not in impl] or found[:1]
 
-    def race(self, case: Case) -> None:
-        """Checks and times every impl, and torch."""
-        where, dtype = self.device.torch_device, self.device.dtype
-        generator = torch.Generator(where).manual_seed(case.length)
+    def inputs(self, case: Case) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator(self.device.torch_device).manual_seed(case.length)
 
         def heads(count: int) -> Tensor:
-            return torch.randn(case.batch, count, case.length, case.head_dim, generator=generator, device=where).to(dtype)
+            shape = (case.batch, count, case.length, case.head_dim)
+            return torch.randn(shape, generator=generator, device=self.device.torch_device).to(self.device.dtype)
 
-        q, k, v = heads(case.heads), heads(case.kv_heads), heads(case.kv_heads)
-        pool, ready, expected = self.device.new_pool(), [], None
-        bound_us = case.flops / (self.peak * 1e6)
+        return heads(case.heads), heads(case.kv_heads), heads(case.kv_heads)
 
-        def torchs(backend: SDPBackend) -> Callable[[int], Tensor]:
-            def call(copy: int) -> Tensor:
+    def race(self, case: Case) -> None:
+        """Checks and times every impl, and torch."""
+        q, k, v = self.inputs(case)
+
+        def torchs(backend: SDPBackend) -> Call:
+            def call(copy: int) -> tuple[Tensor, ...]:
                 with sdpa_kernel(backend):
-                    return scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=case.heads != case.kv_heads)
+                    return (scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=case.heads != case.kv_heads),)
 
             return call
 
-        def own(impl: str) -> Callable[[int], Tensor]:
-            def call(copy: int) -> Tensor:
+        def own(impl: str) -> Call:
+            def call(copy: int) -> tuple[Tensor, ...]:
                 with taut.force_impl(OP, impl):
-                    return attention_prefill(q, k, v, causal=case.causal)[0]
+                    return attention_prefill(q, k, v, causal=case.causal)[:1]
 
             return call
 
+        self._race("prefill", OP, case, case.flops, torchs, own, lambda found: error_of(*found, q, k, v, case.causal))
+
+    def train(self, case: Case) -> None:
+        """The same with the gradients of q, k and v."""
+        leaves = tuple(t.requires_grad_() for t in self.inputs(case))
+        grad_out = torch.randn_like(leaves[0])
+
+        def torchs(backend: SDPBackend) -> Call:
+            def call(copy: int) -> tuple[Tensor, ...]:
+                with sdpa_kernel(backend):
+                    out = scaled_dot_product_attention(*leaves, is_causal=case.causal, enable_gqa=case.heads != case.kv_heads)
+                    return torch.autograd.grad(out, leaves, grad_out)
+
+            return call
+
+        def own(impl: str) -> Call:
+            def call(copy: int) -> tuple[Tensor, ...]:
+                with taut.force_impl(BACKWARD, impl):
+                    return torch.autograd.grad(attention_prefill(*leaves, causal=case.causal)[0], leaves, grad_out)
+
+            return call
+
+        error_in = lambda found: gradient_error(found, grad_out, *leaves, case.causal)  # noqa: E731
+        self._race("training", BACKWARD, case, case.flops * 7 // 2, torchs, own, error_in)
+
+    def _race(
+        self, kind: str, op: str, case: Case, flops: int, torchs: Callable[[SDPBackend], Call], own: Callable[[str], Call],
+        error_in: Callable[[tuple[Tensor, ...]], float],
+    ) -> None:  # fmt: skip
+        pool, ready, expected = self.device.new_pool(), [], None
+        bound_us = flops / (self.peak * 1e6)
         peers = PEERS if self.device.impls == "cuda" else DRY_PEERS
-        contenders = {name: torchs(backend) for name, backend in peers.items()} | {impl: own(impl) for impl in self.impls(case)}
+        contenders = {name: torchs(backend) for name, backend in peers.items()} | {impl: own(impl) for impl in self.impls(op, case)}
         for name, call in contenders.items():
-            id = f"{OP}/{case}/{name}"
+            id = f"{op}/{case}/{name}"
             try:
                 out = call(0)
-                error = error_of(out, q, k, v, case.causal)
+                error = error_in(out)
                 if name not in peers:
-                    again = torch.equal(out, call(0))
-                    apart = 0.0 if expected is None else float((out - expected).abs().max() / expected.abs().max())
+                    again = all(torch.equal(one, other) for one, other in zip(out, call(0), strict=True))
+                    apart = 0.0 if expected is None else max(furthest(one, other) for one, other in zip(out, expected, strict=True))
                     if not error <= _TOLERANCE or not apart <= _PEER_TOLERANCE or not again:
                         words = f"off by {error:.2g} of the largest result, {apart:.2g} from torch's" + (
                             "" if again else ", not the same twice"
@@ -161,11 +198,11 @@ class Bench:
             timings.append(spread(runner.samples))
         best = min((timing.median_us for entry, timing in zip(ready, timings, strict=True) if entry[1] in peers), default=None)
         for (id, name, error, runner), timing in zip(ready, timings, strict=True):
-            us = timing.median_us
+            us, dtype = timing.median_us, str(self.device.dtype).removeprefix("torch.")
             self.add(
-                "prefill", id=id, case=str(case), dtype=str(dtype).removeprefix("torch."), impl=name, peer=name in peers, median_us=us,
+                kind, id=id, case=str(case), dtype=dtype, impl=name, peer=name in peers, median_us=us,
                 p10_us=timing.p10_us, p90_us=timing.p90_us, samples=timing.samples, launches=runner.launches, graph=runner.graph,
-                flops=case.flops, tflop_s=case.flops / us / 1e6, peak_share=bound_us / us, max_error=error,
+                flops=flops, tflop_s=flops / us / 1e6, peak_share=bound_us / us, max_error=error,
                 torch_ratio=best / us if best else None,
             )  # fmt: skip
 
@@ -186,14 +223,32 @@ def error_of(out: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> floa
     return worst
 
 
+def gradient_error(found: tuple[Tensor, ...], grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> float:
+    """The largest error of the gradients of the first key head's q, k and v over the largest of each; ``inf`` for a NaN."""
+    group = q.shape[1] // k.shape[1]
+    leaves = [t.detach()[0, :heads].double().requires_grad_() for t, heads in ((q, group), (k, 1), (v, 1))]
+    scores = leaves[0] @ leaves[1].mT * q.shape[-1] ** -0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1), float("-inf"))
+    expected = torch.autograd.grad(torch.softmax(scores, -1) @ leaves[2], leaves, grad_out[0, :group].double())
+    worst = max(furthest(one[0, : other.shape[0]], other) for one, other in zip(found, expected, strict=True))
+    return worst if all(bool(one.isfinite().all()) for one in found) else float("inf")
+
+
+def furthest(found: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest number."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
 def render(lines: Sequence[dict[str, Any]]) -> str:
     """A line for each measurement, case by case."""
     words = [f"{'case':>28} {'us':>9} {'TFLOP/s':>8} {'% peak':>7} {'x torch':>8}  impl"]
     for line in lines:
-        if line["kind"] == "prefill":
+        if line["kind"] in ("prefill", "training"):
             ratio = "" if line["torch_ratio"] is None else f"{line['torch_ratio']:.2f}"
             numbers = f"{line['median_us']:>9.1f} {line['tflop_s']:>8.1f} {100 * line['peak_share']:>7.1f} {ratio:>8}"
-            words.append(f"{line['case']:>28} {numbers}  {line['impl']}")
+            what = ", and gradients" if line["kind"] == "training" else ""
+            words.append(f"{line['case']:>28} {numbers}  {line['impl']}{what}")
         elif line["kind"] in ("wrong", "failed", "skipped"):
             words.append(f"{line['kind'].upper()} {line['id']}: {line['reason']}")
     return "\n".join(words)
@@ -230,12 +285,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         **device.facts(),
     )  # fmt: skip
     bench.measure_ceilings()
-    for case in DRY_CASES if args.dry_run else CASES:
+    cases, trained = (DRY_CASES, DRY_CASES) if args.dry_run else (CASES, TRAINED)
+    for race, case in [(bench.race, case) for case in cases] + [(bench.train, case) for case in trained]:
         if not budget.allows_another():
             bench.add("skipped", id=str(case), reason="the time was over")
             continue
         with budget.counted():
-            bench.race(case)
+            race(case)
     print(render(bench.lines))
     return 1 if any(line["kind"] in ("wrong", "failed") for line in bench.lines) else 0
 

@@ -42,7 +42,7 @@ EXPECTED = (
     Rule("cuda_sm75_quantize_rows", "quantize_rows", (LOAD, STORE)),
     Rule("cuda_sm75_simt", "simt", (LOAD, r"FFMA")),
     Rule("cuda_sm75_simt", "sparse_simt", (r"LDS\b", r"FFMA")),  # what a lane needs of w may be 2 to 16 bytes
-    Rule("cuda_sm75_simt", "backward_(rows|dq|dkv)", (r"FFMA", r"MUFU\.EX2")),
+    Rule("cuda_sm75_simt", "backward_(rows|dq|dkv|repair_dq|repair_dkv)", (r"FFMA", r"MUFU\.EX2")),
     Rule("cuda_sm75_simt", "backward_sinks", ("SHFL",)),
     Rule("cuda_sm75_simt", "attention_simt", (r"LDS\b", r"FFMA"), range(80)),  # nvcc makes shorter loads of it
     Rule("cuda_sm75_simt", "attention_simt", (r"LDS\.128", r"FFMA")),
@@ -56,6 +56,7 @@ EXPECTED = (
     Rule("cuda_sm75_mma", "attention_mma", (r"HMMA\.1688\.F32", "LDSM", r"LDSM\S*\.MT88", LOAD, STORE, r"MUFU\.EX2")),
     Rule("cuda_sm80_mma", "attention_mma", (r"HMMA\.16816\.F32{type}", "LDSM", r"LDSM\S*\.MT88", COPY, STORE, r"MUFU\.EX2")),
     Rule(r"cuda_sm(75|80)_mma", "attention_align", ()),  # q, k or v that is not aligned to 16 bytes: 2 at a time
+    Rule("cuda_sm80_mma", "backward_(dq|dkv)_mma", (r"HMMA\.16816\.F32{type}", "LDSM", r"LDSM\S*\.MT88", COPY, STORE, r"MUFU\.EX2")),
     Rule("cuda_sm80_mma", "sparse_mma_kernel", (r"HMMA\.SP\.16832\.F32{type}", "LDSM", COPY, WIDE)),
     Rule("cuda_sm80_mma", "mma_kernel", (r"HMMA\.16816\.F32{type}", "LDSM", COPY)),
     Rule(r"cuda_sm(75|80)_mma", "combine", (LOAD, STORE)),

@@ -5,7 +5,7 @@ Steps, each with a time limit and a log in the output folder, so that a run that
   golden     what the GPU answers to every PTX wrapper, for the emulator to be held against
   tests      the impl tests on the GPU; needs pytest and hypothesis
   decode     python -m bench.gpu_decode: attention_decode beside torch's attention
-  prefill    python -m bench.gpu_prefill: attention_prefill beside cuDNN's and FlashAttention's
+  prefill    python -m bench.gpu_prefill: attention_prefill and its gradients beside cuDNN's and FlashAttention's
   sparse     python -m bench.gpu_sparse: sparse_linear beside quant_linear and cuBLAS
   bench      python -m bench.gpu; started again where a kernel crashes or never returns, without that kernel
   sanitizer  compute-sanitizer memcheck and racecheck on tiny cases, where it is installed

@@ -26,6 +26,9 @@ ROUND_WEIGHTS = ("cuda_sm90a.wgmma", "cuda_sm75.dense", "cpu_avx512bf16.float")
 # Impls of attention that round the weights of the values to the dtype of v, as a softmax in that dtype would have it.
 ROUND_SOFTMAX = ("cuda_sm90a.wgmma", "cuda_sm80.mma", "cuda_sm75.mma", "cpu_avx512bf16")
 
+# Impls of its gradients that do so, and round the gradients of the scores as well.
+ROUND_GRADIENTS = ("cuda_sm80.mma",)
+
 # Impls that compute with vdpbf16ps: it takes subnormal numbers for zeros, and makes zeros of them.
 FLUSHES = ("cpu_avx512bf16.float",)
 
@@ -191,7 +194,8 @@ def assert_attention_gradients(
     A score's gradient is p (dp - shift) slope scale, and the terms of the sums are that times k or q. Its error, in units of the
     last place: of dp and shift, what their products come to; and of p, |dp - shift| times the error of a score, as ``assert_attention``
     has it. In bf16 and fp16 shift is made of an ``out`` that was rounded, maybe with the weights of its values, which
-    no kernel can undo: that comes on top.
+    no kernel can undo: that comes on top. Impls in ``ROUND_GRADIENTS`` multiply by weights and gradients of scores that they rounded to
+    the dtype, as tensor cores must: they are allowed what that moves the sums by, as in ``softmax_rounding``.
     """
     rules = {name: value for name, value in arguments.items() if name not in ("q", "k", "v")}
     q, k, v = (arguments[name].double() for name in "qkv")
@@ -220,6 +224,16 @@ def assert_attention_gradients(
     moved = scale * terms.weights * terms.slope * of_shift_given
     per_key = lambda t: t.unflatten(1, (-1, group)).sum(2)  # noqa: E731
     rows, count = q.abs(), group * q.shape[2]
+    of_roundings = [None] * 3
+    if impl.startswith(ROUND_GRADIENTS):
+        # Side by side, for a key, what all heads that share it give.
+        by_key = lambda t: t.unflatten(1, (-1, group)).flatten(2, 3)  # noqa: E731
+        unscaled = terms.grad_scores.abs() / max(scale, 1e-300)
+        of_roundings = [
+            scale * softmax_rounding(unscaled, keys, grad_out.dtype),
+            scale * softmax_rounding(by_key(unscaled).mT, by_key(rows), grad_out.dtype),
+            softmax_rounding(by_key(terms.weights).mT, by_key(grad), grad_out.dtype),
+        ]
     bounds = [
         (of_grad @ keys, (k.shape[2] * (terms.grad_scores**2 @ keys**2)).sqrt(), moved @ keys),
         (per_key(of_grad.mT @ rows), (count * per_key((terms.grad_scores**2).mT @ rows**2)).sqrt(), per_key(moved.mT @ rows)),
@@ -232,6 +246,8 @@ def assert_attention_gradients(
         bounds.append((of_sink.sum((0, 2)), walk, (sinks * of_shift_given).sum((0, 2))))
     for i, (expected, by_torch, (magnitude, walk, extra)) in enumerate(zip(reference, plain, bounds, strict=True)):
         one, name = found[i], ("dq", "dk", "dv", "ds_aux")[i]
+        if i < 3 and of_roundings[i] is not None:
+            extra = of_roundings[i] if extra is None else extra + of_roundings[i]
         shape = (-1, one.shape[-1])
         assert_matches(
             one.reshape(shape), expected.reshape(shape), by_torch.reshape(shape), magnitude.reshape(shape), walk.reshape(shape),

@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional as F
 
 import taut
-from attention_cases import CASES, EXTREMES, LONG, MASKS, AttentionCase, laid_out
+from attention_cases import CASES, EXTREMES, LONG, MASKS, PLAIN, SHORT, AttentionCase, laid_out
 from cases import DTYPE_CODES, DTYPES
-from checks import assert_attention_gradients, assert_same_bits
+from checks import ROUND_GRADIENTS, ROUNDING, assert_attention_gradients, assert_same_bits
 from taut import _native
 from taut.ops import attention_backward as op
 from taut.ops.attention_backward import attention_backward
@@ -48,7 +48,7 @@ def check(impl: str, case: AttentionCase) -> None:
         assert_same_bits(arguments[name], value, f"{impl} on {context}: {name} was written to")
 
 
-@pytest.mark.parametrize("case", CASES + LONG + EXTREMES, ids=str)
+@pytest.mark.parametrize("case", CASES + LONG + SHORT + PLAIN + EXTREMES, ids=str)
 def test_matches_reference(impl, case, forced):
     forced(impl, **case.sizes())
     check(impl, case)
@@ -119,7 +119,9 @@ def test_what_is_hidden_does_not_matter(impl, how, dtype, value, forced):
         poisoned[name][:, :, hidden] = value
         found = attention_backward(grad_out, None, out=out, lse=lse, **poisoned)
         rtol = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
-        close = lambda a, b: torch.allclose(a.float(), b.float(), rtol=rtol, atol=2e-6)  # noqa: B023, E731
+        # Rows in which tensor cores met a hidden NaN are computed again without rounding weights: sums of terms of about 1 move.
+        atol = 2 * ROUNDING[dtype][0] if impl.startswith(ROUND_GRADIENTS) else 2e-6
+        close = lambda a, b: torch.allclose(a.float(), b.float(), rtol=rtol, atol=atol)  # noqa: B023, E731
         assert close(found[0][:, :, queries], expected[0][:, :, queries]), f"{impl}: dq, {name}"
         for one, other in zip(found[1:3], expected[1:3], strict=True):
             assert close(one[:, :, keys], other[:, :, keys]), f"{impl}: {name}"
@@ -127,55 +129,92 @@ def test_what_is_hidden_does_not_matter(impl, how, dtype, value, forced):
                 assert bool((one[:, :, hidden] == 0).all())
 
 
-def test_rows_and_keys_that_see_nothing(impl, forced):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_and_keys_that_see_nothing(impl, dtype, forced):
     """Their gradients are zeros, whatever is in q and grad_out; and a sink gets what nobody else does: nothing."""
-    forced(impl)
-    case = AttentionCase((4, 2), (40, 25), (64, 64), sinks=True)
+    forced(impl, dtype=DTYPE_CODES[dtype], D=64)
+    case = AttentionCase((4, 2), (40, 25), (64, 64), dtype, sinks=True)
     for sinks in (False, True):
         arguments = case.make() | ({} if sinks else {"s_aux": None})
         out, lse = attention_prefill(**arguments)
-        grad_out = torch.randn(1, 4, 40, 64)
+        grad_out = torch.randn(1, 4, 40, 64).to(dtype)
         if not sinks:
             arguments["q"][:, :, :15], grad_out[:, :, :15] = float("nan"), float("inf")
         dq, dk, dv, ds_aux = attention_backward(grad_out, None, out=out, lse=lse, **arguments)
         assert bool((dq[:, :, :15] == 0).all() and (dq[:, :, 16:] != 0).any() and ds_aux.numel() == 4 * sinks)
         assert bool(dq.isfinite().all() and dk.isfinite().all() and dv.isfinite().all())
-    arguments = AttentionCase((2, 2), (30, 300), (16, 8), window=20).make()
+    arguments = AttentionCase((2, 2), (30, 300), (16, 8), dtype, window=20).make()
     out, lse = attention_prefill(**arguments)
-    _, dk, dv, _ = attention_backward(torch.randn(1, 2, 30, 8), None, out=out, lse=lse, **arguments)
+    _, dk, dv, _ = attention_backward(torch.randn(1, 2, 30, 8).to(dtype), None, out=out, lse=lse, **arguments)
     assert bool((dk[:, :, :250] == 0).all() and (dv[:, :, :250] == 0).all() and (dv[:, :, 251:] != 0).all())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("batch", "queries", "keys"), ((0, 5, 7), (2, 0, 7), (2, 5, 0)))
-def test_nothing_to_do(impl, batch, queries, keys, forced):
-    forced(impl)
-    q, k, v = torch.zeros(batch, 4, queries, 8), torch.zeros(batch, 2, keys, 8), torch.zeros(batch, 2, keys, 6)
+def test_nothing_to_do(impl, batch, queries, keys, dtype, forced):
+    forced(impl, dtype=DTYPE_CODES[dtype], D=8)
+    q, k, v = (torch.zeros(batch, *shape, dtype=dtype) for shape in ((4, queries, 8), (2, keys, 8), (2, keys, 6)))
     out, lse = attention_prefill(q, k, v, s_aux=torch.zeros(4))
     found = attention_backward(out, lse, q, k, v, out, lse, s_aux=torch.zeros(4))
     for one, like in zip(found, (q, k, v, torch.zeros(4)), strict=True):
         assert one.shape == like.shape and bool((one == 0).all())
 
 
-def test_a_mask_of_the_lowest_number_is_a_mean(impl, forced):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_mask_of_the_lowest_number_is_a_mean(impl, dtype, forced):
     """transformers adds finfo.min; where that is everywhere, lse no longer says of how many keys the mean is."""
-    forced(impl)
-    case = AttentionCase((2, 2), (5, 80), (16, 16), causal=False)
+    forced(impl, dtype=DTYPE_CODES[dtype], D=16)
+    case = AttentionCase((2, 2), (5, 80), (16, 16), dtype, causal=False)
     mask = torch.full((1, 1, 5, 80), torch.finfo(torch.float32).min)
     mask[..., 2:, :50] = 0
     arguments = case.make() | {"mask": mask}
     q, k, v = (arguments[name].clone().requires_grad_() for name in "qkv")
-    grad_out = torch.randn(1, 2, 5, 16)
+    grad_out = torch.randn(1, 2, 5, 16).to(dtype)
     weights = torch.softmax(q.double() @ k.double().mT / 4 + mask.double(), -1)  # WHY not SDPA: its backward is 80 times off here
     expected = torch.autograd.grad(weights @ v.double(), (q, k, v), grad_out.double())
+    atol = 1e-5 if dtype == torch.float32 else 4 * ROUNDING[dtype][0]
     out, lse = attention_prefill(**arguments)
     for one, other in zip(attention_backward(grad_out, None, out=out, lse=lse, **arguments), expected, strict=False):
-        assert torch.allclose(one, other, atol=1e-5)
+        assert torch.allclose(one, other, rtol=atol, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("heads", "batch"), (((6, 2), 3), ((3, 1), 1)), ids=str)
-def test_batch_and_threads_change_nothing(impl, dtype, heads, batch, forced, threads):
-    case = AttentionCase(heads, (290, 400), (64, 64), dtype, batch=batch, mask="left_padding", sinks=True)
+@pytest.mark.parametrize("columns", (1, 64))
+def test_nan_goes_where_it_is_seen(impl, columns, dtype, forced):
+    """Of one query's gradient, as where a loss overflows: to that query, and to the keys it sees, in all columns but those of dv."""
+    forced(impl, dtype=DTYPE_CODES[dtype], D=64)
+    arguments = AttentionCase((4, 2), (40, 90), (64, 64), dtype, window=30).make()
+    out, lse = attention_prefill(**arguments)
+    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(6)).to(dtype)
+    grad_out[:, 3, 20, :columns] = float("nan")
+    dq, dk, dv, _ = attention_backward(grad_out, None, out=out, lse=lse, **arguments)
+    queries, keys = torch.zeros(1, 4, 40, 64, dtype=torch.bool), torch.zeros(1, 2, 90, 64, dtype=torch.bool)
+    queries[:, 3, 20], keys[:, 1, 41:71] = True, True
+    values = keys & (torch.arange(64) < columns)
+    for one, expected in ((dq, queries), (dk, keys), (dv, values)):
+        assert bool((one.isnan() == expected).all())
+
+
+def test_gradients_of_scores_beyond_fp16(impl, forced):
+    """What gets to k and q is small enough for fp16, and on the way to it are gradients of scores that are not."""
+    case = AttentionCase((4, 2), (20, 2), (64, 64), torch.float16, causal=False)
+    forced(impl, **case.sizes())
+    arguments = case.make()
+    for name, factor in (("q", 2.0**-9), ("k", 2.0**-9), ("v", 8.0)):
+        arguments[name] = arguments[name] * factor
+    out, lse = attention_prefill(**arguments)
+    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(4)).mul(2048).half()
+    grad_scores = (grad_out.double() @ arguments["v"].double().repeat_interleave(2, 1).mT).diff(dim=-1).abs() / 4
+    assert float(grad_scores.max()) > torch.finfo(torch.float16).max
+    found = attention_backward(grad_out, None, out=out, lse=lse, **arguments)
+    assert all(bool(one.isfinite().all()) for one in found)
+    assert_attention_gradients(found, grad_out, None, arguments, impl=impl, context="large gradients")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "batch", "lengths"), (((6, 2), 3, (290, 400)), ((3, 1), 1, (290, 400)), ((4, 2), 2, (60, 90))), ids=str)
+def test_batch_and_threads_change_nothing(impl, dtype, heads, batch, lengths, forced, threads):
+    case = AttentionCase(heads, lengths, (64, 64), dtype, batch=batch, mask="left_padding", sinks=True)
     forced(impl, **case.sizes())
     arguments = make(case)
     threads(1)

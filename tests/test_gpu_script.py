@@ -570,6 +570,8 @@ def test_dry_run_of_everything_but_the_build(tmp_path: Path) -> None:
     }
     assert "passed" in last[1]
     assert all("measurements" in line for line in last[2:6])
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "prefill.jsonl").read_text().splitlines()]
+    assert "prefill" in kinds and "training" in kinds
 
 
 @pytest.mark.parametrize(("arguments", "words"), [(["--only", "sleep"], "--only sleep"), (["--budget", "0"], "--budget must be above 0")])

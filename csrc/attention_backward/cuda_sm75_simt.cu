@@ -5,11 +5,11 @@
 //           dq:   a query of a head; each lane takes one of 32 keys, its score and dp; then each lane takes every 32nd column of dq and adds the keys.
 //           dkv:  a key of a key head; the same with the queries of all heads that share it, which the rules leave: dk and dv.
 //           sinks: a head; each lane adds every 32nd row of all sequences, lane 0 the lanes.
+//           repair: dq and dkv of rows and keys in which cuda_sm80_mma met NaN or infinity, which it cannot tell from hidden ones.
 //           Scores are computed twice: for dq and for dk, dv. 7 products of D multiply-adds a pair instead of 5 are the price of an order.
 // BOUND     loads: two of a number for each multiply-add, of rows that lie in the L1 cache. No GPU has run it yet.
-// LIMITS    none: any dtype, head dims to 256, from SM 75 on. It uses no tensor cores: the slower path, and so far the only one
-#include "attention_backward/op.h"
-#include "common/attention.cuh"
+// LIMITS    none: any dtype, head dims to 256, from SM 75 on. It uses no tensor cores: the slower path
+#include "attention_backward/cuda_rows.cuh"
 #include "common/launch.h"
 
 namespace taut::attention_backward::cuda_sm75_simt {
@@ -17,17 +17,6 @@ namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * 32, kColumns = 8;  // of 256 that a lane has
 constexpr unsigned kAllLanes = 0xffffffffu;
-
-struct Args {
-  Heads grad_out, out, q, k, v, dq, dk, dv;
-  const float *lse, *grad_lse;
-  float *most, *log_total, *shift, *ds_aux;
-  int64_t lse_head_stride, lse_batch_stride;
-  AttentionRules rules;
-  const int32_t *cu_seqlens_q, *cu_seqlens_k;  // on the device, or nullptr
-  DType dtype;
-  int batch, kv_heads, group, Lq, Lk, D, Dv;
-};
 
 // A sequence: its lengths, and the rows of memory before it.
 struct Place {
@@ -96,6 +85,14 @@ TAUT_DEVICE void add_row(float (&values)[kColumns], float factor, const void* da
     if (const int d = lane + 32 * c; d < count) values[c] = fmaf(factor, load_number(data, at + d, dtype), values[c]);
 }
 
+// Whether a row's sums are all NaN, which no more terms change. WHY: where a loss overflows all gradients are NaN, and all rows are to be repaired.
+TAUT_DEVICE bool all_nan(const float (&values)[kColumns], int count, int lane) {
+  bool nan = true;
+#pragma unroll
+  for (int c = 0; c < kColumns; c++) nan &= lane + 32 * c >= count || values[c] != values[c];
+  return __all_sync(kAllLanes, nan);
+}
+
 // Which row a warp has, of `rows` of each of `heads` heads of each sequence; rows lie side by side. b < 0: none.
 struct Mine {
   int b, h, row;
@@ -158,14 +155,8 @@ __global__ void __launch_bounds__(kThreads) backward_rows(const Args args) {
 // Floats of shared memory that a warp has: two rows, and two numbers for each lane.
 inline int warp_floats(const Args& args) { return args.D + args.Dv + 64; }
 
-__global__ void __launch_bounds__(kThreads) backward_dq(const Args args) {
-  TAUT_DYNAMIC_SMEM(smem);
-  const Mine mine(args.batch, args.kv_heads * args.group, args.Lq);
-  const int lane = threadIdx.x % 32;
-  if (mine.b < 0) return;
-  const Place place(args, mine.b);
-  if (mine.row >= place.Lq) return;
-  const int h = mine.h, i = mine.row, kv_head = h / args.group;
+TAUT_DEVICE void make_dq(const Args& args, const Place& place, int h, int i, unsigned char* smem) {
+  const int lane = threadIdx.x % 32, kv_head = h / args.group;
   float* s_q = reinterpret_cast<float*>(smem) + threadIdx.x / 32 * (args.D + args.Dv + 64);
   float *s_grad = s_q + args.D, *s_factors = s_grad + args.Dv;
   const int64_t at = place.lse_at(args, h, i);
@@ -175,7 +166,7 @@ __global__ void __launch_bounds__(kThreads) backward_dq(const Args args) {
     load_row(s_grad, args.grad_out.data, place.query_at(args.grad_out, h, i), args.dtype, args.Dv, lane);
     const RowRules row = rules_of_row(args, place, h, i);
     const int first = static_cast<int>(first_key(args.rules, row.position)), end = static_cast<int>(end_key(args.rules, row.position, place.Lk));
-    for (int key = first / 32 * 32; key < end; key += 32) {
+    for (int key = first / 32 * 32; key < end && !all_nan(dq, args.D, lane); key += 32) {
       __syncwarp();
       const int j = key + lane;
       float factor = 0;
@@ -194,15 +185,17 @@ __global__ void __launch_bounds__(kThreads) backward_dq(const Args args) {
   store_row(const_cast<void*>(args.dq.data), place.query_at(args.dq, h, i), args.dtype, args.D, lane, dq);
 }
 
-// WHY 4 blocks: left to itself nvcc aims at more, and spills.
-__global__ void __launch_bounds__(kThreads, 4) backward_dkv(const Args args) {
+// WHY 4 blocks, and 3 below: left to itself nvcc aims at more, and spills.
+__global__ void __launch_bounds__(kThreads, 4) backward_dq(const Args args) {
   TAUT_DYNAMIC_SMEM(smem);
-  const Mine mine(args.batch, args.kv_heads, args.Lk);
-  const int lane = threadIdx.x % 32;
+  const Mine mine(args.batch, args.kv_heads * args.group, args.Lq);
   if (mine.b < 0) return;
   const Place place(args, mine.b);
-  if (mine.row >= place.Lk) return;
-  const int kv_head = mine.h, j = mine.row, ahead = place.Lk - place.Lq;
+  if (mine.row < place.Lq) make_dq(args, place, mine.h, mine.row, smem);
+}
+
+TAUT_DEVICE void make_dkv(const Args& args, const Place& place, int kv_head, int j, unsigned char* smem) {
+  const int lane = threadIdx.x % 32, ahead = place.Lk - place.Lq;
   float* s_k = reinterpret_cast<float*>(smem) + threadIdx.x / 32 * (args.D + args.Dv + 64);
   float *s_v = s_k + args.D, *s_weights = s_v + args.Dv, *s_factors = s_weights + 32;
   load_row(s_k, args.k.data, place.key_at(args.k, kv_head, j), args.dtype, args.D, lane);
@@ -212,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, 4) backward_dkv(const Args args) {
   const int end = window ? min(place.Lq, j + window - ahead) : place.Lq;
   float dk[kColumns] = {}, dv[kColumns] = {};
   for (int h = kv_head * args.group; h < (kv_head + 1) * args.group; h++)
-    for (int query = first / 32 * 32; query < end; query += 32) {
+    for (int query = first / 32 * 32; query < end && !(all_nan(dk, args.D, lane) && all_nan(dv, args.Dv, lane)); query += 32) {
       __syncwarp();
       const int i = query + lane;
       Pair pair{};
@@ -237,6 +230,45 @@ __global__ void __launch_bounds__(kThreads, 4) backward_dkv(const Args args) {
   store_row(const_cast<void*>(args.dv.data), place.key_at(args.dv, kv_head, j), args.dtype, args.Dv, lane, dv);
 }
 
+__global__ void __launch_bounds__(kThreads, 4) backward_dkv(const Args args) {
+  TAUT_DYNAMIC_SMEM(smem);
+  const Mine mine(args.batch, args.kv_heads, args.Lk);
+  if (mine.b < 0) return;
+  const Place place(args, mine.b);
+  if (mine.row < place.Lk) make_dkv(args, place, mine.h, mine.row, smem);
+}
+
+// A block has the rows of a flag.
+__global__ void __launch_bounds__(kThreads, 3) backward_repair_dq(const Args args) {
+  TAUT_DYNAMIC_SMEM(smem);
+  const Flags& flags = args.flags;
+  const int flag = static_cast<int>(blockIdx.x) % flags.row_flags, head = static_cast<int>(blockIdx.x) / flags.row_flags, kv_head = head % args.kv_heads;
+  const Place place(args, head / args.kv_heads);
+  const int first = flag * flags.rows_per_flag, end = min(first + flags.rows_per_flag, place.Lq * args.group);
+  if (first >= end || flags.rows[blockIdx.x] == 0) return;
+  for (int row = first + static_cast<int>(threadIdx.x) / 32; row < end; row += kWarps) {
+    __syncwarp();
+    make_dq(args, place, kv_head * args.group + row % args.group, row / args.group, smem);
+  }
+}
+
+// A block has the keys of a flag.
+__global__ void __launch_bounds__(kThreads, 3) backward_repair_dkv(const Args args) {
+  TAUT_DYNAMIC_SMEM(smem);
+  const Flags& flags = args.flags;
+  const int flag = static_cast<int>(blockIdx.x) % flags.key_flags, head = static_cast<int>(blockIdx.x) / flags.key_flags;
+  const Place place(args, head / args.kv_heads);
+  const int first = flag * flags.keys_per_flag, end = min(first + flags.keys_per_flag, place.Lk);
+  if (first >= end) return;
+  bool any = false;
+  for (int part = 0; part < flags.parts; part++) any |= flags.keys[int64_t{blockIdx.x} * flags.parts + part] != 0;
+  if (!any) return;
+  for (int j = first + static_cast<int>(threadIdx.x) / 32; j < end; j += kWarps) {
+    __syncwarp();
+    make_dkv(args, place, head % args.kv_heads, j, smem);
+  }
+}
+
 // ds_aux[h] = - sum of the sink's weight times the row's shift.
 __global__ void __launch_bounds__(32) backward_sinks(const Args args) {
   const int h = static_cast<int>(blockIdx.x), lane = threadIdx.x;
@@ -253,29 +285,33 @@ __global__ void __launch_bounds__(32) backward_sinks(const Args args) {
   if (lane == 0) args.ds_aux[h] = all;
 }
 
+void start(const CudaParams& p, const Args& args, const char* name, void (*kernel)(Args), int64_t blocks, int smem_bytes) {
+  if (blocks > 0) launch(name, kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), smem_bytes, p.stream, args);
+}
+inline int64_t blocks_of(int64_t warps) { return (warps + kWarps - 1) / kWarps; }
+inline int smem_bytes(const Args& args) { return kWarps * warp_floats(args) * 4; }
+
 }  // namespace
 
+void prepare(const CudaParams& p) { start(p, args_of(p), "attention_backward rows", backward_rows, blocks_of(p.B * p.Hq * p.Lq), 0); }
+
 void run(const CudaParams& p) {
-  Args args{};
-  args.grad_out = p.grad_out, args.out = p.out, args.q = p.q, args.k = p.k, args.v = p.v, args.dq = p.dq, args.dk = p.dk, args.dv = p.dv;
-  args.lse = p.lse, args.grad_lse = p.grad_lse;
-  args.most = p.most, args.log_total = p.log_total, args.shift = p.shift, args.ds_aux = p.ds_aux;
-  args.lse_head_stride = p.lse_head_stride, args.lse_batch_stride = p.lse_batch_stride;
-  args.rules = p.rules;
-  args.rules.window = std::min(p.rules.window, p.Lq + p.Lk);  // WHY: sums with it must not overflow
-  args.cu_seqlens_q = p.cu_seqlens_q, args.cu_seqlens_k = p.cu_seqlens_k;
-  args.dtype = p.dtype;
-  args.batch = static_cast<int>(p.B), args.kv_heads = static_cast<int>(p.Hkv), args.group = static_cast<int>(p.Hq / p.Hkv);
-  args.Lq = static_cast<int>(p.Lq), args.Lk = static_cast<int>(p.Lk), args.D = static_cast<int>(p.D), args.Dv = static_cast<int>(p.Dv);
-  const auto start = [&](const char* name, void (*kernel)(Args), int64_t warps, int smem_bytes) {
-    const dim3 grid(static_cast<unsigned>((warps + kWarps - 1) / kWarps));
-    if (warps > 0) launch(name, kernel, grid, dim3(kThreads), smem_bytes, p.stream, args);
-  };
-  const int smem_bytes = kWarps * warp_floats(args) * 4;
-  start("attention_backward rows", backward_rows, p.B * p.Hq * p.Lq, 0);
-  start("attention_backward dq", backward_dq, p.B * p.Hq * p.Lq, smem_bytes);
-  start("attention_backward dkv", backward_dkv, p.B * p.Hkv * p.Lk, smem_bytes);
-  if (p.ds_aux) launch("attention_backward sinks", backward_sinks, dim3(static_cast<unsigned>(p.Hq)), dim3(32), 0, p.stream, args);
+  const Args args = args_of(p);
+  prepare(p);
+  start(p, args, "attention_backward dq", backward_dq, blocks_of(p.B * p.Hq * p.Lq), smem_bytes(args));
+  start(p, args, "attention_backward dkv", backward_dkv, blocks_of(p.B * p.Hkv * p.Lk), smem_bytes(args));
+  finish(p);
+}
+
+void repair(const CudaParams& p, const Flags& flags) {
+  Args args = args_of(p);
+  args.flags = flags;
+  start(p, args, "attention_backward repair dq", backward_repair_dq, p.B * p.Hkv * flags.row_flags, smem_bytes(args));
+  start(p, args, "attention_backward repair dkv", backward_repair_dkv, p.B * p.Hkv * flags.key_flags, smem_bytes(args));
+}
+
+void finish(const CudaParams& p) {
+  if (p.ds_aux) launch("attention_backward sinks", backward_sinks, dim3(static_cast<unsigned>(p.Hq)), dim3(32), 0, p.stream, args_of(p));
 }
 
 }  // namespace taut::attention_backward::cuda_sm75_simt

@@ -66,13 +66,34 @@ void run(const Params&);
 
 struct CudaParams : Params {  // without dq_sum and turns
   float* ds_aux;              // [Hq], or nullptr
+  int64_t q_rows, k_rows;     // of memory, of a head: Lq and Lk, or all tokens of varlen
   const Device* device;
   void* stream;  // cudaStream_t
+  void* workspace;
+};
+
+// Where sums of the mma kernels are not finite: a number for each `rows_per_flag` rows (queries of the heads of a key head, token by token),
+// and `parts` numbers for each `keys_per_flag` keys; not 0: compute them again.
+struct Flags {
+  int *rows, *keys;  // [B,Hkv,row_flags], [B,Hkv,key_flags,parts]
+  int row_flags, rows_per_flag;
+  int key_flags, keys_per_flag, parts;
 };
 
 // Any dtype, fp32 arithmetic.
 namespace cuda_sm75_simt {
 void run(const CudaParams&);
-}
+// Its steps that other kernels need as well. prepare: most, log_total and shift. finish: ds_aux.
+void prepare(const CudaParams&);
+void repair(const CudaParams&, const Flags&);
+void finish(const CudaParams&);
+}  // namespace cuda_sm75_simt
+
+// fp16 and bf16 on mma.sync.
+namespace cuda_sm80_mma {
+const char* supported(const CudaParams&);
+int64_t workspace_bytes(const CudaParams&);
+void run(const CudaParams&);
+}  // namespace cuda_sm80_mma
 
 }  // namespace taut::attention_backward

@@ -7,15 +7,22 @@
 namespace taut::attention_backward {
 namespace {
 
-// Whether the build has the kernels' file for the device.
-const char* built(const CudaParams& p) { return has_code("75", p.device->sm) ? nullptr : "this build of taut has no machine code of it for this GPU"; }
+// `supported` of an impl whose kernels are in a file for this SM: whether the build has them for the device, too.
+constexpr char kSm75[] = "75", kSm80[] = "80";
+template <const char* kFile, const char* (*kSupported)(const CudaParams&)>
+const char* built(const CudaParams& p) {
+  if (const char* why = kSupported(p)) return why;
+  return has_code(kFile, p.device->sm) ? nullptr : "this build of taut has no machine code of it for this GPU";
+}
 
 constexpr Impl<CudaParams> kImpls[] = {
-    {"cuda_sm75.simt", built, always, cuda_sm75_simt::run},
+    {"cuda_sm80.mma", built<kSm80, cuda_sm80_mma::supported>, always, cuda_sm80_mma::run, cuda_sm80_mma::workspace_bytes},
+    {"cuda_sm75.simt", built<kSm75, always<CudaParams>>, always, cuda_sm75_simt::run},
 };
 
 Gradients run(const CudaCall& cuda, const char* op, Call& call, const Tensor& q, const Tensor& k, const Tensor& v) {
-  CudaParams p{call.params, nullptr, &cuda.device(), cuda.stream()};
+  const bool varlen = call.params.cu_seqlens_q;
+  CudaParams p{call.params, nullptr, varlen ? q.size(0) : q.size(2), varlen ? k.size(0) : k.size(2), &cuda.device(), cuda.stream(), nullptr};
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   check(p.B * p.Hq * p.Lq <= kMost && p.B * p.Hkv * p.Lk <= kMost, op, ": queries and keys of all heads must be under 2^31");
   cuda.expose("q", q), cuda.expose("k", k), cuda.expose("v", v);
@@ -30,7 +37,14 @@ Gradients run(const CudaCall& cuda, const char* op, Call& call, const Tensor& q,
     p.ds_aux = static_cast<float*>(call.ds_aux.mutable_data_ptr());
     cuda.expose("ds_aux", call.ds_aux, true);
   }
-  select(kOp, kImpls, p).run(p);
+  const Impl<CudaParams>& impl = select(kOp, kImpls, p);
+  Tensor scratch;
+  if (const int64_t bytes = impl.workspace_bytes ? impl.workspace_bytes(p) : 0; bytes > 0) {
+    scratch = scratch_bytes(q, bytes);
+    p.workspace = aligned(scratch);
+    cuda.expose("workspace", p.workspace, bytes, true);
+  }
+  impl.run(p);
   return call.results();
 }
 
@@ -83,7 +97,7 @@ Gradients attention_backward_varlen(const Tensor& grad_out, const std::optional<
 
 std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
   const auto index = sizes.find("device_index");
-  const CudaParams p{params_of_sizes<Params>(kOp, sizes), nullptr, &device(index == sizes.end() ? 0 : static_cast<int>(index->second)), nullptr};
+  const CudaParams p{params_of_sizes<Params>(kOp, sizes), nullptr, 0, 0, &device(index == sizes.end() ? 0 : static_cast<int>(index->second)), nullptr, nullptr};
   return explain_table(kOp, kImpls, p);
 }
 

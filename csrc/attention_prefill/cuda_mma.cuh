@@ -4,7 +4,7 @@
 //           between 0 and 1 and relative to the largest so far, are rounded to the dtype for the second product, not for lse.
 // LAYOUT    q, k, v, out [B,H,L,D] by strides, rows of 16-byte chunks (else they are copied once, attention_align). In shared memory rows
 //           of kWidth numbers, chunk c of row r at c ^ (r % 8), so that ldmatrix and cp.async meet no bank conflict.
-// WORK      A block has kRows rows (cuda_rows.cuh), a warp 16 or 32 of them, and goes over tiles of kKeys keys: both products from shared
+// WORK      A block has kRows rows (attention_rows.cuh), a warp 16 or 32 of them, and goes over tiles of kKeys keys: both products from shared
 //           memory, the next tile of k and v on its way meanwhile (cp.async; sm_75: through registers). The weights of a tile stay in
 //           registers: the accumulators of q k^T are the A operand of the other product. Softmax online, in exponents of 2.
 //           Tiles that no row of the block sees by causality and window are not read, tiles that no row of a warp sees not computed.
@@ -15,13 +15,8 @@
 // LIMITS    fp16 or bf16 (sm_75: fp16)
 #pragma once
 
-#include <cstring>
-#include <type_traits>
-
 #include "attention_prefill/cuda_rows.cuh"
-#include "common/launch.h"
-#include "common/mma.cuh"
-#include "common/ptx.cuh"
+#include "common/attention_mma.cuh"
 
 namespace taut::attention_prefill {
 namespace {
@@ -44,8 +39,7 @@ struct Tile {
   static constexpr int kSmemBytes = kQueryBytes + kStages * kStageBytes + kRows * static_cast<int>(sizeof(RowRules)) + static_cast<int>(sizeof(Shared));
   static_assert(kKeys % 16 == 0 && kKeys <= 64 && kWidth % 32 == 0);
 
-  // Where chunk c of a row is. WHY the second: rows of an odd number of half lines (96 numbers) lie in turn in either half.
-  TAUT_DEVICE static int offset(int row, int chunk) { return row * kRowBytes + (chunk ^ (kChunks % 8 == 0 ? row & 7 : row >> 1 & 3)) * 16; }
+  TAUT_DEVICE static int offset(int row, int chunk) { return chunk_offset<kChunks>(row, chunk); }
 };
 
 // A tile of k or v on its way to shared memory.
@@ -74,20 +68,6 @@ struct Loader {
     }
   }
 };
-
-// Two numbers rounded to T, in a register.
-template <class T>
-TAUT_DEVICE uint32_t pack(float low, float high) {
-  uint32_t word;
-  if constexpr (std::is_same_v<T, __half>) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    memcpy(&word, &pair, 4);
-  } else {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    memcpy(&word, &pair, 4);
-  }
-  return word;
-}
 
 // A warp's rows: the sums over v, the maximum and the total weight so far. Row 16 m + 8 h + g is lane g * 4 + t's, columns 2t, 2t+1 of each 8.
 template <int kSm, class T, bool kRules, class Tile>
@@ -267,7 +247,7 @@ struct Warp {
           *reinterpret_cast<uint32_t*>(s_rows + Tile::offset(in_warp, n) + lane % 4 * 4) =
               pack<T>(sums[m][n][2 * h] * inverse, sums[m][n][2 * h + 1] * inverse);
         }
-        if (lane % 4 == 0 && row < block.rows) *block.lse_at(args, row) = lse_of_row(total[m][h], most[m][h]);
+        if (lane % 4 == 0 && row < block.rows) args.lse[block.lse_at(args, row)] = lse_of_row(total[m][h], most[m][h]);
       }
     const bool finite = !__any_sync(0xffffffffu, nothing != 0.0f);
     if (args.flags && lane == 0)
@@ -384,20 +364,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) attention_mma(const Args ar
   }
 }
 
-// Rows that cannot be copied 16 bytes at a time, moved to where they can: [all heads][rows][aligned_width]; padding is 0.
-__global__ void __launch_bounds__(256)
-    attention_align(const Heads from, int heads, int64_t rows, int64_t all_rows, int width, uint16_t* aligned, int aligned_width) {
-  for (int64_t i = blockIdx.x * 256ll + threadIdx.x; i < all_rows * aligned_width; i += gridDim.x * 256ll) {
-    const int64_t row = i / aligned_width, head = row / rows;
-    const int d = static_cast<int>(i - row * aligned_width);
-    const int64_t at = head / heads * from.batch_stride + head % heads * from.head_stride + row % rows * from.row_stride + d;
-    aligned[i] = d < width ? static_cast<const uint16_t*>(from.data)[at] : uint16_t{0};
-  }
-}
-
 // ---- Host --------------------------------------------------------------------------------------------------------------
-
-inline int64_t padded(int64_t width) { return (width + 7) / 8 * 8; }
 
 // What is in the workspace: the flags, then copies of those of q, k and v that must be aligned. 0: not there.
 struct Plan {
@@ -408,16 +375,12 @@ struct Plan {
 
 template <class Tile>
 Plan make_plan(const CudaParams& p) {
-  const auto whole = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
-  const auto copy = [&](const Heads& t, int64_t heads, int64_t rows, int64_t width) {
-    const bool fits = reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && (width | t.batch_stride | t.head_stride | t.row_stride) % 8 == 0;
-    return fits ? 0 : whole((p.cu_seqlens_q ? 1 : p.B) * heads * rows * padded(width) * 2);
-  };
+  const auto copy = [&](const Heads& t, int64_t heads, int64_t rows, int64_t width) { return aligned_bytes(t, p.cu_seqlens_q ? 1 : p.B, heads, rows, width); };
   Plan plan{};
   plan.flags_per_head = static_cast<int>((p.Lq * (p.Hq / p.Hkv) + Tile::kWarpRows - 1) / Tile::kWarpRows);
   // Only where a key is hidden from one row and read for another can a sum lack what it should not have met.
   const bool hides = p.rules.causal || p.rules.window || p.rules.mask.kind != MaskKind::kNone;
-  plan.flag_bytes = hides ? whole(p.B * p.Hkv * plan.flags_per_head * 4) : 0;
+  plan.flag_bytes = hides ? whole_256(p.B * p.Hkv * plan.flags_per_head * 4) : 0;
   plan.copy_bytes[0] = copy(p.q, p.Hq, p.q_rows, p.D);
   plan.copy_bytes[1] = copy(p.k, p.Hkv, p.k_rows, p.D);
   plan.copy_bytes[2] = copy(p.v, p.Hkv, p.k_rows, p.Dv);
@@ -469,12 +432,7 @@ void run_for(const CudaParams& p) {
     if (plan.flag_bytes) args.flags = reinterpret_cast<int*>(at), args.flags_per_head = plan.flags_per_head;
     at += plan.flag_bytes;
     const auto align = [&](Heads& t, int64_t bytes, int64_t heads, int64_t rows, int64_t width) {
-      if (!bytes) return;
-      const int64_t all_rows = (p.cu_seqlens_q ? 1 : p.B) * heads * rows, wide = padded(width);
-      const int64_t blocks = std::min<int64_t>((all_rows * wide + 255) / 256, 8 * p.device->sm_count);
-      launch("attention_prefill align", attention_align, dim3(static_cast<unsigned>(blocks)), dim3(256), 0, p.stream, t, static_cast<int>(heads), rows,
-             all_rows, static_cast<int>(width), reinterpret_cast<uint16_t*>(at), static_cast<int>(wide));
-      t = {at, p.cu_seqlens_q ? 0 : heads * rows * wide, rows * wide, wide};
+      if (bytes) align_heads("attention_prefill align", t, at, p.cu_seqlens_q ? 1 : p.B, heads, rows, width, *p.device, p.stream);
       at += bytes;
     };
     align(args.q, plan.copy_bytes[0], p.Hq, p.q_rows, p.D);

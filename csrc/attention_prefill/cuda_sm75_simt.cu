@@ -1,6 +1,6 @@
 // COMPUTES  out = softmax(q k^T) v and lse, with the rules of common/attention.h; fp32, bf16 and fp16, all of it in fp32
 // LAYOUT    q, k, v, out [B,H,L,D] by strides, rows contiguous; lse [B,Hq,Lq]
-// WORK      A block has 32 rows (cuda_rows.cuh) and goes over tiles of kKeys keys that are made fp32 in shared memory, k and v in one buffer.
+// WORK      A block has 32 rows (attention_rows.cuh) and goes over tiles of kKeys keys that are made fp32 in shared memory, k and v in one buffer.
 //           Eight lanes share two rows: a lane has every eighth key of the scores, and every eighth four columns of the sums. Softmax online.
 //           `repair` does so for the rows in which the mma kernels met NaN or infinity, which they cannot tell from hidden ones.
 // BOUND     fp32 FMA and shared memory: 6 reads of 16 bytes for 32 multiply-adds in q k^T
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_simt(const Args args) {
 #pragma unroll
       for (int e = 0; e < 4; e++)
         if (const int d = x * 4 + 32 * c + e; d < args.Dv) store_number(const_cast<void*>(args.out.data), at + d, args.dtype, sums[r][c][e] * inverse);
-    if (x == 0) *block.lse_at(args, row) = lse_of_row(total[r], most[r]);
+    if (x == 0) args.lse[block.lse_at(args, row)] = lse_of_row(total[r], most[r]);
   }
 }
 

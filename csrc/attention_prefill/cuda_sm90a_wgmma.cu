@@ -3,7 +3,7 @@
 // LAYOUT    q, k, v, out [B,H,L,D] by strides; k and v by TMA (a map of four dimensions, zeros past a head's last key and a row's last
 //           number), in shared memory as blocks of 64 numbers of a row, [kWidth / 64][kKeys][64], swizzled by 128 bytes. Keys are b of the
 //           first product row by row; values are b of the second the other way, its columns contiguous. q from memory to A registers.
-// WORK      A block has 128 rows (cuda_rows.cuh), each of two consumer warpgroups 64, and goes over tiles of kKeys keys; one thread of a third
+// WORK      A block has 128 rows (attention_rows.cuh), each of two consumer warpgroups 64, and goes over tiles of kKeys keys; one thread of a third
 //           warpgroup asks for them, kStages ahead (FlashAttention-3, arXiv 2407.08608). A step of a consumer:
 //             s = q k^T of this tile, and behind it sums += weights v of the tile before, both asynchronous;
 //             s is there: maximum, exponents, new weights in fp32, while the tensor cores are at sums;
@@ -256,7 +256,7 @@ struct Consumer {
       const int row = first_row + lane / 4 + 8 * h;
       const float inverse = inverse_of(total[h]);
       T* g_out = row < block.rows ? static_cast<T*>(const_cast<void*>(args.out.data)) + block.query_at(args, args.out, row) : nullptr;
-      if (t == 0 && row < block.rows) *block.lse_at(args, row) = lse_of_row(total[h], most[h]);
+      if (t == 0 && row < block.rows) args.lse[block.lse_at(args, row)] = lse_of_row(total[h], most[h]);
 #pragma unroll
       for (int n = 0; n < kWidth / 8; n += 4) {
         uint32_t mine[4];

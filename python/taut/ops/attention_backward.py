@@ -21,8 +21,10 @@ def attention_backward(
     ``attention_prefill`` gave for the other arguments, which mean what they mean there. A mask and ``alibi_slopes`` get no gradient.
     ``tokens_first``: the gradients lie in memory as ``[B, L, H, D]``.
 
-    Beside its results it needs a tile a thread, three numbers a row, and for bf16 and fp16 dq in float32: nothing of size ``Lq * Lk``.
-    Float32 inside; in bf16 and fp16 the rounding of ``out`` is part of the result, as everywhere where scores are not kept.
+    Beside its results it needs a tile a thread, three numbers a row, and for bf16 and fp16 on the CPU dq in float32, on CUDA copies of what
+    is not aligned to 16 bytes: nothing of size ``Lq * Lk``.
+    Float32 inside; in bf16 and fp16 the rounding of ``out`` is part of the result, as everywhere where scores are not kept, and CUDA's
+    tensor cores have the weights and the gradients of the scores rounded to the dtype of q before what is summed of them.
     A query that sees no key has the gradient 0, and so has a key that none sees; NaN in hidden keys do not matter.
     The number of threads changes no bits, nor do other sequences. Not differentiable itself.
     Raises ``ValueError`` for wrong shapes, dtypes, strides or devices.
