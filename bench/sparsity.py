@@ -2,10 +2,11 @@
 
 Each entry compresses the model anew: ``method pattern weights`` ("sparsegpt 2:4 int4"), with "dense" for no pattern and "float" for no
 format; "sparsegpt+100" trains each pruned layer for 100 steps (``recover``), "sparsegpt~p" and "sparsegpt+100~p" put channels in a better
-order first (``permute``); "nearest dense int4" is ``taut.swap`` alone. Activations stay float. KL divergence, share of positions whose most likely word is the same and perplexity on text that calibration does not see,
-with standard errors; bytes of the layers in canonical form, for each weight in bits. Nothing is timed but how long compressing took. JSON
-lines: op (sparsity), case (the model), format (the entry), bits, bytes, kl, kl_stderr, same_top, ppl_float, ppl, layer_error, seconds,
-calibration_tokens, tokens, text, commit, machine, torch, run.
+order first (``permute``); "nearest dense int4" is ``taut.swap`` alone. Activations stay float. KL divergence, share of positions whose
+most likely word is the same and perplexity on text that calibration does not see, with standard errors; bytes of the layers in canonical
+form, for each weight in bits. Nothing is timed but how long compressing took. JSON lines: op (sparsity), case (the
+model), format (the entry), bits, bytes, kl, kl_stderr, same_top, ppl_float, ppl, layer_error, seconds, calibration_tokens, tokens, text,
+commit, machine, torch, run.
 """
 
 from __future__ import annotations

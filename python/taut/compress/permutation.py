@@ -2,7 +2,10 @@
 
 Inside an MLP, and within a head's values, the order of channels is nobody's business: the rows of the layers that make them and the
 columns of the layer that takes them are reordered alike, and stay a checkpoint like any other (Pool and Yu, "Channel Permutations for
-N:M Sparsity", NeurIPS 2021).
+N:M Sparsity", NeurIPS 2021). Queries and keys stay: a rotary embedding knows their channels by their places.
+
+TRIED: the hidden channels, which must have one order for all layers. On SmolLM2-135M it would save 1% of the importance that 2:4 drops of
+the layers that read them, against 5% (Wanda) to 14% (SparseGPT) of down_proj's by an order of its own.
 """
 
 from __future__ import annotations
@@ -168,15 +171,16 @@ def _shared(scores: Tensor, v: int) -> Tensor:
 def best_order(scores: Tensor, pattern: Pattern) -> Tensor:
     """An order of the columns of ``scores`` ``[R, K]`` that keeps more of them, or as they are: int64 ``[K]``.
 
-    Searched from the order they have, and from one where each block has its share of large and small columns; the better one wins.
+    Searched from the order they have, or from one where each block has its share of large and small columns, whichever keeps more.
+    TRIED: to search from both, which ends within a ten-thousandth of the same and takes twice as long.
     """
     k = scores.shape[1]
     sample = scores[:: -(-len(scores) // max(_ROWS, _WORK // 50 // k // min(k, _TOGETHER)))]
     dealt = scores.sum(0).argsort(descending=True, stable=True).view(pattern.m, -1).T.flatten()
-    tries = [torch.arange(k)]
-    for start in (tries[0], dealt):
-        tries += [start, _search(sample, start, pattern)]
-    return max(tries, key=lambda order: kept(scores, order, pattern))  # the first of equals: as they are
+    same = torch.arange(k)
+    known = kept(scores, same, pattern)
+    found = _search(sample, dealt if kept(scores, dealt, pattern) > known else same, pattern)
+    return found if kept(scores, found, pattern) > known else same
 
 
 def _search(scores: Tensor, order: Tensor, pattern: Pattern) -> Tensor:
