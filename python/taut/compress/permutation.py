@@ -23,9 +23,10 @@ from .solver import inverse_factor
 
 _TOGETHER = 2048  # channels whose pairs are all looked at
 _PART = 1024  # where there are more, as many at a time
-_ROWS = 1024  # a larger matrix is searched by as many of its rows, and judged by all
+_ROWS = 1024  # a larger matrix is searched by as many of its rows (eight times as many within a head), and judged by all
 _WORK = 10**11  # numbers that one search may look at: half a minute
-_PAIRS = 8  # swaps that are remembered for a channel
+_ROUNDS = 100  # of swaps
+_PAIRS = 8  # swaps that are remembered for a channel in a round
 
 # The layers that make an MLP's channels, and the one that takes them. A gate_up_proj makes them twice, first the gate's.
 _MLPS = (
@@ -175,7 +176,7 @@ def best_order(scores: Tensor, pattern: Pattern) -> Tensor:
     TRIED: to search from both, which ends within a ten-thousandth of the same and takes twice as long.
     """
     k = scores.shape[1]
-    sample = scores[:: -(-len(scores) // max(_ROWS, _WORK // 50 // k // min(k, _TOGETHER)))]
+    sample = scores[:: -(-len(scores) // (8 * _ROWS if k <= 256 else _ROWS))]
     dealt = scores.sum(0).argsort(descending=True, stable=True).view(pattern.m, -1).T.flatten()
     same = torch.arange(k)
     known = kept(scores, same, pattern)
@@ -216,8 +217,10 @@ def _swap(columns: Tensor, pattern: Pattern, work: int) -> tuple[Tensor, float, 
     blocks = torch.arange(k).view(-1, m)
     reach, loss = columns.new_empty(k, k), columns.new_empty(k)
     stale, done, gained = torch.arange(len(blocks)), 0, 0.0
-    noise = 1e-6 * float(columns.sum(dtype=torch.float64)) / len(blocks)
-    while len(stale) and done < work:
+    noise = 1e-5 * float(columns.sum(dtype=torch.float64)) / len(blocks)
+    for _ in range(_ROUNDS):
+        if not len(stale) or done >= work:
+            break
         inside = blocks[stale]
         values = columns[inside]
         best = values.topk(n + 1, 1).values
