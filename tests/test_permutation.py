@@ -163,6 +163,16 @@ def test_rows_that_share_places_become_neighbours():
     assert all(torch.equal(block, block[0] + torch.arange(4)) for block in order.view(-1, 4))
 
 
+def test_an_order_that_keeps_less_is_not_taken(monkeypatch):
+    channels = perm.find(decoder_layers(tiny("llama"))[1][0], 4)[0][1]
+    made = torch.tensor([1.0, 0.1, 1.0, 0.1]).repeat(96, 16)  # of two kinds, side by side until _alike deals them
+    made[48:] = made[48:].flip(1)
+    scores = {channels.taker: torch.ones(64, 96), channels.makers[0][0]: made}
+    monkeypatch.setattr(perm, "_alike", lambda blocks, scores, pattern: blocks.view(2, -1, 4).transpose(0, 1).reshape(-1, 4))
+    order, before, after = perm._choose_order(channels, scores, Pattern(2, 4, 16), None)
+    assert before == after and torch.equal(order, torch.arange(96)[None])
+
+
 @pytest.mark.parametrize("method", ("magnitude", "wanda", "sparsegpt"))
 @pytest.mark.parametrize("text", ("2:4", "16:2:4"))
 @torch.no_grad()
