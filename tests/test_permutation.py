@@ -27,6 +27,12 @@ OTHERS = {
     "phi": (transformers.PhiConfig, {**_SMALL, "num_key_value_heads": 2, "intermediate_size": 96}, {"mlp", "self_attn"}),
     "starcoder2": (transformers.Starcoder2Config, {**_SMALL, "num_key_value_heads": 2, "intermediate_size": 96}, {"mlp", "self_attn"}),
     "gpt_neox": (transformers.GPTNeoXConfig, {**_SMALL, "intermediate_size": 96}, {"mlp"}),
+    "olmo2": (transformers.Olmo2Config, {**_SMALL, "num_key_value_heads": 2, "intermediate_size": 96}, {"mlp", "self_attn"}),
+    "qwen2_moe": (
+        transformers.Qwen2MoeConfig,
+        {**_SMALL, "num_key_value_heads": 2, "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 96},
+        {"mlp.shared_expert", "self_attn"},
+    ),
 }
 
 
@@ -38,6 +44,8 @@ def other(family: str) -> nn.Module:
     torch.manual_seed(0)
     kind, settings, _ = OTHERS[family]
     model = AutoModelForCausalLM.from_config(kind(**settings, bos_token_id=1, eos_token_id=2, pad_token_id=0)).eval()
+    if hasattr(model.config, "num_experts"):
+        model.set_experts_implementation("eager")  # the others take no float64
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.data = (0.0 if name.endswith("bias") else 1.0) + 0.3 * torch.randn_like(parameter)
@@ -217,6 +225,26 @@ def test_more_is_kept_and_errors_fall(family, method):
         assert not bool(nearest.any()) and sorted(which.tolist()) == list(range(dense.shape[1]))
 
 
+@pytest.mark.parametrize(
+    ("family", "taken", "left"),
+    [
+        ("opt", {"fc2", "out_proj"}, {}),
+        ("starcoder2", {"c_proj", "o_proj"}, {}),
+        ("gpt_neox", {"dense_4h_to_h"}, {"attention": "the layers of a GPTNeoXAttention are not known"}),
+    ],
+)
+def test_models_of_other_makes(family, taken, left, tmp_path):
+    model, again = other(family), other(family)
+    report = compress(model, tokens(), sparsity="2:4", method="wanda", permute=True, state=tmp_path)
+    assert {name.rpartition(".")[2] for name in report.permuted} == taken and len(report.permuted) == 2 * len(taken)
+    assert all(last > first for first, last in report.permuted.values())
+    name = decoder_layers(model)[0]
+    assert report.unpermuted == {f"{name}.{index}.{own}": reason for index in range(2) for own, reason in left.items()}
+    assert compress(again, tokens(), sparsity="2:4", method="wanda", permute=True, state=tmp_path).permuted == report.permuted
+    for name, value in model.state_dict().items():
+        assert_same_bits(again.state_dict()[name], value, name)
+
+
 @pytest.mark.parametrize("recover", (0, 4))
 def test_it_is_deterministic_and_goes_on_where_it_was_broken_off(tmp_path, recover):
     """With biases, which lie in the state only where layers are recovered."""
@@ -246,6 +274,13 @@ def test_the_checkpoint_is_one_of_plain_transformers(tmp_path):
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         assert_same_bits(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens()).logits, model(tokens()).logits, "loaded again")
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_rounding_of_small_floats_is_no_other_model(dtype):
+    model = tiny("llama").to(dtype)
+    report = compress(model, tokens(), sparsity="2:4", method="wanda", permute=True)
+    assert report.unpermuted == {} and len(report.permuted) == 4 and bool(model(tokens()).logits.isfinite().all())
 
 
 def test_low_bits_and_shared_places():
