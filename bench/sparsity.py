@@ -1,11 +1,12 @@
 """What sparse and low-bit weights change in a model's answers: ``python -m bench.sparsity [--model NAME] [--json PATH] [--plot PATH]``.
 
 Each entry compresses the model anew: ``method pattern weights`` ("sparsegpt 2:4 int4"), with "dense" for no pattern and "float" for no
-format; "sparsegpt+100" trains each pruned layer for 100 steps (``recover``); "nearest dense int4" is ``taut.swap`` alone. Activations
-stay float. KL divergence, share of positions whose most likely word is the same and perplexity on text that calibration does not see,
-with standard errors; bytes of the layers in canonical form, for each weight in bits. Nothing is timed but how long compressing took. JSON
-lines: op (sparsity), case (the model), format (the entry), bits, bytes, kl, kl_stderr, same_top, ppl_float, ppl, layer_error, seconds,
-calibration_tokens, tokens, text, commit, machine, torch, run.
+format; "sparsegpt+100" trains each pruned layer for 100 steps (``recover``), "sparsegpt~p" and "sparsegpt+100~p" put channels in a better
+order first (``permute``); "nearest dense int4" is ``taut.swap`` alone. Activations stay float. KL divergence, share of positions whose
+most likely word is the same and perplexity on text that calibration does not see, with standard errors; bytes of the layers in canonical
+form, for each weight in bits. Nothing is timed but how long compressing took. JSON lines: op (sparsity), case (the
+model), format (the entry), bits, bytes, kl, kl_stderr, same_top, ppl_float, ppl, layer_error, seconds, calibration_tokens, tokens, text,
+commit, machine, torch, run.
 """
 
 from __future__ import annotations
@@ -46,23 +47,26 @@ _WINDOW, _WINDOWS = 512, 8
 _SEQUENCES, _LENGTH = 32, 256
 
 
-def parse(entry: str) -> tuple[str, int, str | None, str | None]:
-    """Method, steps of recovery, pattern and weights of an entry. Raises ``ValueError`` for what is none."""
+def parse(entry: str) -> tuple[str, int, bool, str | None, str | None]:
+    """Method, steps of recovery, whether channels are permuted, pattern and weights. Raises ``ValueError`` for what is no entry."""
     parts = entry.split()
-    method, plus, steps = parts[0].partition("+") if parts else ("", "", "")
+    how = parts[0] if parts else ""
+    method, plus, steps = how.removesuffix("~p").partition("+")
     if len(parts) != 3 or method not in ("nearest", *METHODS) or steps.isdigit() != bool(plus):
         raise ValueError(f"unknown entry {entry!r}; known for example: {', '.join(ENTRIES[:4])}")
     _, pattern, weights = parts
-    return method, int(steps or 0), None if pattern == "dense" else pattern, None if weights == "float" else weights
+    return method, int(steps or 0), how.endswith("~p"), None if pattern == "dense" else pattern, None if weights == "float" else weights
 
 
 def apply(model: nn.Module, entry: str, ids: torch.Tensor) -> tuple[float | None, list[str]]:
     """Compresses the model in place: the layers' mean error, if it is known, and their names."""
-    method, steps, pattern, weights = parse(entry)
+    method, steps, permute, pattern, weights = parse(entry)
     if method == "nearest":
         report = taut.swap(model, weights, activations="float", fuse=False)
         return None, [layer.name for layer in report.swapped]
-    found = compress(model, ids, sparsity=pattern, weights=weights, method=method, recover=steps, activations="float")
+    found = compress(
+        model, ids, sparsity=pattern, weights=weights, method=method, permute=permute, recover=steps, activations="float"
+    )  # fmt: skip
     return found.mean_error, [layer.name for layer in found.layers]
 
 

@@ -327,10 +327,29 @@ def test_compress_writes_floats_with_zeros(taut, checkpoint, tmp_path):
     assert Pattern(4, 8).holds(loaded.model.layers[1].mlp.up_proj.weight)
 
 
+def test_compress_permutes_channels(taut, checkpoint, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog, and then it sleeps. " * 40)
+    arguments = ("--calibration", text, "--sequences", 4, "--length", 32, "--weights", "none", "--method", "magnitude")
+    outs = {}
+    for name, more in (("plain", ()), ("permuted", ("--permute",))):
+        code, outs[name], err = taut("compress", checkpoint, tmp_path / name, *arguments, *more)
+        assert code == 0, err
+    assert "permuted: 4 linear layers keep" in outs["permuted"] and "permuted" not in outs["plain"].replace(str(tmp_path), "")
+    plain, permuted = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).model.layers[1].mlp.down_proj.weight for name in outs
+    )
+    assert Pattern(2, 4).holds(permuted) and float(permuted.abs().sum()) > 1.005 * float(plain.abs().sum())
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("--sequences", 1000), "the calibration text is too short"),
+        (
+            ("--permute", "--sparsity", "none", "--method", "gptq", "--sequences", 2, "--length", 32),
+            "permute orders channels for a sparsity pattern",
+        ),
         (("--method", "guess", "--sequences", 2, "--length", 32), "unknown method"),
         (("--sparsity", "none", "--sequences", 2, "--length", 32), "sparsegpt prunes: give sparsity"),
     ],

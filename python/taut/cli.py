@@ -185,6 +185,9 @@ def compress(
     group_size: GroupSize = None,
     activations: Activations = "auto",
     method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, or gptq (dense)")] = "sparsegpt",
+    permute: Annotated[
+        bool, typer.Option("--permute", help="reorder channels so that pruning keeps more; the model stays the same model")
+    ] = False,
     recover: Annotated[int, typer.Option(help="steps of training for each pruned layer; slow, and much better", min=0)] = 0,
     sequences: Annotated[int, typer.Option(help="of the calibration text", min=1)] = 64,
     length: Annotated[int, typer.Option(help="of a sequence, in tokens", min=2)] = 512,
@@ -210,8 +213,8 @@ def compress(
         model, _ = models.load_model(found, dtype, None, progress)
         report = compress_model(
             model, ids, sparsity=None if sparsity in none else sparsity, weights=None if weights in none else weights,
-            group_size=group_size, activations=activations, method=method, recover=recover, skip=skip, state=state,
-            progress=progress,
+            group_size=group_size, activations=activations, method=method, permute=permute, recover=recover, skip=skip,
+            state=state, progress=progress,
         )  # fmt: skip
         progress(1, 1, f"writing {target}")
         if weights in none:

@@ -132,6 +132,12 @@ class Statistics:
         """Of each input channel over all tokens: float32 ``[K]``."""
         return self.gram.diagonal().clamp(min=0).sqrt().float()
 
+    def reordered(self, order: Tensor) -> Statistics:
+        """Of the same tokens with their channels in this order."""
+        other = object.__new__(Statistics)
+        other.gram, other.tokens = self.gram[order[:, None], order], self.tokens
+        return other
+
 
 @torch.no_grad()
 def gather(inputs: Inputs, layer: nn.Module, index: int, linears: dict[str, nn.Linear]) -> dict[str, Statistics]:

@@ -20,6 +20,8 @@ from ..nn import PackedWeight, QuantLinear, SparseLinear
 from ..ops.pack_sparse import pack_sparse
 from ..swap import matches
 from .calibration import Inputs, Statistics, decoder_layers, gather
+from .permutation import permute as permute_layer
+from .permutation import reorder
 from .recovery import recover as recover_layer
 from .solver import Solved, by_error, by_score, error_of
 
@@ -41,13 +43,17 @@ class LayerReport:
 @dataclass
 class CompressReport:
     """What ``compress`` did. ``kept``: linear layers left alone, and why. ``recovered``: of each decoder layer the error of its output
-    against the dense model's before and after recovery, a share of the output's energy."""
+    against the dense model's before and after recovery, a share of the output's energy. ``permuted``: of each linear layer whose pruning
+    another order of channels changed, the share of its importance (by the method's own score) that is kept without and with it;
+    ``unpermuted``: modules whose channels stay as they were, and why."""
 
     method: str
     format: str
     layers: list[LayerReport] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
     recovered: dict[str, tuple[float, float]] = field(default_factory=dict)
+    permuted: dict[str, tuple[float, float]] = field(default_factory=dict)
+    unpermuted: dict[str, str] = field(default_factory=dict)
 
     @property
     def mean_error(self) -> float:
@@ -63,14 +69,19 @@ class CompressReport:
         if self.recovered:
             first, last = (sum(column) / len(self.recovered) for column in zip(*self.recovered.values(), strict=True))
             lines.append(f"recovery: the decoder layers' mean error {first:.2%} -> {last:.2%}")
-        return "\n".join(lines + [f"kept {name}: {reason}" for name, reason in self.kept.items()])
+        if self.permuted:
+            first, last = (sum(column) / len(self.permuted) for column in zip(*self.permuted.values(), strict=True))
+            lines.append(f"permuted: {len(self.permuted)} linear layers keep {first:.2%} -> {last:.2%} of their importance")
+        lines += [f"kept {name}: {reason}" for name, reason in self.kept.items()]
+        return "\n".join(lines + [f"not permuted {name}: {reason}" for name, reason in self.unpermuted.items()])
 
 
 @torch.no_grad()
 def compress(
     model: nn.Module, ids: Tensor, *, sparsity: str | None = "2:4", weights: str | None = None, group_size: int | None = None,
-    activations: str = "auto", method: str = "sparsegpt", recover: int = 0, skip: Sequence[str] | None = None, damping: float = 0.01,
-    batch: int = 4, state: str | os.PathLike | None = None, progress: Callable[[int, int, str], None] | None = None,
+    activations: str = "auto", method: str = "sparsegpt", permute: bool = False, recover: int = 0, skip: Sequence[str] | None = None,
+    damping: float = 0.01, batch: int = 4, state: str | os.PathLike | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> CompressReport:  # fmt: skip
     """Makes the linear layers in the decoder layers of ``model`` sparse, low-bit or both, in place.
 
@@ -78,6 +89,8 @@ def compress(
     ``weights``: "int4" or "int8" (then layers become ``SparseLinear``, or ``QuantLinear`` without sparsity), or None: they stay
     ``nn.Linear`` with zeros. ``method``: "magnitude" (needs no text, but reports errors on it), "wanda" (arXiv 2306.11695), "sparsegpt"
     (2301.00774: pruning and rounding, jointly), "gptq" (2210.17323: rounding alone). ``skip``: patterns of names to leave alone.
+    ``permute``: before a decoder layer is pruned, the channels within its MLP and within its heads' values are put in an order of which the
+    pattern keeps more (``permutation.permute``); the model computes the same, stays loadable as it was, and costs nothing more to run.
     ``recover``: so many steps of training of each decoder layer, alone, once it is pruned and before it is rounded: what is kept, norms
     and biases are fitted to what the dense model gave (``recovery.recover``; a float32 model). It takes much longer and helps much.
     Embeddings, the output head and, without ``recover``, norms are never touched.
@@ -87,7 +100,7 @@ def compress(
     decoder layer is written there, and a run that was broken off goes on after the last one. Raises ``ValueError`` for settings that do
     not fit, a model without one list of decoder layers, and a state of another model, text or settings.
     """
-    pattern, format = _check(model, ids, sparsity, weights, group_size, method, recover, damping, batch)
+    pattern, format = _check(model, ids, sparsity, weights, group_size, method, permute, recover, damping, batch)
     target = SparseFormat(format, pattern) if pattern is not None and format is not None else format
     name_of_list, layers = decoder_layers(model)
     chosen, kept = _choose(layers, name_of_list, pattern, list(skip or ()))
@@ -96,6 +109,8 @@ def compress(
         "sparsity": sparsity, "weights": None if format is None else str(format), "method": method, "damping": damping, "batch": batch,
         "skip": sorted(skip or ()), "recover": recover, "version": 2,
     }  # fmt: skip
+    if permute:  # WHY not always: a state that was begun before there was such a setting still is of the same run
+        settings["permute"] = True
     store = None if state is None else _State(Path(state), {**settings, "model": _fingerprint(model), "text": _hash(ids)})
     was_training = model.training
     model.eval()
@@ -113,9 +128,11 @@ def compress(
             done = _Layer()
             if linears:
                 targets = None if dense is None else dense.hidden
-                done = _compress_layer(inputs, layer, index, linears, targets, recover, pattern, format, target, method, damping)
+                done = _compress_layer(inputs, layer, index, linears, targets, permute, recover, pattern, format, target, method, damping)
             if store is not None:
                 store.save(index, done)
+        elif done.orders:
+            reorder(layer, done.orders, pattern.m)
         for name, part in done.parts.items():
             linears[name].weight.copy_(part.weight)
         for name, vector in done.vectors.items():
@@ -123,6 +140,8 @@ def compress(
         report.layers += done.reports
         if done.recovered is not None:
             report.recovered[f"{name_of_list}.{index}"] = done.recovered
+        report.permuted |= done.permuted
+        report.unpermuted |= {f"{name_of_list}.{index}.{name}".rstrip("."): reason for name, reason in done.unpermuted.items()}
         solved |= {name: Solved(part.weight[:0], part.mask, part.codes, part.scales) for name, part in done.parts.items()}
         inputs.advance(layer, index)
     if format is not None:
@@ -137,21 +156,28 @@ def compress(
 
 @dataclass
 class _Layer:
-    """What became of a decoder layer: its linear layers, and after recovery its vectors (norms, biases) by their names in it."""
+    """What became of a decoder layer: its linear layers, and after recovery its vectors (norms, biases) by their names in it; before all of
+    that the order of its channels."""
 
     parts: dict[str, Solved] = field(default_factory=dict)
     reports: list[LayerReport] = field(default_factory=list)
     vectors: dict[str, Tensor] = field(default_factory=dict)
     recovered: tuple[float, float] | None = None
+    orders: dict[str, Tensor] = field(default_factory=dict)
+    permuted: dict[str, tuple[float, float]] = field(default_factory=dict)
+    unpermuted: dict[str, str] = field(default_factory=dict)
 
 
 def _compress_layer(
-    inputs: Inputs, layer: nn.Module, index: int, linears: dict[str, nn.Linear], targets: list[Tensor] | None, recover: int,
-    pattern: Pattern | None, format: WeightFormat | None, target: Any, method: str, damping: float,
+    inputs: Inputs, layer: nn.Module, index: int, linears: dict[str, nn.Linear], targets: list[Tensor] | None, permute: bool,
+    recover: int, pattern: Pattern | None, format: WeightFormat | None, target: Any, method: str, damping: float,
 ) -> _Layer:  # fmt: skip
     """``targets``: where it is to be recovered, what the layer gave in the dense model."""
     done = _Layer()
     statistics = gather(inputs, layer, index, linears)
+    if permute:
+        found = permute_layer(inputs, layer, index, linears, statistics, pattern, method, damping)
+        done.orders, done.permuted, done.unpermuted = found
     weights = {name: linear.weight.float().clone() for name, linear in linears.items()}
     for name, weight in weights.items():
         done.parts[name] = _solve(weight, statistics[name], pattern, None if targets else format, method, damping)
@@ -178,6 +204,7 @@ def _check(
     weights: str | None,
     group_size: int | None,
     method: str,
+    permute: bool,
     recover: int,
     damping: float,
     batch: int,
@@ -190,6 +217,8 @@ def _check(
         raise ValueError("gptq rounds dense weights: give weights and no sparsity; sparsegpt does both")
     if method != "gptq" and sparsity is None:
         raise ValueError(f"{method} prunes: give sparsity; gptq rounds dense weights")
+    if not isinstance(permute, bool) or (permute and sparsity is None):
+        raise ValueError(f"permute orders channels for a sparsity pattern: True, with sparsity, or False; got {permute!r}")
     if recover < 0 or (recover and sparsity is None):
         raise ValueError(f"recover is a number of steps that a pruned layer is trained: 0 or more, and with sparsity; got {recover}")
     if recover and any(parameter.dtype != torch.float32 for parameter in model.parameters()):
@@ -344,4 +373,5 @@ class _State:
             return None
         content = torch.load(self._path(index), weights_only=True)
         parts = {name: Solved(**part) for name, part in content["parts"].items()}
-        return _Layer(parts, [LayerReport(**each) for each in content["reports"]], content["vectors"], content["recovered"])
+        reports = [LayerReport(**each) for each in content["reports"]]
+        return _Layer(**{**content, "parts": parts, "reports": reports})
