@@ -36,6 +36,8 @@ constexpr const char* refused_activations(Format format, int64_t activations) {
     case Format::kInt8: return 0 <= activations && activations <= 2 ? nullptr : "int8 weights take activations 0 (float), 1 (int8) or 2 (int8_row)";
     case Format::kFp8E4M3: return activations == 0 || activations == 3 ? nullptr : "fp8_e4m3 weights take activations 0 (float) or 3 (fp8_row)";
     case Format::kFp8Block: return activations == 0 ? nullptr : "fp8_block weights take activations 0 (float)";
+    case Format::kFp16:
+    case Format::kBf16: return activations == 0 ? nullptr : "fp16 and bf16 weights take activations 0 (float)";
     default: return activations == 0 || activations == 1 ? nullptr : "weights of up to 4 bits take activations 0 (float) or 1 (int8)";
   }
 }
