@@ -11,13 +11,14 @@ from torch import Tensor
 from cases import DTYPE_CODES, DTYPES, LinearCase, LinearInputs, covering_set
 from taut.formats import ACTIVATIONS, NumberFormat, WeightFormat
 from taut.formats.sparse import Pattern, SparseCanonical, SparseFormat, densify, sparsify
-from taut.ops.pack_sparse import pack_sparse
 from taut.nn.sparse_linear import numbers_or_codes
+from taut.ops.pack_sparse import pack_sparse
 
 PATTERNS = tuple(Pattern(n, m, v) for n, m in ((2, 4), (1, 4), (2, 8), (4, 8)) for v in (1, 8, 16))
 NUMBERS = (NumberFormat("fp16"), NumberFormat("bf16"))
 WEIGHTS = (
-    *(WeightFormat(name, group) for name, groups in (("int8", (0, 32, 128)), ("int4", (32, 64, 0)), ("fp8_e4m3", (0, 64))) for group in groups),
+    *(WeightFormat(name, group) for name, group in (("int8", 0), ("int8", 32), ("int8", 128), ("int4", 32), ("int4", 64), ("int4", 0))),
+    *(WeightFormat("fp8_e4m3", group) for group in (0, 64)),
     *NUMBERS,
 )
 
@@ -102,7 +103,7 @@ def sparse_cases() -> tuple[SparseCase, ...]:
 # Besides, what the special kernels take, in every format and with both kinds of activations.
 SPECIAL = tuple(
     SparseCase(m, n, k, SparseFormat(weights, pattern), "float", dtype, m % 2 == 0)
-    for m, dtype in ((1, torch.float32), (2, torch.bfloat16), (7, torch.float16), (8, torch.float32), (33, torch.bfloat16), (60, torch.float16))
+    for m, dtype in zip((1, 2, 7, 8, 33, 60), (torch.float32, torch.bfloat16, torch.float16) * 2, strict=True)
     for n, k in ((16, 256), (72, 1032), (9, 96))
     for weights in NUMBERS
     for pattern in (Pattern(2, 4), Pattern(2, 4, 16), Pattern(4, 8, 8))
@@ -118,7 +119,8 @@ SPECIAL = tuple(
 
 def cuda_cases() -> tuple[SparseCase, ...]:
     """What CUDA kernels take: float activations; every tile, ragged in all ways, and deep enough for their pipelines to go around."""
-    weights = (*(WeightFormat(name, group) for name in ("int4", "int8") for group in (32, 64, 128, 0)), WeightFormat("fp8_e4m3", 64), *NUMBERS)
+    weights = (*(WeightFormat(name, group) for name in ("int4", "int8") for group in (32, 64, 128, 0)), WeightFormat("fp8_e4m3", 64))
+    weights = (*weights, *NUMBERS)
     rows = covering_set(
         (
             (1, 7, 13, 30, 50, 130), ((16, 128), (72, 1032), (136, 2304), (40, 4), (200, 524)), weights, PATTERNS,

@@ -104,12 +104,14 @@ struct Kept {
           reinterpret_cast<const uint32_t*>(places_at) + tile * SparseTiles::kTilePlaces + n % 64 / 32 * 128 + (g * 4 + n % 32 / 16 * 2) * 4 + step;
       places[0] = (words[0] >> (16 * upper) & 0xffffu) | words[4] >> (16 * upper) << 16;
       if constexpr (!is_16bit(kFormat))
-        scale = __half2float(reinterpret_cast<const __half*>(args.packed + args.scales_begin)[(int64_t{n / 64} * args.groups + group) * 64 + g * 8 + n % 64 / 8]);
+        scale =
+            __half2float(reinterpret_cast<const __half*>(args.packed + args.scales_begin)[(int64_t{n / 64} * args.groups + group) * 64 + g * 8 + n % 64 / 8]);
     } else {
       const int code_at = block * kCodeBytes, place_at = block * kPlaceBytes;
       load_bytes<kCodeBytes>(codes, args.packed + int64_t{n} * args.row_bytes + code_at, args.row_bytes - code_at);
       load_bytes<kPlaceBytes>(places, places_at + int64_t{n >> args.shared_shift} * args.meta_row_bytes + place_at, args.meta_row_bytes - place_at);
-      if constexpr (!is_16bit(kFormat)) scale = __half2float(reinterpret_cast<const __half*>(args.packed + args.scales_begin)[int64_t{n} * args.groups + group]);
+      if constexpr (!is_16bit(kFormat))
+        scale = __half2float(reinterpret_cast<const __half*>(args.packed + args.scales_begin)[int64_t{n} * args.groups + group]);
     }
   }
   TAUT_DEVICE float number(int j) const {

@@ -153,8 +153,8 @@ void run_numbers_small(const Params& p) {
           int64_t done = 0;
           for (; done + kAtOnce <= count; done += kAtOnce) {
             const uint8_t* at = p.packed + (strip + done) * strip_bytes;
-            multiply_numbers<Isa, Shape, kBf16, kRows, kVectors>(at, Isa::kStrips > 1 ? strip_bytes : 0, Isa::kStrips * strip_bytes, blocks,
-                                                                 x + r * padded_k, totals);
+            multiply_numbers<Isa, Shape, kBf16, kRows, kVectors>(at, Isa::kStrips > 1 ? strip_bytes : 0, Isa::kStrips * strip_bytes, blocks, x + r * padded_k,
+                                                                 totals);
             store(strip + done, kAtOnce);
           }
           for (; done < count; done += Isa::kStrips) {  // a strip alone is paired with itself

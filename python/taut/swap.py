@@ -41,9 +41,7 @@ def make_rule(
     if weights is None:
         return Rule(None, activations)
     if not isinstance(weights, str) or weights not in (*FORMATS, *SPARSE_KINDS):
-        raise ValueError(
-            f"unknown weight format {weights!r}; accepted: {', '.join(FORMATS)}; {' and '.join(SPARSE_KINDS)} with sparsity"
-        )
+        raise ValueError(f"unknown weight format {weights!r}; accepted: {', '.join(FORMATS)}; {' and '.join(SPARSE_KINDS)} with sparsity")
     if not isinstance(zeros, bool):
         raise ValueError(f"zeros must be True or False, got {zeros!r}")
     if not isinstance(group_size, (int, type(None))):
@@ -355,8 +353,8 @@ def swap(
     fuses what can be, True asks for at least one, False leaves them alone. ``strict``: every decoder layer must be fused.
     ``attention``: a transformers model then attends by taut's ops too, as after ``model.set_attn_implementation("taut")``.
     ``sparsity``: "2:4", "1:4", "2:8", "4:8", or with 8 or 16 rows that share places "16:2:4": the layers become ``SparseLinear``,
-    with int8, int4 or fp8_e4m3 weights without zeros, or with "fp16" or "bf16", which round to 16 bits alone. A weight that holds to the pattern keeps its nonzeros; of another one the
-    largest of each block are kept, which costs much more than low bits do.
+    with int8, int4 or fp8_e4m3 weights without zeros, or with "fp16" or "bf16", which round to 16 bits alone. A weight that holds to
+    the pattern keeps its nonzeros; of another one the largest of each block are kept, which costs much more than low bits do.
     ``progress(done, total, name)`` is called before each layer. The output head is swapped only by ``lm_head``, or if a rule
     names it; one that is tied then gets low bits of its own beside the float embeddings. Other tied weights and modules taut
     does not know are kept, and named with their reason in the returned report. Raises ``ValueError`` for bad settings, a

@@ -76,8 +76,9 @@ def compress(
 
     ``ids``: calibration text, int64 ``[sequences, tokens]`` (``calibration_ids``). ``sparsity``: "2:4", "16:2:4" and the like, or None.
     ``weights``: "int4" or "int8" (then layers become ``SparseLinear``, or ``QuantLinear`` without sparsity), with sparsity "fp16" or
-    "bf16" (``SparseLinear``, what is kept rounded to 16 bits alone), or None: they stay ``nn.Linear`` with zeros. ``method``: "magnitude" (needs no text, but reports errors on it), "wanda" (arXiv 2306.11695), "sparsegpt"
-    (2301.00774: pruning and rounding, jointly), "gptq" (2210.17323: rounding alone). ``skip``: patterns of names to leave alone.
+    "bf16" (``SparseLinear``, what is kept rounded to 16 bits alone), or None: they stay ``nn.Linear`` with zeros. ``method``: "magnitude"
+    (needs no text, but reports errors on it), "wanda" (arXiv 2306.11695), "sparsegpt" (2301.00774: pruning and rounding, jointly), "gptq"
+    (2210.17323: rounding alone). ``skip``: patterns of names to leave alone.
     ``recover``: so many steps of training of each decoder layer, alone, once it is pruned and before it is rounded: what is kept, norms
     and biases are fitted to what the dense model gave (``recovery.recover``; a float32 model). It takes much longer and helps much.
     Embeddings, the output head and, without ``recover``, norms are never touched.

@@ -87,9 +87,9 @@ class Pattern:
 class SparseCanonical(NamedTuple):
     """A sparse weight ``[N, K]`` in canonical form, row-major, of which ``Kk = K * n / m`` are kept in a row.
 
-    ``codes``: of ``[N, Kk]``, as the dense format has them, or the numbers themselves, float16 or bfloat16. ``scales``: of ``[N, K]``, as the
-    dense format has them; groups count the dense k. None beside numbers. ``meta``: uint8 ``[ceil(N / v), ceil(Kk * b / 8)]``: places within their m, ascending, b = 2 (m = 4) or 3 (m = 8) bits each, a
-    little-endian string.
+    ``codes``: of ``[N, Kk]``, as the dense format has them, or the numbers themselves, float16 or bfloat16. ``scales``: of ``[N, K]``, as
+    the dense format has them; groups count the dense k. None beside numbers. ``meta``: uint8 ``[ceil(N / v), ceil(Kk * b / 8)]``: places
+    within their m, ascending, b = 2 (m = 4) or 3 (m = 8) bits each, a little-endian string.
     """
 
     codes: Tensor

@@ -18,8 +18,9 @@ def sparse_linear(
     """``x [..., K]`` times a packed sparse weight ``[N, K]``, plus ``bias [N]``: ``[..., N]`` in the dtype of x.
 
     ``x``: float32, bfloat16 or float16; sums are float32. ``packed``: from ``pack_sparse``. ``activations``: as ``quant_linear`` takes
-    them for the dense format; beside weights of 16 bits, and on CUDA, "float" alone, which "auto" is there. Where a weight is not kept, NaN and infinities of x may count
-    or not. A row's result does not depend on the rows around it: on the CPU in a given impl, on CUDA within ``taut.batch_invariant()``.
+    them for the dense format; beside weights of 16 bits, and on CUDA, "float" alone, which "auto" is there. Where a weight is not kept,
+    NaN and infinities of x may count or not. A row's result does not depend on the rows around it: on the CPU in a given impl, on CUDA
+    within ``taut.batch_invariant()``.
     Differentiable in ``x`` and ``bias``. Raises ``ValueError`` for wrong shapes, dtypes or devices.
     """
     if x.dim() < 1:
