@@ -37,9 +37,8 @@ constexpr Format kNumbers = Format::kFp16;
 template <Format kFormat, bool kGroup32, class Tile>
 struct SparseStage {
   static constexpr int kTileBytes = static_cast<int>(512 * code_bits(kFormat)), kPlaceBytes = SparseTiles::kTilePlaces * 4;
-  static constexpr int kGroups = kFormat == kNumbers ? 0
-                                 : kGroup32          ? 4
-                                                     : 2;  // rows of 64 scales for a tile of 128 k. WHY not 1 for larger groups: half the kernels
+  // Rows of 64 scales for a tile of 128 k. WHY not 1 for larger groups: half the kernels
+  static constexpr int kGroups = kFormat == kNumbers ? 0 : 2 << kGroup32;
   static constexpr int kTiles = Tile::kTilesN64 * Tile::kWarpsK;
   static constexpr int kXChunks = Tile::kTileM * Tile::kWarpsK * 16;
   static constexpr int kCodeChunks = kTiles * (kTileBytes / 16), kPlaceChunks = kTiles * (kPlaceBytes / 16), kScaleChunks = kTiles * kGroups * 8;

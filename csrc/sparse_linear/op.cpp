@@ -32,12 +32,20 @@ const char* dense_avx2(const Params& p) { return cpu_features().avx2 ? codes(p) 
 const char* vectors_avx2(const Params& p) { return cpu_features().avx2 ? needs_vectors(p) : "this processor has no AVX2 with FMA and F16C"; }
 const char* vectors_avx512vnni(const Params& p) { return cpu_features().avx512vnni ? needs_vectors(p) : "this processor has no AVX-512 VNNI"; }
 
-const char* numbers_avx2(const Params& p) {
-  if (!cpu_features().avx2) return "this processor has no AVX2 with FMA and F16C";
-  return is_16bit(p.weight.format) ? nullptr : "it computes with 16-bit weights";
+const char* needs_numbers(const Params& p) { return is_16bit(p.weight.format) ? nullptr : "it computes with 16-bit weights"; }
+const char* numbers_avx2(const Params& p) { return cpu_features().avx2 ? needs_numbers(p) : "this processor has no AVX2 with FMA and F16C"; }
+const char* numbers_avx512bw(const Params& p) { return cpu_features().avx512bw ? needs_numbers(p) : "this processor has no AVX-512 BW"; }
+const char* number_pairs_avx512bw(const Params& p) {
+  return p.pattern.v == 8 ? "it computes where each row has places of its own, or 16 share them" : numbers_avx512bw(p);
 }
+
 // Where rows share places, only what is kept is multiplied, for any number of rows of x.
 const char* few_rows_of_numbers(const Params& p) { return p.M <= 8 || p.pattern.v > 1 ? nullptr : "for this many rows of x unpacked panels are faster"; }
+const char* some_rows_of_numbers(const Params& p) {
+  if (p.M == 1 && cpu_features().avx2) return "for one row of x AVX2 is faster";
+  return few_rows_of_numbers(p);
+}
+const char* many_rows_of_numbers(const Params& p) { return few_rows_of_numbers(p) ? nullptr : "multiplying what is kept alone is faster here"; }
 
 // One row of x: memory binds, and AVX2, a strip a vector, reads it 15 to 30% faster. Beyond some rows of x making w dense costs less than
 // picking x for each row of w.
@@ -59,6 +67,8 @@ constexpr Impl<Params> kImpls[] = {
     {"cpu_avx512vnni.int8_rows", rows_avx512vnni, few_rows, cpu_avx512vnni::run_rows},
     {"cpu_avx2.int8_vectors", vectors_avx2, without_amx, cpu_avx2::run_vectors},
     {"cpu_avx2.int8_rows", rows_avx2, few_rows_avx2, cpu_avx2::run_rows},
+    {"cpu_avx512bw.float_small", number_pairs_avx512bw, some_rows_of_numbers, cpu_float_avx512bw::run_small},
+    {"cpu_avx512bw.float_tile", numbers_avx512bw, many_rows_of_numbers, cpu_float_avx512bw::run_tile},
     {"cpu_avx2.float_small", numbers_avx2, few_rows_of_numbers, cpu_float_avx2::run_small},
     {"cpu_avx2.float_tile", numbers_avx2, always, cpu_float_avx2::run_tile},
     {"cpu_avx2.dense", dense_avx2, always, cpu_avx2::run_dense},

@@ -39,6 +39,10 @@ namespace cpu_float_avx2 {
 void run_small(const Params&);
 void run_tile(const Params&);
 }  // namespace cpu_float_avx2
+namespace cpu_float_avx512bw {
+void run_small(const Params&);  // not v = 8
+void run_tile(const Params&);
+}  // namespace cpu_float_avx512bw
 
 // ---- CUDA -------------------------------------------------------------------------------------------------------------
 

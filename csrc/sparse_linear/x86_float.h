@@ -143,7 +143,7 @@ void run_numbers_small(const Params& p) {
         r = 0;
         for_row_blocks<Shape>(rows, [&]<int kRows>() {
           // Enough sums for the latency of an fma, and few enough for the registers.
-          constexpr int kMost = kRows == 8 ? 1 : kRows == 4 || (kRows == 2 && Shape::kShared) ? 2 : 4;
+          constexpr int kMost = kRows == 8 ? 1 : kRows == 1 ? 4 : 2;
           constexpr int kVectors = kMost > kStripsAtOnce / Isa::kStrips ? kStripsAtOnce / Isa::kStrips : kMost, kAtOnce = kVectors * Isa::kStrips;
           alignas(64) float totals[kAtOnce * kRows * 8];
           const auto store = [&](int64_t begin, int64_t made) {
