@@ -122,15 +122,15 @@ TAUT_DEVICE float number_of(uint32_t code) {
 
 // The kept number j of row n, times its scale.
 template <Format kFormat, bool kTiled>
-TAUT_DEVICE float load_kept(const SparseTiles& w, const uint8_t* packed, int64_t n, int64_t j, float scale) {
+TAUT_DEVICE float load_kept(const SparseTiles& w, int64_t row_bytes, const uint8_t* packed, int64_t n, int64_t j, float scale) {
   uint32_t code;
   if constexpr (is_16bit(kFormat)) {
-    const int64_t at = kTiled ? w.kept_tiles().code_offset(n, j) : n * w.kept_row_bytes() + j * 2;
+    const int64_t at = kTiled ? w.kept_tiles().code_offset(n, j) : n * row_bytes + j * 2;
     return number_of<kFormat>(*reinterpret_cast<const uint16_t*>(packed + at));
   }
   if constexpr (kTiled) code = packed[w.kept_tiles().code_offset(n, j)] >> w.kept_tiles().code_shift(n, j);
-  else if constexpr (kFormat == Format::kInt4) code = packed[n * w.kept_row_bytes() + j / 2] >> j % 2 * 4;
-  else code = packed[n * w.kept_row_bytes() + j];
+  else if constexpr (kFormat == Format::kInt4) code = packed[n * row_bytes + j / 2] >> j % 2 * 4;
+  else code = packed[n * row_bytes + j];
   return __fmul_rn(number_of<kFormat>(code & (kFormat == Format::kInt4 ? 15 : 255)), scale);
 }
 
@@ -158,13 +158,13 @@ TAUT_DEVICE void store_8(T* out, const float (&values)[8], int64_t valid) {
 // What would be a division for every thread, counted once on the host.
 struct ExpandShape {
   SparseTiles w;
-  int64_t scales_begin, places_begin, meta_row_bytes;
+  int64_t scales_begin, places_begin, kept, row_bytes, meta_row_bytes;
   uint32_t groups;                // as they are stored
   int group_shift, shared_shift;  // log2 of the group's size, and of v
 
   explicit ExpandShape(const SparseTiles& w) : w(w) {
     scales_begin = w.is_tiled() ? w.kept_tiles().scales_begin() : w.scales_begin();
-    places_begin = w.places_begin(), meta_row_bytes = w.meta_row_bytes();
+    places_begin = w.places_begin(), kept = w.kept(), row_bytes = w.kept_row_bytes(), meta_row_bytes = w.meta_row_bytes();
     groups = static_cast<uint32_t>(w.is_tiled() ? w.kept_tiles().num_groups() : w.spec.num_groups());
     group_shift = w.spec.group_size == 0 ? 31 : w.spec.group_size == 32 ? 5 : w.spec.group_size == 64 ? 6 : 7;
     shared_shift = w.pattern.v == 16 ? 4 : w.pattern.v == 8 ? 3 : 0;
@@ -175,7 +175,8 @@ struct ExpandShape {
 template <Format kFormat, bool kTiled, int kKept, class T>
 __global__ void __launch_bounds__(kThreads) expand_kernel(ExpandShape shape, const uint8_t* __restrict__ packed, int64_t row_begin, int64_t row_end,
                                                           T* __restrict__ out /* [row_end - row_begin, K] */) {
-  const SparseTiles& w = shape.w;
+  // WHY the pattern again: of one that the compiler knows, it makes no divisions, which are function calls (and spills, on sm_120).
+  const SparseTiles w = kTiled ? SparseTiles{shape.w.spec, {2, 4, 1}} : shape.w;
   const int per_row = static_cast<int>((w.spec.K + 7) / 8);
   for (int64_t n = row_begin + blockIdx.y; n < row_end; n += gridDim.y)
     for (int block = blockIdx.x * kThreads + threadIdx.x; block < per_row; block += gridDim.x * kThreads) {
@@ -192,8 +193,8 @@ __global__ void __launch_bounds__(kThreads) expand_kernel(ExpandShape shape, con
       float values[8] = {};
 #pragma unroll
       for (int j = 0; j < kKept; j++) {
-        if (first + j >= w.kept()) break;
-        int at;  // within the 8
+        if ((kTiled || kKept == 2) && first + j >= shape.kept) break;  // 4:8 keeps 4 of every 8 to the end
+        int at;                                                        // within the 8
         if constexpr (kTiled) {
           at = j / 2 * 4 + static_cast<int>(pairs >> 2 * j & 3);
         } else {
@@ -201,7 +202,7 @@ __global__ void __launch_bounds__(kThreads) expand_kernel(ExpandShape shape, con
           at = bits_at(places, int64_t{first + j} * bits, bits);
           if (w.pattern.m == 4) at += j * 4;  // 1:4
         }
-        const float value = load_kept<kFormat, kTiled>(w, packed, n, first + j, scale);
+        const float value = load_kept<kFormat, kTiled>(w, shape.row_bytes, packed, n, first + j, scale);
 #pragma unroll
         for (int e = 0; e < 8; e++)
           if (e == at) values[e] = value;
