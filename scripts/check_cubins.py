@@ -39,6 +39,7 @@ EXPECTED = (
     Rule("cuda_sm75", "unpack_kernel|dequantize_kernel", (LOAD,)),
     Rule("cuda_sm75", "expand_kernel", (STORE,)),
     Rule("cuda_sm75", "(check|pack|unpack)_places_kernel|copy_kernel", ()),  # places of sparse weights, byte by byte
+    Rule("cuda_sm75", "(pack|unpack)_numbers_kernel", ()),  # and what is kept of them in 16 bits, a pair at a time
     Rule("cuda_sm75_quantize_rows", "quantize_rows", (LOAD, STORE)),
     Rule("cuda_sm75_simt", "simt", (LOAD, r"FFMA")),
     Rule("cuda_sm75_simt", "sparse_simt", (r"LDS\b", r"FFMA")),  # what a lane needs of w may be 2 to 16 bytes

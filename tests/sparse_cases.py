@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from cases import DTYPE_CODES, DTYPES, LinearCase, LinearInputs, covering_set
-from taut.formats import ACTIVATIONS, WeightFormat
+from taut.formats import ACTIVATIONS, NumberFormat, WeightFormat
 from taut.formats.sparse import Pattern, SparseCanonical, SparseFormat, densify, sparsify
+from taut.nn.sparse_linear import numbers_or_codes
 from taut.ops.pack_sparse import pack_sparse
-from taut.ops.quantize_weight import quantize_weight
 
 PATTERNS = tuple(Pattern(n, m, v) for n, m in ((2, 4), (1, 4), (2, 8), (4, 8)) for v in (1, 8, 16))
-WEIGHTS = tuple(
-    WeightFormat(name, group) for name, groups in (("int8", (0, 32, 128)), ("int4", (32, 64, 0)), ("fp8_e4m3", (0, 64))) for group in groups
+NUMBERS = (NumberFormat("fp16"), NumberFormat("bf16"))
+WEIGHTS = (
+    *(WeightFormat(name, group) for name, group in (("int8", 0), ("int8", 32), ("int8", 128), ("int4", 32), ("int4", 64), ("int4", 0))),
+    *(WeightFormat("fp8_e4m3", group) for group in (0, 64)),
+    *NUMBERS,
 )
 
 
@@ -74,10 +77,13 @@ def random_sparse(rows: int, k: int, format: SparseFormat, generator: torch.Gene
     mask = format.pattern.mask(torch.rand(rows, k, generator=generator))
     if rows:
         mask &= torch.rand(rows, k, generator=generator) < 0.97
-    parts = quantize_weight(torch.where(mask, w, 0.0), format.weights)
+    codes, scales = numbers_or_codes(torch.where(mask, w, 0.0), format)
     if format.weights.name == "int8" and rows:
-        parts.codes[torch.rand(rows, k, generator=generator) < 0.02] = -128
-    return sparsify(parts.codes, parts.scales, mask, format)
+        codes[torch.rand(rows, k, generator=generator) < 0.02] = -128
+    if not format.has_scales and rows:  # subnormal, and large
+        for size in (2.0**-20, 2.0**12):
+            codes[mask & (torch.rand(rows, k, generator=generator) < 0.02)] *= size
+    return sparsify(codes, scales, mask, format)
 
 
 def sparse_cases() -> tuple[SparseCase, ...]:
@@ -96,6 +102,12 @@ def sparse_cases() -> tuple[SparseCase, ...]:
 
 # Besides, what the special kernels take, in every format and with both kinds of activations.
 SPECIAL = tuple(
+    SparseCase(m, n, k, SparseFormat(weights, pattern), "float", dtype, m % 2 == 0)
+    for m, dtype in zip((1, 2, 7, 8, 33, 60), (torch.float32, torch.bfloat16, torch.float16) * 2, strict=True)
+    for n, k in ((16, 256), (72, 1032), (9, 96))
+    for weights in NUMBERS
+    for pattern in (Pattern(2, 4), Pattern(2, 4, 16), Pattern(4, 8, 8))
+) + tuple(
     SparseCase(m, n, k, SparseFormat(WeightFormat(name, group), pattern), activations, torch.float32, True)
     for m in (1, 4, 6, 27)
     for n, k in ((16, 256), (72, 1032), (9, 96))
@@ -123,6 +135,7 @@ def cuda_8bit_cases() -> tuple[SparseCase, ...]:
 def cuda_cases() -> tuple[SparseCase, ...]:
     """What CUDA kernels take: float activations; every tile, ragged in all ways, and deep enough for their pipelines to go around."""
     weights = (*(WeightFormat(name, group) for name in ("int4", "int8") for group in (32, 64, 128, 0)), WeightFormat("fp8_e4m3", 64))
+    weights = (*weights, *NUMBERS)
     rows = covering_set(
         (
             (1, 7, 13, 30, 50, 130), ((16, 128), (72, 1032), (136, 2304), (40, 4), (200, 524)), weights, PATTERNS,
@@ -132,7 +145,8 @@ def cuda_cases() -> tuple[SparseCase, ...]:
     )  # fmt: skip
     # so many units for the few rows that blocks take more of them than they have stages
     deep = ((1, (512, 4096), WeightFormat("int4", 128), torch.float16), (2, (640, 4096), WeightFormat("int8", 32), torch.bfloat16),
-            (9, (256, 2560), WeightFormat("int4", 32), torch.float16))  # fmt: skip
+            (9, (256, 2560), WeightFormat("int4", 32), torch.float16), (3, (512, 3200), NUMBERS[0], torch.float16),
+            (12, (128, 3072), NUMBERS[1], torch.bfloat16))  # fmt: skip
     two_of_four = covering_set(((1, 8, 16, 32, 64, 200), ((64, 1024), (8, 3200), (130, 268)), weights, (torch.float16, torch.bfloat16)))
     return tuple(
         SparseCase(m, min(n, 5_900_000 // (m * k)), k, SparseFormat(weights, pattern), "float", dtype, bias)

@@ -107,6 +107,17 @@ def test_a_gguf_file_is_read_quantized_and_written(taut, tmp_path):
     assert "prompt: 4 tokens" in err
 
 
+def test_quantize_writes_sparse_models_of_16_bits(taut, checkpoint, tmp_path):
+    code, out, err = taut("quantize", checkpoint, tmp_path / "out", "--weights", "bf16", "--sparsity", "2:4")
+    assert code == 0, err
+    assert "to 2:4 bf16, float activations" in out
+    loaded, _ = models.load_model(models.find_source(tmp_path / "out"))
+    layers = [module for module in loaded.modules() if isinstance(module, SparseLinear)]
+    assert len(layers) == 14 and all(str(layer.format) == "2:4 bf16" for layer in layers)
+    code, _, err = taut("quantize", checkpoint, tmp_path / "dense", "--weights", "bf16")
+    assert code == 2 and "bf16 weights are for sparse layers alone" in err
+
+
 def test_quantize_keeps_what_is_there_unless_forced(taut, checkpoint, tmp_path):
     target = tmp_path / "out"
     target.mkdir()

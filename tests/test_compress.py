@@ -129,6 +129,8 @@ def test_the_last_layers_see_what_the_first_ones_became():
     [
         ({"weights": "int4", "sparsity": "2:4"}, SparseLinear),
         ({"weights": "int8", "sparsity": "16:2:4", "method": "wanda"}, SparseLinear),
+        ({"weights": "bf16", "sparsity": "2:4"}, SparseLinear),
+        ({"weights": "fp16", "sparsity": "16:2:4", "method": "magnitude"}, SparseLinear),
         ({"weights": "int4", "group_size": 64, "sparsity": None, "method": "gptq"}, QuantLinear),
     ],
     ids=str,
@@ -237,6 +239,17 @@ def test_a_run_that_was_broken_off_goes_on(tmp_path, monkeypatch):
         compress(tiny_llama(), tokens() + 1, **settings)
 
 
+def test_numbers_are_the_pruned_weights_rounded_once():
+    """Packed in 16 bits a layer holds what compress(weights=None) leaves in float, up to that rounding, in 9 bits a weight."""
+    dense, packed = tiny_llama(), tiny_llama()
+    compress(dense, tokens(), sparsity="2:4", method="wanda", skip=["model.layers.1"])
+    report = compress(packed, tokens(), sparsity="2:4", method="wanda", weights="fp16", skip=["model.layers.1"])
+    for layer in report.layers:
+        expected = dense.get_submodule(layer.name).weight.detach()
+        assert_same_bits(packed.get_submodule(layer.name).dequantize(), (expected + 0.0).half().float(), layer.name)
+        assert layer.bytes_after * 32 == layer.bytes_before * 9
+
+
 def test_skip_and_what_does_not_fit():
     model = tiny_llama()
     report = compress(model, tokens(), sparsity="2:4", skip=["down_proj"])
@@ -255,7 +268,9 @@ def test_skip_and_what_does_not_fit():
         ({"sparsity": None}, "nothing to do"),
         ({"method": "gptq"}, "gptq rounds dense weights"),
         ({"sparsity": None, "weights": "int4"}, "sparsegpt prunes"),
-        ({"weights": "nf4"}, "weights must be int4, int8 or None"),
+        ({"weights": "nf4"}, "weights must be int4, int8, fp16, bf16 or None"),
+        ({"weights": "bf16", "group_size": 32}, "bf16 weights have no scales"),
+        ({"sparsity": None, "weights": "bf16", "method": "gptq"}, "bf16 weights are for sparse layers alone"),
         ({"sparsity": "3:4"}, "no sparsity pattern"),
         ({"skip": ["embed_tokens"]}, "matches no linear layer"),
         ({"skip": ["self_attn", "mlp"]}, "nothing to compress"),

@@ -9,7 +9,9 @@ import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+import taut
 from checks import assert_same_bits
 from taut import SparseLinear, models
 from taut.formats.sparse import Pattern
@@ -26,7 +28,7 @@ def pruned() -> torch.nn.Module:
 
 
 def compressed(name: str, weight: torch.Tensor, format: str) -> dict[str, torch.Tensor]:
-    kept = weight.numpy() != 0
+    kept = (weight != 0).numpy()
     found = {
         "shape": torch.tensor(weight.shape).reshape(-1, 1),
         "bitmask": torch.from_numpy(numpy.packbits(kept, axis=-1, bitorder="little")),
@@ -83,6 +85,21 @@ def test_packed_as_it_is_read_keeps_exactly_its_nonzeros(tmp_path):
         assert isinstance(layer, SparseLinear)
         assert not bool(layer.dequantize()[weight == 0].any())
         assert torch.allclose(layer.dequantize(), weight, atol=float(weight.abs().max()) / 200)
+
+
+@pytest.mark.parametrize("name", ("bf16", "fp16"))
+def test_packed_in_16_bits_it_is_the_checkpoint_itself(name, tmp_path):
+    """A model pruned in 16 bits: what is packed are its own numbers, and saved and loaded again it still is."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    model = pruned().to(dtype)
+    folder = write(tmp_path / "sparse", model, "sparse-bitmask")
+    found, report = models.load_model(models.find_source(folder), "auto", models.Settings(name, sparsity="2:4"))
+    assert len(report.swapped) == 14 and report.bytes_after * 16 == report.bytes_before * 9
+    taut.save(found, tmp_path / "saved")
+    for module in (found, AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=dtype)):
+        for entry in report.swapped:
+            expected = model.get_submodule(entry.name).weight.detach()
+            assert_same_bits(module.get_submodule(entry.name).dequantize(dtype), expected + 0.0, entry.name)
 
 
 def test_checkpoints_that_are_not_read(tmp_path):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 import taut
 from checks import assert_linear, assert_same_bits
 from emulator import build, emulated
-from sparse_cases import SPECIAL, SparseCase, cuda_8bit_cases, cuda_cases, sparse_cases
-from taut.formats import Canonical, WeightFormat
+from sparse_cases import NUMBERS, SPECIAL, SparseCase, cuda_8bit_cases, cuda_cases, sparse_cases
+from taut.formats import Canonical, NumberFormat, WeightFormat
 from taut.formats.sparse import Pattern, SparseFormat
 from taut.ops import sparse_linear as sparse_op
 from taut.ops.pack_weight import pack_weight
@@ -18,6 +20,7 @@ from taut.ops.sparse_linear import dequantize_sparse, sparse_linear
 
 OP = "sparse_linear"
 INT8 = SparseFormat(WeightFormat("int8", 32), Pattern(2, 4))
+BF16 = SparseFormat(NumberFormat("bf16"), Pattern(2, 4))
 PATTERNS = (Pattern(2, 4), Pattern(2, 4, 16), Pattern(4, 8, 8))
 
 
@@ -115,10 +118,31 @@ def test_the_bits_of_the_dense_kernel(impl, case, forced):
     assert_same_bits(found, expected, f"{impl} on {case}")
 
 
+@pytest.mark.parametrize("pattern", (*PATTERNS, Pattern(1, 4), Pattern(2, 8), Pattern(4, 8)), ids=str)
+@pytest.mark.parametrize("name", ("fp16", "bf16"))
+def test_rows_and_threads_change_nothing_beside_numbers(impl, name, pattern, forced, threads):
+    case = SparseCase(23, 200, 1040, SparseFormat(NumberFormat(name), pattern), "float")
+    if impl.startswith("cuda"):
+        pytest.skip("test_a_row_does_not_depend_on_its_batch is CUDA's")
+    forced(impl, **case.sizes())
+    inputs, packed = case.make()
+    threads(1)
+    expected = sparse_linear(inputs.x, packed, None, case.N, case.format)
+    for count in (2, 3):
+        threads(count)
+        assert_same_bits(sparse_linear(inputs.x, packed, None, case.N, case.format), expected, f"{impl}: {count} threads")
+    for first, last in [(m, m + 1) for m in range(9)] + [(0, 2), (1, 4), (3, 8), (0, 8), (2, 19)]:
+        part = sparse_linear(inputs.x[first:last], packed, None, case.N, case.format)
+        assert_same_bits(part, expected[first:last], f"{impl}: rows {first} to {last} alone")
+
+
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("weights", (WeightFormat("int4", 128), WeightFormat("int8", 32)), ids=str)
-@pytest.mark.parametrize("activations", ("float", "int8"))
-def test_a_row_does_not_depend_on_its_batch(impl, activations, weights, dtype, forced):
+@pytest.mark.parametrize(
+    ("weights", "activations"),
+    [*itertools.product((WeightFormat("int4", 128), WeightFormat("int8", 32)), ("float", "int8")), *((w, "float") for w in NUMBERS)],
+    ids=str,
+)
+def test_a_row_does_not_depend_on_its_batch(impl, weights, activations, dtype, forced):
     """CPU kernels promise it always (above), CUDA kernels in ``taut.batch_invariant()``."""
     if not impl.startswith("cuda"):
         pytest.skip("test_rows_and_threads_change_nothing is the CPU's")
@@ -135,18 +159,19 @@ def test_a_row_does_not_depend_on_its_batch(impl, activations, weights, dtype, f
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("name", ("int8", "int4"))
-def test_sums_that_fit(impl, pattern, name, forced):
+@pytest.mark.parametrize("weights", (WeightFormat("int8", 32), WeightFormat("int4", 32), *NUMBERS), ids=str)
+def test_sums_that_fit(impl, pattern, weights, forced):
     """Small integers whose sums 16-bit floats hold: every bit is right."""
-    case = SparseCase(21, 72, 328, SparseFormat(WeightFormat(name, 32), pattern), "float", torch.float16)
+    case = SparseCase(21, 72, 328, SparseFormat(weights, pattern), "float", torch.float16)
     forced(impl, **case.sizes())
     weight = case.weight()
     generator = torch.Generator().manual_seed(3)
-    if name == "int8":
-        weight = weight._replace(codes=torch.randint(-3, 4, weight.codes.shape, generator=generator, dtype=torch.int8))
-    else:
+    if weights.name == "int4":
         weight = weight._replace(codes=torch.randint(6, 10, weight.codes.shape, generator=generator, dtype=torch.uint8) * 17)
-    weight = weight._replace(scales=torch.full_like(weight.scales, 1.0))
+    else:
+        weight = weight._replace(codes=torch.randint(-3, 4, weight.codes.shape, generator=generator).to(weights.codes_dtype))
+    if weights.has_scales:
+        weight = weight._replace(scales=torch.full_like(weight.scales, 1.0))
     _, packed = case.make(weight)
     x = torch.randint(-2, 3, (21, 328), generator=generator).half()
     w = dequantize_sparse(weight, 328, case.format, torch.float64)
@@ -156,8 +181,9 @@ def test_sums_that_fit(impl, pattern, name, forced):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_views_of_x_on_cuda(impl, pattern, forced):
-    case = SparseCase(6, 24, 72, SparseFormat(WeightFormat("int8", 32), pattern), "float", torch.float16, True)
+@pytest.mark.parametrize("weights", (WeightFormat("int8", 32), NUMBERS[0]), ids=str)
+def test_views_of_x_on_cuda(impl, weights, pattern, forced):
+    case = SparseCase(6, 24, 72, SparseFormat(weights, pattern), "float", torch.float16, True)
     forced(impl, **case.sizes())
     inputs, packed = case.make()
 
@@ -202,36 +228,53 @@ def test_a_row_that_is_no_number_gives_nan(impl, value, forced):
     assert bool(out[1].isnan().all() and out[[0, 2]].isfinite().all())
 
 
-def test_strided_x_and_leading_dimensions(impl, forced):
-    case = SparseCase(6, 24, 64, INT8)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_what_is_no_number_stays_in_its_row_and_shows(impl, pattern, forced):
+    case = SparseCase(3, 24, 96, SparseFormat(NUMBERS[0], pattern), "float", torch.float16)
+    forced(impl, **case.sizes())
+    weight = case.weight()
+    weight = weight._replace(codes=weight.codes.abs() + 1)
+    inputs, packed = case.make(weight)
+    x = inputs.x.clone()
+    x[1, 5] = float("nan")
+    out = sparse_linear(x, packed, None, 24, case.format)
+    kept = dequantize_sparse(weight, 96, case.format)[:, 5] != 0  # the others may be NaN or not
+    assert bool(kept.any() and out[1][kept].isnan().all() and out[[0, 2]].isfinite().all())
+
+
+@pytest.mark.parametrize("format", (INT8, BF16), ids=str)
+def test_strided_x_and_leading_dimensions(impl, format, forced):
+    case = SparseCase(6, 24, 64, format, "int8" if format.has_scales else "float")
     forced(impl, **case.sizes())
     inputs, packed = case.make()
-    expected = sparse_linear(inputs.x, packed, None, 24, INT8)
+    expected = sparse_linear(inputs.x, packed, None, 24, format)
     wide = torch.full((6, 100), float("nan"))
     wide[:, 20:84] = inputs.x
-    assert_same_bits(sparse_linear(wide[:, 20:84], packed, None, 24, INT8), expected, "part of wider rows")
-    assert_same_bits(sparse_linear(inputs.x.view(2, 3, 64), packed, None, 24, INT8).view(6, 24), expected, "two leading dimensions")
-    assert sparse_linear(inputs.x[:0], packed, None, 24, INT8).shape == (0, 24)
+    assert_same_bits(sparse_linear(wide[:, 20:84], packed, None, 24, format), expected, "part of wider rows")
+    assert_same_bits(sparse_linear(inputs.x.view(2, 3, 64), packed, None, 24, format).view(6, 24), expected, "two leading dimensions")
+    assert sparse_linear(inputs.x[:0], packed, None, 24, format).shape == (0, 24)
 
 
-def test_gradients():
-    case = SparseCase(5, 24, 64, INT8)
+@pytest.mark.parametrize("format", (INT8, BF16), ids=str)
+def test_gradients(format):
+    case = SparseCase(5, 24, 64, format, "float")
     inputs, packed = case.make()
     x, bias = inputs.x.clone().requires_grad_(), torch.randn(24, requires_grad=True)
-    out = sparse_linear(x, packed, bias, 24, INT8, "float")
+    out = sparse_linear(x, packed, bias, 24, format, "float")
     grad = torch.randn_like(out)
     out.backward(grad)
-    w = dequantize_sparse(case.weight(), 64, INT8)
+    w = dequantize_sparse(case.weight(), 64, format)
     assert torch.allclose(x.grad, grad @ w, atol=1e-4) and torch.allclose(bias.grad, grad.sum(0), atol=1e-5)
 
 
-def test_opcheck_and_compile():
-    case = SparseCase(5, 24, 64, INT8)
+@pytest.mark.parametrize("format", (INT8, BF16), ids=str)
+def test_opcheck_and_compile(format):
+    case = SparseCase(5, 24, 64, format, "int8" if format.has_scales else "float")
     inputs, packed = case.make()
-    arguments = (24, INT8.weights.code, 32, 2, 4, 1, 1)
+    arguments = (24, format.weights.code, format.group_size, 2, 4, 1, int(format.has_scales))
     torch.library.opcheck(torch.ops.taut.sparse_linear.default, (inputs.x, packed, None, *arguments))
-    compiled = torch.compile(lambda x: sparse_linear(x * 1.0, packed, None, 24, INT8) + 1.0, fullgraph=True, backend="aot_eager")
-    assert_same_bits(compiled(inputs.x), sparse_linear(inputs.x, packed, None, 24, INT8) + 1.0, "compiled")
+    compiled = torch.compile(lambda x: sparse_linear(x * 1.0, packed, None, 24, format) + 1.0, fullgraph=True, backend="aot_eager")
+    assert_same_bits(compiled(inputs.x), sparse_linear(inputs.x, packed, None, 24, format) + 1.0, "compiled")
 
 
 def test_bad_calls():
@@ -249,6 +292,10 @@ def test_bad_calls():
         torch.ops.taut.sparse_linear(inputs.x, packed, None, 24, 8, 32, 2, 4, 1, 4)
     with pytest.raises(ValueError, match="x must be float32"):
         sparse_linear(inputs.x.double(), packed, None, 24, INT8)
+    with pytest.raises(ValueError, match="bf16 weights cannot be multiplied with 'int8' activations; accepted: auto, float"):
+        sparse_linear(inputs.x, packed, None, 24, BF16, "int8")
+    with pytest.raises(RuntimeError, match="fp16 and bf16 weights take activations 0"):
+        torch.ops.taut.sparse_linear(inputs.x, torch.zeros(BF16.layout_bytes(24, 64), dtype=torch.uint8), None, 24, 12, 0, 2, 4, 1, 1)
     with pytest.raises(RuntimeError, match="n:m must be"):
         torch.ops.taut.sparse_linear(inputs.x, packed, None, 24, 8, 32, 3, 4, 1, 1)
 

@@ -17,7 +17,7 @@ from checks import assert_same_bits
 from emulator import build
 from emulator.emulated import emulated
 from taut import SparseLinear, _native
-from taut.formats import WeightFormat
+from taut.formats import NumberFormat, WeightFormat
 from taut.formats.sparse import Pattern, SparseFormat
 from tiny_models import tiny, tiny_llama, write_checkpoint
 
@@ -26,7 +26,10 @@ SETTINGS = (
     {"weights": "int8", "sparsity": "2:4"},
     {"weights": "int4", "group_size": 32, "sparsity": "16:2:4"},
     {"weights": "fp8_e4m3", "sparsity": "4:8"},
+    {"weights": "bf16", "sparsity": "2:4"},
+    {"weights": "fp16", "sparsity": "16:2:4"},
 )
+BF16 = SparseFormat(NumberFormat("bf16"), Pattern(2, 4))
 
 
 @torch.no_grad()
@@ -74,20 +77,72 @@ def test_state_dict_round_trip():
     assert half.bias.dtype == torch.float16 and half(x.half()).dtype == torch.float16
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("name", ("fp16", "bf16"))
+def test_a_layer_of_numbers_keeps_them_as_they_are(name, dtype):
+    format = SparseFormat(NumberFormat(name), Pattern(2, 4))
+    layer = nn.Linear(64, 24).to(dtype)
+    kept = Pattern(2, 4).mask(torch.rand(24, 64))  # not the largest
+    layer.weight.data *= kept
+    sparse = SparseLinear.from_float(layer, format)
+    stored = torch.where(kept, layer.weight.detach(), 0.0).to(format.weights.codes_dtype)
+    assert_same_bits(sparse.dequantize(), stored.float(), "rounded to 16 bits alone")
+    assert str(sparse.format) == f"2:4 {name}" and sparse.weight_bytes == 3 * 2 * (256 + 32)
+    x = torch.randn(5, 64).to(dtype)
+    torch.testing.assert_close(sparse(x), linear(x, sparse.dequantize(dtype), layer.bias), rtol=2e-2, atol=2e-2)
+
+
+def test_state_dict_of_numbers():
+    sparse = SparseLinear.from_float(nn.Linear(96, 20), BF16)
+    state = sparse.state_dict()
+    found = {name: (value.dtype, tuple(value.shape)) for name, value in state.items()}
+    assert found == {"qweight": (torch.bfloat16, (20, 48)), "meta": (torch.uint8, (20, 12)), "bias": (torch.float32, (20,))}
+    other = SparseLinear(96, 20, format=BF16, device="meta")
+    other.load_state_dict(state, assign=True)
+    x = torch.randn(4, 96)
+    assert_same_bits(other(x), sparse(x), "loaded again")
+    for moved in (copy.deepcopy(sparse).half().float(), pickle.loads(pickle.dumps(sparse)), copy.deepcopy(sparse).to(torch.float64)):
+        assert_same_bits(moved.state_dict()["qweight"], state["qweight"], "casting the module rounds no stored number")
+    for change, words in (
+        ({"meta": torch.zeros_like(state["meta"])}, "places within 4 must ascend"),
+        ({"qweight": state["qweight"] * float("inf")}, "must be finite"),
+        ({"qweight": state["qweight"].half()}, "must be torch.bfloat16"),
+        ({"qweight": state["qweight"][:, 1:]}, r"qweight must be \[20, 48\]"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            SparseLinear(96, 20, format=BF16).load_state_dict(state | change)
+    with pytest.raises(RuntimeError, match="Unexpected key.*scales"):
+        SparseLinear(96, 20, format=BF16).load_state_dict(state | {"scales": torch.ones(20, 1).half()})
+
+
+def test_numbers_that_do_not_fit_are_refused():
+    layer = nn.Linear(8, 4)
+    layer.weight.data[1, 2] = 1e5
+    with pytest.raises(ValueError, match="stored as fp16 must be finite and at most 65504"):
+        SparseLinear.from_float(layer, SparseFormat(NumberFormat("fp16"), Pattern(2, 4)))
+    model = nn.Sequential(layer)
+    with pytest.raises(ValueError, match="0: its weight holds 100000; fp16 reaches up to 65504"):
+        taut.swap(model, "fp16", sparsity="2:4")
+    assert model[0] is layer
+    taut.swap(model, "bf16", sparsity="2:4")
+    assert float(model[0].dequantize()[1, 2]) == 99840
+
+
 PATTERNS = (Pattern(2, 4), Pattern(2, 4, 16), Pattern(1, 4), Pattern(4, 8, 8))
 
 
+@pytest.mark.parametrize("weights", (WeightFormat("int4", 32), NumberFormat("fp16")), ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_moves_to_another_layout_and_computes_there(pattern):
+def test_moves_to_another_layout_and_computes_there(pattern, weights):
     """The kernels and packing of a CUDA device, by way of the routing of the tests' emulator."""
     if reason := build.unavailable():
         pytest.skip(reason)
-    format = SparseFormat(WeightFormat("int4", 32), pattern)
+    format = SparseFormat(weights, pattern)
     module = SparseLinear.from_float(nn.Linear(136, 40), format, "float").half()
     state, size, weight = module.state_dict(), module.weight_bytes, module.dequantize(torch.float64)
     x = torch.randn(5, 136, generator=torch.Generator().manual_seed(1)).half()
     expected = linear(x.double(), weight, module.bias.double())
-    int8 = SparseLinear.from_float(nn.Linear(136, 40), format, "int8")
+    int8 = SparseLinear.from_float(nn.Linear(136, 40), format, "int8" if format.has_scales else "float")
     int8_expected = int8(x.float())
 
     def assert_state(module: SparseLinear, what: str) -> None:
@@ -217,6 +272,21 @@ def test_rules_name_their_own_sparsity():
     assert report.fused and not any(entry.reason for entry in report.fused)
 
 
+def test_rules_mix_numbers_and_codes():
+    model = tiny_llama()
+    report = taut.swap(model, "int8", activations="int8_row", rules={"mlp": {"weights": "bf16", "sparsity": "2:4"}})
+    assert {entry.rule.format.name for entry in report.swapped if "mlp" in entry.name} == {"bf16"}
+    assert {entry.rule.activations for entry in report.swapped if "mlp" in entry.name} == {"float"}
+    assert report.fused and not any(entry.reason for entry in report.fused)
+
+
+def test_numbers_report_their_bytes():
+    model = tiny_llama().to(torch.bfloat16)
+    report = taut.swap(model, "bf16", sparsity="2:4")
+    assert report.bytes_after == report.bytes_before * 9 // 16
+    assert "2:4 bf16, float activations" in report.summary
+
+
 def test_what_cannot_be_sparse_is_kept_and_named():
     model = nn.Sequential(nn.Linear(30, 8), nn.Linear(8, 4))
     report = taut.swap(model, "int8", sparsity="2:4")
@@ -231,6 +301,13 @@ def test_what_cannot_be_sparse_is_kept_and_named():
         ({"weights": "int4", "zeros": True, "sparsity": "2:4"}, "without zero points"),
         ({"weights": "int8", "sparsity": "3:4"}, "no sparsity pattern"),
         ({"weights": "int8", "sparsity": 2}, "is no sparsity pattern"),
+        ({"weights": "bf16"}, "bf16 weights are for sparse layers alone: give a sparsity, such as 2:4"),
+        ({"weights": "fp32", "sparsity": "2:4"}, "unknown weight format 'fp32'; accepted: ternary, .*; fp16 and bf16 with sparsity"),
+        ({"weights": "fp16", "sparsity": "2:4", "group_size": 32}, "fp16 weights have no scales"),
+        ({"weights": "fp16", "sparsity": "2:4", "activations": "int8"}, "fp16 weights cannot be multiplied with 'int8' activations"),
+        ({"weights": "int8", "rules": {"mlp": {"weights": "bf16"}}}, "bf16 weights are for sparse layers alone"),
+        ({"weights": "bf16", "sparsity": "2:4", "rules": {"mlp": {"sparsity": None}}}, "bf16 weights are for sparse layers alone"),
+        ({"weights": "int8", "lm_head": "bf16"}, "bf16 weights are for sparse layers alone"),
         ({"weights": "int8", "sparsity": "2:4", "lm_head": "int8", "skip": ["nobody"]}, "matches no module"),
     ],
     ids=str,

@@ -6,6 +6,7 @@
 //            int3: u8 [N, ceil(3K/8)], a little-endian string of bits;  int2: u8 [N, ceil(K/4)], lowest bits = first k
 //            ternary: u8 [N, ceil(K/5)], base 3, k = 5b is the lowest digit (code 1 in what the last byte has left over)
 //            int8: s8 [N, K];   fp8_e4m3, fp8_block: float8_e4m3fn [N, K]
+//            fp16, bf16: the numbers themselves; of sparse weights alone (sparse.h), without scales
 //   scales   int2, int3, int4, int8, ternary, fp8_e4m3: fp16 [N, ceil(K/G)];   nf4: fp32 [N, ceil(K/G)]
 //            mxfp4: u8 E8M0 [N, ceil(K/32)];   nvfp4: u8 E4M3 [N, ceil(K/16)], and one fp32 global scale for the weight
 //            fp8_block: fp32 [ceil(N/128), ceil(K/128)]
@@ -42,7 +43,8 @@
 //             int8, fp8_e4m3: 2 fragments of 32 k. Word 2j + h holds k16-step j of row g + 8h; its bytes are
 //                   k = 2t, 2t+8, 2t+1, 2t+9: bytes 0 and 2 are register a_h, bytes 1 and 3 are a_{h+2}. The same word is
 //                   register a_{2j+h} of mma.m16n8k32, if the 8-bit x stands in that order too (x8_slot).
-//   int4, int8 and fp8_e4m3 only.
+//             fp16, bf16: 4 fragments of 16 k. Word i is register a_i.
+//   int4, int8 and fp8_e4m3 only, and fp16 and bf16 as what a sparse weight keeps.
 //   scales  fp16 [N/64][groups][64], row n at (n%8)*8 + n%64/8: a lane finds the 8 rows it meets in its 4 strips in 16 B.
 //   zeros   u8, the same order; only with zeros.
 // Codes are stored as they are (int8 two's complement). Padding is zero scale and code 0.
@@ -69,7 +71,11 @@ enum class Format : int64_t {
   kInt8 = 8,
   kFp8E4M3 = 9,
   kFp8Block = 10,
+  kFp16 = 11,  // sparse weights alone, as the next
+  kBf16 = 12,
 };
+// Codes that are numbers already, 2 bytes each: no scales, no groups.
+TAUT_HOST_DEVICE constexpr bool is_16bit(Format format) { return format == Format::kFp16 || format == Format::kBf16; }
 // Bits of a code in Rows8 and MmaTiles; in the canonical form ternary takes 8/5.
 TAUT_HOST_DEVICE constexpr int64_t code_bits(Format format) {
   switch (format) {
@@ -80,6 +86,8 @@ TAUT_HOST_DEVICE constexpr int64_t code_bits(Format format) {
     case Format::kNf4:
     case Format::kMxfp4:
     case Format::kNvfp4: return 4;
+    case Format::kFp16:
+    case Format::kBf16: return 16;
     default: return 8;
   }
 }
@@ -88,17 +96,19 @@ constexpr bool takes_zeros(Format format) { return Format::kInt2 <= format && fo
 // The code of zero in an integer format without zeros.
 constexpr int zero_code(Format format) { return format == Format::kInt8 ? 0 : format == Format::kTernary ? 1 : 1 << (code_bits(format) - 1); }
 
-enum class ScaleType { kFp16, kFp32, kE8M0, kE4M3 };
+enum class ScaleType { kFp16, kFp32, kE8M0, kE4M3, kNone };
 TAUT_HOST_DEVICE constexpr ScaleType scale_type(Format format) {
   switch (format) {
     case Format::kNf4:
     case Format::kFp8Block: return ScaleType::kFp32;
     case Format::kMxfp4: return ScaleType::kE8M0;
     case Format::kNvfp4: return ScaleType::kE4M3;
+    case Format::kFp16:
+    case Format::kBf16: return ScaleType::kNone;
     default: return ScaleType::kFp16;
   }
 }
-constexpr int64_t scale_bytes(ScaleType type) { return type == ScaleType::kFp32 ? 4 : type == ScaleType::kFp16 ? 2 : 1; }
+constexpr int64_t scale_bytes(ScaleType type) { return type == ScaleType::kFp32 ? 4 : type == ScaleType::kFp16 ? 2 : type == ScaleType::kNone ? 0 : 1; }
 
 // NF4, from QLoRA (arXiv 2305.14314, appendix E): 16 quantiles of a normal distribution, 0 and both ends among them.
 constexpr float kNf4[16] = {-1.0f,
@@ -128,7 +138,7 @@ struct WeightSpec {
   int64_t group_size;  // 32, 64, 128, or 0: one scale a row; mxfp4 32, nvfp4 16, fp8_block 128
   bool zeros;          // int2, int3, int4: a zero point a group
 
-  TAUT_HOST_DEVICE constexpr int64_t num_groups() const { return group_size == 0 ? 1 : (K + group_size - 1) / group_size; }
+  TAUT_HOST_DEVICE constexpr int64_t num_groups() const { return group_size == 0 ? (is_16bit(format) ? 0 : 1) : (K + group_size - 1) / group_size; }
   TAUT_HOST_DEVICE constexpr int64_t code_row_bytes() const {
     if (format == Format::kTernary) return (K + 4) / 5;
     return (K * code_bits(format) + 7) / 8;
@@ -205,8 +215,10 @@ struct MmaTiles {
   TAUT_HOST_DEVICE constexpr int64_t num_tiles_n() const { return (spec.N + kTileN - 1) / kTileN; }
   TAUT_HOST_DEVICE constexpr int64_t num_tiles_k() const { return (spec.K + kTileK - 1) / kTileK; }
   // Groups as stored: those of the padded K, so that a tile of 64 k finds both of its groups of 32.
-  TAUT_HOST_DEVICE constexpr int64_t num_groups() const { return spec.group_size == 0 ? 1 : (num_tiles_k() * kTileK + spec.group_size - 1) / spec.group_size; }
-  TAUT_HOST_DEVICE constexpr int64_t tile_bytes() const { return spec.format == Format::kInt4 ? 2048 : 4096; }
+  TAUT_HOST_DEVICE constexpr int64_t num_groups() const {
+    return spec.group_size == 0 ? spec.num_groups() : (num_tiles_k() * kTileK + spec.group_size - 1) / spec.group_size;
+  }
+  TAUT_HOST_DEVICE constexpr int64_t tile_bytes() const { return 512 * code_bits(spec.format); }
   TAUT_HOST_DEVICE constexpr int64_t codes_bytes() const { return num_tiles_n() * num_tiles_k() * tile_bytes(); }
   TAUT_HOST_DEVICE constexpr int64_t scales_begin() const { return codes_bytes(); }
   TAUT_HOST_DEVICE constexpr int64_t zeros_begin() const { return scales_begin() + num_tiles_n() * num_groups() * kTileN * 2; }
@@ -223,6 +235,8 @@ struct MmaTiles {
     int64_t offset = (n / kTileN * num_tiles_k() + k / kTileK) * tile_bytes() + strip * (tile_bytes() / 4);
     if (spec.format == Format::kInt4) {  // nibble upper + 2 * (k % 16 >= 8), + 4 for odd k
       offset += lane * 16 + k % kTileK / 16 * 4 + k % 2 * 2 + k % 16 / 8;
+    } else if (is_16bit(spec.format)) {
+      offset += k % kTileK / 16 * 512 + lane * 16 + k % 16 / 8 * 8 + upper * 4 + k % 2 * 2;
     } else {
       offset += k % kTileK / 32 * 512 + lane * 16 + k % 32 / 16 * 8 + upper * 4 + k % 2 * 2 + k % 16 / 8;
     }

@@ -5,6 +5,7 @@
 
 #include "common/cuda.cuh"
 #include "common/dtypes.h"
+#include "common/formats.h"
 
 namespace taut {
 
@@ -15,6 +16,13 @@ TAUT_DEVICE float to_float(__nv_bfloat16 value) { return __bfloat162float(value)
 // The fp16 in the low and in the high half of a word.
 TAUT_DEVICE float lower_half(uint32_t word) { return __half2float(__ushort_as_half(static_cast<unsigned short>(word & 0xffffu))); }
 TAUT_DEVICE float upper_half(uint32_t word) { return __half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16))); }
+
+// An fp16 or bf16 by its bits.
+template <Format kFormat>
+TAUT_DEVICE float from_16bit(uint32_t bits) {
+  static_assert(is_16bit(kFormat));
+  return kFormat == Format::kBf16 ? __uint_as_float(bits << 16) : lower_half(bits);
+}
 
 // To nearest, ties to even.
 template <class T>

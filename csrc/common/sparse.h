@@ -4,7 +4,7 @@
 //
 // CANONICAL FORM, for w[N,K] in groups of G along the dense k; K is a multiple of m; Kk = K * n / m are kept:
 //   codes   as the dense format has them (formats.h), of [N,Kk]: the kept numbers in order
-//   scales  as the dense format has them, of [N,K]
+//   scales  as the dense format has them, of [N,K]; fp16 and bf16 have none
 //   meta    u8 [ceil(N/v), ceil(Kk * b / 8)]: places within their m, ascending, b = 2 (m = 4) or 3 (m = 8) bits each, a little-endian string
 // A block of m that has fewer nonzeros keeps zeros.
 //
@@ -12,6 +12,7 @@
 // a row; four of them are a chunk, whose m are a span of 8 or 16 dense k.
 //   codes   chunk c holds byte r*4+i for the kept 4c+i of row r. 8-bit: a vector of 32 B a chunk, int8 as q + 128. 4-bit: half as many
 //           vectors, vector v = chunk v | chunk half+v << 4
+//           16-bit: 16 B for each kept number, those of the 8 rows: byte j*16+r*2. No header: a strip is k-blocks alone
 //   places  v = 1: 32 B for each 8 bits of places of a value number: b' = 2 (m = 4) or 4 (m = 8) bits each; byte r*4+i of vector c*b'/8 has, at
 //           bit c*b' % 8, the place of the kept 4c+i of row r in its m
 //           v > 1: a nibble each: of the kept j its dense k modulo 16, low nibble = even j (each strip has its own, so v = 16 twice)
@@ -19,7 +20,7 @@
 //
 // SPARSETILES LAYOUT. 2:4, whatever v: what sparse tensor cores (mma.sp.m16n8k32) take.
 //   kept    the kept numbers [N,K/2] with their scales in groups of G/2 as MmaTiles (formats.h): K is padded to 128, so that a tile is 64 n x
-//           128 dense k; word j of int4, words 2j and 2j + 1 of 8 bits, are step j of 32 dense k
+//           128 dense k; word j of int4, words 2j and 2j + 1 of 8 bits, fragment j of 16 bits, are step j of 32 dense k
 //           For 8-bit x the same words are registers a_h of mma.sp.m16n8k32 (their bytes 1 and 2 change places), if x stands in the order of
 //           sparse_x8_slot: a lane's word has what is kept of blocks t and t + 4 of its 32 k, and the instruction takes them as blocks 2t and 2t + 1
 //   places  u32 tiles [N/64][K/128] of [2][32 lanes][4]: for each pair of strips of 16 n, what a lane gives as metadata in each of the 4 steps.
@@ -83,11 +84,12 @@ struct Sparse8 {
     return header_offset(n, block * kBlockK) + dense().header_bytes() + block % dense().blocks_per_superblock() * block_bytes();
   }
   [[gnu::always_inline]] constexpr int64_t code_offset(int64_t n, int64_t j) const {
+    if (is_16bit(spec.format)) return block_offset(n, j / kept_per_block()) + j % kept_per_block() * 16 + n % kRows * 2;
     const int64_t chunk = j % kept_per_block() / 4, vectors = chunks() * code_bits(spec.format) / 8;
     return block_offset(n, j / kept_per_block()) + chunk % vectors * 32 + n % kRows * 4 + j % 4;
   }
   [[gnu::always_inline]] constexpr int code_shift(int64_t j) const {
-    return code_bits(spec.format) == 8 ? 0 : static_cast<int>(j % kept_per_block() / 4 / (chunks() / 2) * 4);
+    return code_bits(spec.format) >= 8 ? 0 : static_cast<int>(j % kept_per_block() / 4 / (chunks() / 2) * 4);
   }
   [[gnu::always_inline]] constexpr int64_t place_offset(int64_t n, int64_t j) const {
     const int64_t in_block = j % kept_per_block(), at = block_offset(n, j / kept_per_block()) + code_block_bytes();

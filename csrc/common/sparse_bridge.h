@@ -9,14 +9,20 @@
 namespace taut {
 
 inline Sparse8 sparse_weight(const char* op, int64_t N, int64_t K, int64_t format, int64_t group_size, int64_t n, int64_t m, int64_t v) {
-  const WeightSpec spec = weight_spec(op, N, K, format, group_size, false);
-  check(spec.format == Format::kInt4 || spec.format == Format::kInt8 || spec.format == Format::kFp8E4M3, op,
-        ": sparse weights are of format 4 (int4), 8 (int8) or 9 (fp8_e4m3), got ", format);
+  const bool numbers = format == static_cast<int64_t>(Format::kFp16) || format == static_cast<int64_t>(Format::kBf16);
+  WeightSpec spec = weight_spec(op, N, K, numbers ? static_cast<int64_t>(Format::kInt8) : format, group_size, false);
+  check(numbers || spec.format == Format::kInt4 || spec.format == Format::kInt8 || spec.format == Format::kFp8E4M3, op,
+        ": sparse weights are of format 4 (int4), 8 (int8), 9 (fp8_e4m3), 11 (fp16) or 12 (bf16), got ", format);
+  check(!numbers || group_size == 0, op, ": group_size must be 0 for fp16 and bf16, which have no scales, got ", group_size);
+  if (numbers) spec.format = static_cast<Format>(format);
   const SparsePattern pattern{n, m, v};
   check(pattern.is_known(), op, ": n:m must be 1:4, 2:4, 2:8 or 4:8, and v 1, 8 or 16, got ", n, ":", m, " and ", v);
   check(K % m == 0, op, ": K must be a multiple of ", m, ", got ", K);
   return {spec, pattern};
 }
+
+// Of the canonical form, in elements of codes_type.
+inline int64_t code_columns(const Sparse8& w) { return is_16bit(w.spec.format) ? w.kept() : w.kept_row_bytes(); }
 
 // A weight of any kind by the numbers that fused ops take: format is the code of a format, and for a sparse weight besides
 // n << 8 | m << 12 | v << 16.

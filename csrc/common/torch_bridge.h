@@ -49,6 +49,8 @@ inline ScalarType codes_type(Format format) {
     case Format::kInt8: return ScalarType::Char;
     case Format::kFp8E4M3:
     case Format::kFp8Block: return ScalarType::Float8_e4m3fn;
+    case Format::kFp16: return ScalarType::Half;
+    case Format::kBf16: return ScalarType::BFloat16;
     default: return ScalarType::Byte;
   }
 }
@@ -64,6 +66,7 @@ inline const char* name_of(ScalarType type) {
     case ScalarType::Char: return "int8";
     case ScalarType::Byte: return "uint8";
     case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
     case ScalarType::Float: return "float32";
     default: return "float8_e4m3fn";
   }

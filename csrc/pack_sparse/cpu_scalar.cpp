@@ -2,7 +2,7 @@
 // LAYOUT    canonical, Sparse8 and SparseTiles (common/sparse.h)
 // WORK      a task is a range of strips of 8 rows, which share no byte with others; of SparseTiles, of words of places
 // BOUND     DRAM: every byte is read once and written once
-// LIMITS    int8, int4 without zeros, fp8_e4m3
+// LIMITS    int8, int4 without zeros, fp8_e4m3, fp16, bf16
 #include <algorithm>
 #include <cstring>
 
@@ -47,15 +47,19 @@ void pack(const Params& p) {
       const int64_t row = std::min(n, spec.N - 1);
       const uint8_t *codes = p.codes + row * w.kept_row_bytes(), *meta = p.meta + row / w.pattern.v * w.meta_row_bytes();
       for (int64_t j = 0; j < padded; j++) {
-        int code = zero;
-        if (n < spec.N && j < w.kept()) code = stored(spec.format, bits == 8 ? codes[j] : codes[j / 2] >> j % 2 * 4 & 15);
-        p.packed[w.code_offset(n, j)] |= static_cast<uint8_t>(code << w.code_shift(j));
-        if (n < spec.N && j < w.kept() && (w.pattern.v == 1 || n % 8 == 0)) {
+        const bool counts = n < spec.N && j < w.kept();
+        if (bits == 16) {
+          if (counts) std::memcpy(p.packed + w.code_offset(n, j), codes + j * 2, 2);
+        } else {
+          const int code = counts ? stored(spec.format, bits == 8 ? codes[j] : codes[j / 2] >> j % 2 * 4 & 15) : zero;
+          p.packed[w.code_offset(n, j)] |= static_cast<uint8_t>(code << w.code_shift(j));
+        }
+        if (counts && (w.pattern.v == 1 || n % 8 == 0)) {
           const int place = bits_at(meta, j * w.pattern.place_bits(), w.pattern.place_bits());
           p.packed[w.place_offset(n, j)] |= static_cast<uint8_t>(w.field_of(j, place) << w.place_shift(j));
         }
       }
-      if (n >= spec.N) continue;
+      if (n >= spec.N || bits == 16) continue;
       for (int64_t k = 0; k < spec.K; k += step) std::memcpy(p.packed + w.scale_offset(n, k), p.scales + spec.scale_index(n, k), 2);
     }
   });
@@ -64,7 +68,7 @@ void pack(const Params& p) {
 void unpack(const Params& p) {
   const Sparse8& w = p.weight;
   const WeightSpec& spec = w.spec;
-  const bool whole = code_bits(spec.format) == 8;
+  const bool whole = code_bits(spec.format) == 8, numbers = is_16bit(spec.format);
   const int64_t step = spec.group_size ? spec.group_size : w.dense().layout_group();
   // Rows that share places are of one task: 16 rows are two strips.
   const int64_t bands = (spec.N + 15) / 16, num_tasks = std::clamp<int64_t>(bands, 1, p.num_threads);
@@ -75,11 +79,12 @@ void unpack(const Params& p) {
       if (n % w.pattern.v == 0) std::memset(meta, 0, w.meta_row_bytes());
       for (int64_t j = 0; j < w.kept(); j++) {
         const int code = stored(spec.format, p.packed[w.code_offset(n, j)] >> w.code_shift(j) & (whole ? 255 : 15));
-        if (whole) codes[j] = static_cast<uint8_t>(code);
+        if (numbers) std::memcpy(codes + j * 2, p.packed + w.code_offset(n, j), 2);
+        else if (whole) codes[j] = static_cast<uint8_t>(code);
         else codes[j / 2] |= static_cast<uint8_t>(code << j % 2 * 4);
         if (n % w.pattern.v == 0) set_bits(meta, j * w.pattern.place_bits(), w.pattern.place_bits(), static_cast<int>(w.dense_k(p.packed, n, j) % w.pattern.m));
       }
-      for (int64_t k = spec.K - 1; k >= 0; k -= step)  // of a scale that is repeated, any will do
+      for (int64_t k = spec.K - 1; k >= 0 && !numbers; k -= step)  // of a scale that is repeated, any will do
         std::memcpy(p.scales + spec.scale_index(n, k), p.packed + w.scale_offset(n, k), 2);
     }
   });
@@ -92,6 +97,17 @@ pack_weight::Params kept_params(const Params& p, const SparseTiles& w) {
   return {w.kept_spec(), Layout::kMmaTiles, p.codes, p.scales, nullptr, p.packed, p.num_threads};
 }
 
+// Kept numbers of 16 bits in the order of MmaTiles, or back: f(canonical, packed) for each that exists.
+template <class F>
+void for_tile_numbers(const Params& p, const SparseTiles& w, const F& f) {
+  const int64_t rows = w.spec.N, kept = w.kept(), num_tasks = std::clamp<int64_t>(rows, 1, p.num_threads);
+  const MmaTiles tiles = w.kept_tiles();
+  parallel_tasks(num_tasks, [&](int64_t task) {
+    for (int64_t n = rows * task / num_tasks; n < rows * (task + 1) / num_tasks; n++)
+      for (int64_t j = 0; j < kept; j++) f(p.codes + n * w.kept_row_bytes() + j * 2, p.packed + tiles.code_offset(n, j));
+  });
+}
+
 // The parts of another pattern, which stand one after the other: copies them there, or back.
 void copy_parts(const Params& p, const SparseTiles& w, bool pack) {
   struct Part {
@@ -102,6 +118,7 @@ void copy_parts(const Params& p, const SparseTiles& w, bool pack) {
                         {p.scales, w.scales_begin(), w.spec.N * w.spec.num_groups() * 2, w.places_begin()},
                         {p.meta, w.places_begin(), w.meta_rows() * w.meta_row_bytes(), w.total_bytes()}};
   for (const Part& part : parts) {
+    if (part.bytes == 0) continue;  // of 16-bit numbers there are no scales
     if (pack) {
       std::memcpy(p.packed + part.begin, part.canonical, part.bytes);
       std::memset(p.packed + part.begin + part.bytes, 0, part.end - part.begin - part.bytes);
@@ -117,7 +134,12 @@ void pack_tiles(const Params& p) {
   const SparseTiles w{p.weight.spec, p.weight.pattern};
   if (p.weight.spec.N == 0) return;
   if (!w.is_tiled()) return copy_parts(p, w, true);
-  pack_weight::cpu_scalar::pack(kept_params(p, w));
+  if (is_16bit(w.spec.format)) {
+    std::memset(p.packed, 0, w.places_begin());
+    for_tile_numbers(p, w, [](const uint8_t* canonical, uint8_t* packed) { std::memcpy(packed, canonical, 2); });
+  } else {
+    pack_weight::cpu_scalar::pack(kept_params(p, w));
+  }
   auto* words = reinterpret_cast<uint32_t*>(p.packed + w.places_begin());
   const int64_t count = w.num_place_words(), num_tasks = std::clamp<int64_t>(count / 4096, 1, p.num_threads), blocks = w.spec.K / 4;
   parallel_tasks(num_tasks, [&](int64_t task) {
@@ -138,7 +160,8 @@ void unpack_tiles(const Params& p) {
   const SparseTiles w{p.weight.spec, p.weight.pattern};
   if (p.weight.spec.N == 0) return;
   if (!w.is_tiled()) return copy_parts(p, w, false);
-  pack_weight::cpu_scalar::unpack(kept_params(p, w));
+  if (is_16bit(w.spec.format)) for_tile_numbers(p, w, [](uint8_t* canonical, const uint8_t* packed) { std::memcpy(canonical, packed, 2); });
+  else pack_weight::cpu_scalar::unpack(kept_params(p, w));
   const auto* words = reinterpret_cast<const uint32_t*>(p.packed + w.places_begin());
   const int64_t rows = w.meta_rows(), num_tasks = std::clamp<int64_t>(rows, 1, p.num_threads), blocks = w.spec.K / 4;
   parallel_tasks(num_tasks, [&](int64_t task) {

@@ -1,8 +1,8 @@
 // COMPUTES  packed = SparseTiles(codes, scales, meta); its inverse; and rows of dequant(w) with their zeros, float(q - z) * scale rounded once to
 //           fp32, bf16 or fp16
-// LAYOUT    canonical and SparseTiles (common/sparse.h). The kept numbers of 2:4 are pack_weight's affair
-// WORK      places: a thread makes one word of them, or one byte of meta. Dense: a thread makes 8 neighbours of a row, 16 bytes of 16-bit numbers
-// BOUND     dense: DRAM, 2 bytes written for every weight, zero or not, where at most 0.7 are read. The rest: once, when a model is loaded
+// LAYOUT    canonical and SparseTiles (common/sparse.h). The kept numbers of 2:4 are pack_weight's affair, but for those of 16 bits
+// WORK      places: a thread makes one word of them, or one byte of meta; kept numbers of 16 bits: two neighbours. Dense: a thread makes 8 neighbours of a row, 16 bytes of 16-bit numbers
+// BOUND     dense: DRAM, 2 bytes written for every weight, zero or not, where at most 1.2 are read. The rest: once, when a model is loaded
 // LIMITS    none: any N, K, format, pattern, group
 #include <algorithm>
 #include <cstring>
@@ -72,6 +72,23 @@ __global__ void __launch_bounds__(kThreads) unpack_places_kernel(SparseTiles w, 
   });
 }
 
+// Kept numbers of 16 bits, a pair that stands together in a register of the tiles: rows of `kept` numbers to MmaTiles and back.
+__global__ void __launch_bounds__(kThreads) pack_numbers_kernel(MmaTiles tiles, const uint16_t* __restrict__ codes, uint8_t* __restrict__ packed) {
+  const int64_t kept = tiles.spec.K, pairs = tiles.num_tiles_k() * (MmaTiles::kTileK / 2);
+  for_each(tiles.num_tiles_n() * MmaTiles::kTileN * pairs, [&](int64_t i) {
+    const int64_t n = i / pairs, k = i % pairs * 2;
+    uint32_t word = 0;
+    if (n < tiles.spec.N && k < kept) word = codes[n * kept + k];
+    if (n < tiles.spec.N && k + 1 < kept) word |= uint32_t{codes[n * kept + k + 1]} << 16;
+    *reinterpret_cast<uint32_t*>(packed + tiles.code_offset(n, k)) = word;
+  });
+}
+
+__global__ void __launch_bounds__(kThreads) unpack_numbers_kernel(MmaTiles tiles, const uint8_t* __restrict__ packed, uint16_t* __restrict__ codes) {
+  const int64_t kept = tiles.spec.K;
+  for_each(tiles.spec.N * kept, [&](int64_t i) { codes[i] = *reinterpret_cast<const uint16_t*>(packed + tiles.code_offset(i / kept, i % kept)); });
+}
+
 // Of patterns that are not 2:4: bytes from one place to another, then zeros up to target_bytes.
 __global__ void __launch_bounds__(kThreads) copy_kernel(uint8_t* __restrict__ target, const uint8_t* __restrict__ source, int64_t bytes, int64_t target_bytes) {
   for_each(target_bytes, [&](int64_t i) { target[i] = i < bytes ? source[i] : uint8_t{0}; });
@@ -86,6 +103,7 @@ void copy_parts(const Params& p, const SparseTiles& w, bool pack, void* stream) 
                         {p.scales, w.scales_begin(), w.spec.N * w.spec.num_groups() * 2, w.places_begin()},
                         {p.meta, w.places_begin(), w.meta_rows() * w.meta_row_bytes(), w.total_bytes()}};
   for (const Part& part : parts) {
+    if (part.bytes == 0) continue;  // of 16-bit numbers there are no scales
     auto *canonical = static_cast<uint8_t*>(part.canonical), *packed = p.packed + part.begin;
     const int64_t bytes = pack ? part.end - part.begin : part.bytes;
     launch("pack_sparse copy", copy_kernel, grid_for(bytes), dim3(kThreads), 0, stream, pack ? packed : canonical, pack ? canonical : packed, part.bytes,
@@ -98,16 +116,21 @@ template <Format kFormat>
 TAUT_DEVICE float number_of(uint32_t code) {
   if constexpr (kFormat == Format::kInt4) return static_cast<float>(static_cast<int>(code) - 8);
   else if constexpr (kFormat == Format::kInt8) return static_cast<float>(static_cast<int8_t>(code));
+  else if constexpr (is_16bit(kFormat)) return from_16bit<kFormat>(code);
   else return from_e4m3(code);
 }
 
 // The kept number j of row n, times its scale.
 template <Format kFormat, bool kTiled>
-TAUT_DEVICE float load_kept(const SparseTiles& w, const uint8_t* packed, int64_t n, int64_t j, float scale) {
+TAUT_DEVICE float load_kept(const SparseTiles& w, int64_t row_bytes, const uint8_t* packed, int64_t n, int64_t j, float scale) {
   uint32_t code;
+  if constexpr (is_16bit(kFormat)) {
+    const int64_t at = kTiled ? w.kept_tiles().code_offset(n, j) : n * row_bytes + j * 2;
+    return number_of<kFormat>(*reinterpret_cast<const uint16_t*>(packed + at));
+  }
   if constexpr (kTiled) code = packed[w.kept_tiles().code_offset(n, j)] >> w.kept_tiles().code_shift(n, j);
-  else if constexpr (kFormat == Format::kInt4) code = packed[n * w.kept_row_bytes() + j / 2] >> j % 2 * 4;
-  else code = packed[n * w.kept_row_bytes() + j];
+  else if constexpr (kFormat == Format::kInt4) code = packed[n * row_bytes + j / 2] >> j % 2 * 4;
+  else code = packed[n * row_bytes + j];
   return __fmul_rn(number_of<kFormat>(code & (kFormat == Format::kInt4 ? 15 : 255)), scale);
 }
 
@@ -135,13 +158,13 @@ TAUT_DEVICE void store_8(T* out, const float (&values)[8], int64_t valid) {
 // What would be a division for every thread, counted once on the host.
 struct ExpandShape {
   SparseTiles w;
-  int64_t scales_begin, places_begin, meta_row_bytes;
+  int64_t scales_begin, places_begin, kept, row_bytes, meta_row_bytes;
   uint32_t groups;                // as they are stored
   int group_shift, shared_shift;  // log2 of the group's size, and of v
 
   explicit ExpandShape(const SparseTiles& w) : w(w) {
     scales_begin = w.is_tiled() ? w.kept_tiles().scales_begin() : w.scales_begin();
-    places_begin = w.places_begin(), meta_row_bytes = w.meta_row_bytes();
+    places_begin = w.places_begin(), kept = w.kept(), row_bytes = w.kept_row_bytes(), meta_row_bytes = w.meta_row_bytes();
     groups = static_cast<uint32_t>(w.is_tiled() ? w.kept_tiles().num_groups() : w.spec.num_groups());
     group_shift = w.spec.group_size == 0 ? 31 : w.spec.group_size == 32 ? 5 : w.spec.group_size == 64 ? 6 : 7;
     shared_shift = w.pattern.v == 16 ? 4 : w.pattern.v == 8 ? 3 : 0;
@@ -152,7 +175,8 @@ struct ExpandShape {
 template <Format kFormat, bool kTiled, int kKept, class T>
 __global__ void __launch_bounds__(kThreads) expand_kernel(ExpandShape shape, const uint8_t* __restrict__ packed, int64_t row_begin, int64_t row_end,
                                                           T* __restrict__ out /* [row_end - row_begin, K] */) {
-  const SparseTiles& w = shape.w;
+  // WHY the pattern again: of one that the compiler knows, it makes no divisions, which are function calls (and spills, on sm_120).
+  const SparseTiles w = kTiled ? SparseTiles{shape.w.spec, {2, 4, 1}} : shape.w;
   const int per_row = static_cast<int>((w.spec.K + 7) / 8);
   for (int64_t n = row_begin + blockIdx.y; n < row_end; n += gridDim.y)
     for (int block = blockIdx.x * kThreads + threadIdx.x; block < per_row; block += gridDim.x * kThreads) {
@@ -160,7 +184,8 @@ __global__ void __launch_bounds__(kThreads) expand_kernel(ExpandShape shape, con
       const uint32_t group = static_cast<uint32_t>(k) >> shape.group_shift;
       const int64_t scale_at =
           kTiled ? (n / MmaTiles::kTileN * shape.groups + group) * MmaTiles::kTileN + n % 8 * 8 + n % MmaTiles::kTileN / 8 : n * shape.groups + group;
-      const float scale = __half2float(reinterpret_cast<const __half*>(packed + shape.scales_begin)[scale_at]);
+      float scale = 1.0f;
+      if constexpr (!is_16bit(kFormat)) scale = __half2float(reinterpret_cast<const __half*>(packed + shape.scales_begin)[scale_at]);
       const uint8_t* places = packed + shape.places_begin;
       uint32_t pairs = 0;  // kTiled: the places of two blocks of 4, 2 bits each
       if constexpr (kTiled) pairs = reinterpret_cast<const uint32_t*>(places)[w.place_word(n, k / 16)] >> (SparseTiles::place_shift(n) + k % 16);
@@ -168,8 +193,8 @@ __global__ void __launch_bounds__(kThreads) expand_kernel(ExpandShape shape, con
       float values[8] = {};
 #pragma unroll
       for (int j = 0; j < kKept; j++) {
-        if (first + j >= w.kept()) break;
-        int at;  // within the 8
+        if ((kTiled || kKept == 2) && first + j >= shape.kept) break;  // 4:8 keeps 4 of every 8 to the end
+        int at;                                                        // within the 8
         if constexpr (kTiled) {
           at = j / 2 * 4 + static_cast<int>(pairs >> 2 * j & 3);
         } else {
@@ -177,7 +202,7 @@ __global__ void __launch_bounds__(kThreads) expand_kernel(ExpandShape shape, con
           at = bits_at(places, int64_t{first + j} * bits, bits);
           if (w.pattern.m == 4) at += j * 4;  // 1:4
         }
-        const float value = load_kept<kFormat, kTiled>(w, packed, n, first + j, scale);
+        const float value = load_kept<kFormat, kTiled>(w, shape.row_bytes, packed, n, first + j, scale);
 #pragma unroll
         for (int e = 0; e < 8; e++)
           if (e == at) values[e] = value;
@@ -200,7 +225,13 @@ void pack(const Params& p, void* stream) {
   const SparseTiles w{p.weight.spec, p.weight.pattern};
   if (w.spec.N == 0) return;
   if (!w.is_tiled()) return copy_parts(p, w, true, stream);
-  pack_weight::cuda_sm75::pack(kept_params(p, w), stream);
+  if (is_16bit(w.spec.format)) {
+    const MmaTiles tiles = w.kept_tiles();
+    launch("pack_sparse numbers", pack_numbers_kernel, grid_for(tiles.codes_bytes() / 4), dim3(kThreads), 0, stream, tiles,
+           reinterpret_cast<const uint16_t*>(p.codes), p.packed);
+  } else {
+    pack_weight::cuda_sm75::pack(kept_params(p, w), stream);
+  }
   launch("pack_sparse places", pack_places_kernel, grid_for(w.num_place_words()), dim3(kThreads), 0, stream, w, p.meta,
          reinterpret_cast<uint32_t*>(p.packed + w.places_begin()));
 }
@@ -209,7 +240,12 @@ void unpack(const Params& p, void* stream) {
   const SparseTiles w{p.weight.spec, p.weight.pattern};
   if (w.spec.N == 0) return;
   if (!w.is_tiled()) return copy_parts(p, w, false, stream);
-  pack_weight::cuda_sm75::unpack(kept_params(p, w), stream);
+  if (is_16bit(w.spec.format)) {
+    launch("unpack_sparse numbers", unpack_numbers_kernel, grid_for(w.spec.N * w.kept()), dim3(kThreads), 0, stream, w.kept_tiles(), p.packed,
+           reinterpret_cast<uint16_t*>(p.codes));
+  } else {
+    pack_weight::cuda_sm75::unpack(kept_params(p, w), stream);
+  }
   launch("unpack_sparse places", unpack_places_kernel, grid_for(w.meta_rows() * w.meta_row_bytes()), dim3(kThreads), 0, stream, w,
          reinterpret_cast<const uint32_t*>(p.packed + w.places_begin()), p.meta);
 }
@@ -227,6 +263,8 @@ void dequantize(const SparseTiles& w, const uint8_t* packed, int64_t row_begin, 
     };
     if (w.spec.format == Format::kInt4) run.template operator()<Format::kInt4>();
     else if (w.spec.format == Format::kInt8) run.template operator()<Format::kInt8>();
+    else if (w.spec.format == Format::kFp16) run.template operator()<Format::kFp16>();
+    else if (w.spec.format == Format::kBf16) run.template operator()<Format::kBf16>();
     else run.template operator()<Format::kFp8E4M3>();
   });
 }

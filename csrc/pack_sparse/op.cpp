@@ -49,7 +49,7 @@ Tensor pack_sparse(const Tensor& codes, const Tensor& scales, const Tensor& meta
   constexpr const char* kOp = "pack_sparse";
   check(codes.dim() == 2, kOp, ": codes must be 2-D, got ", shape_string(codes));
   const Sparse8 w = sparse_weight(kOp, codes.size(0), in_features, format, group_size, n, m, v);
-  check_part("codes", codes, w.spec.N, w.kept_row_bytes(), codes_type(w.spec.format));
+  check_part("codes", codes, w.spec.N, code_columns(w), codes_type(w.spec.format));
   check_part("scales", scales, w.spec.N, w.spec.num_groups(), ScalarType::Half);
   check_part("meta", meta, w.meta_rows(), w.meta_row_bytes(), ScalarType::Byte);
   const Tensor c = torch::stable::contiguous(codes), s = torch::stable::contiguous(scales), places = torch::stable::contiguous(meta);
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> unpack_sparse(const Tensor& packed, int64_t o
   const Sparse8 w = sparse_weight(kOp, out_features, in_features, format, group_size, n, m, v);
   const bool tiles = is_tiles(kOp, layout);
   check_sparse(kOp, packed, tiles ? SparseTiles{w.spec, w.pattern}.total_bytes() : w.total_bytes());
-  Tensor codes = make_empty(packed, {w.spec.N, w.kept_row_bytes()}, codes_type(w.spec.format));
+  Tensor codes = make_empty(packed, {w.spec.N, code_columns(w)}, codes_type(w.spec.format));
   Tensor scales = make_empty(packed, {w.spec.N, w.spec.num_groups()}, ScalarType::Half);
   Tensor meta = make_empty(packed, {w.meta_rows(), w.meta_row_bytes()}, ScalarType::Byte);
   (tiles ? cpu_scalar::unpack_tiles

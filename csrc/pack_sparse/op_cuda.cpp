@@ -31,7 +31,7 @@ Tensor pack_sparse(const Tensor& codes, const Tensor& scales, const Tensor& meta
   check(codes.dim() == 2, kOp, ": codes must be 2-D, got ", shape_string(codes));
   const Sparse8 canonical = sparse_weight(kOp, codes.size(0), in_features, format, group_size, n, m, v);
   const SparseTiles w{canonical.spec, canonical.pattern};
-  check_part("codes", codes, codes, w.spec.N, w.kept_row_bytes(), codes_type(w.spec.format));
+  check_part("codes", codes, codes, w.spec.N, code_columns(canonical), codes_type(w.spec.format));
   check_part("scales", scales, codes, w.spec.N, w.spec.num_groups(), ScalarType::Half);
   check_part("meta", meta, codes, w.meta_rows(), w.meta_row_bytes(), ScalarType::Byte);
   const CudaCall call(codes);
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor> unpack_sparse(const Tensor& packed, int64_t o
   check_sparse(kOp, packed, w.total_bytes(), check_cuda_tensor);
   check(reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 == 0, kOp, ": packed must begin at a multiple of 16 bytes");
   const CudaCall call(packed);
-  Tensor codes = make_empty(packed, {w.spec.N, w.kept_row_bytes()}, codes_type(w.spec.format));
+  Tensor codes = make_empty(packed, {w.spec.N, code_columns(canonical)}, codes_type(w.spec.format));
   Tensor scales = make_empty(packed, {w.spec.N, w.spec.num_groups()}, ScalarType::Half);
   Tensor meta = make_empty(packed, {w.meta_rows(), w.meta_row_bytes()}, ScalarType::Byte);
   call.expose("packed", packed);

@@ -32,9 +32,12 @@ struct Strips {  // where the strips of a packed weight lie
   Rows8 layout;
   const uint8_t* data;
   int64_t strip_bytes, header_bytes, block_bytes, blocks_per_group, num_blocks;
+  SparsePattern pattern;  // m = 0: dense
   explicit Strips(const Params& p)
-      : layout{p.weight}, data(p.packed), strip_bytes(layout.strip_bytes()), header_bytes(layout.header_bytes()), block_bytes(layout.block_bytes()),
-        blocks_per_group(layout.blocks_per_group()), num_blocks(layout.num_blocks()) {}
+      : layout{p.weight}, data(p.packed), strip_bytes(p.pattern.m ? p.sparse().strip_bytes() : layout.strip_bytes()), header_bytes(layout.header_bytes()),
+        block_bytes(layout.block_bytes()), blocks_per_group(layout.blocks_per_group()), num_blocks(layout.num_blocks()), pattern(p.pattern) {}
+  // Where in a strip what belongs to k and further k begins, whole superblocks of a dense weight.
+  int64_t offset_of(int64_t k) const { return pattern.m ? Sparse8{layout.spec, pattern}.block_offset(0, k / 32) : layout.header_offset(0, k); }
 };
 
 // Walks the k-blocks of one strip. WHY not the layout's offset functions: their divisions cost more than the unpacking.
@@ -304,8 +307,8 @@ void tile_loop(const Params& p) {
           // The packed bytes of the next panel are fetched to L2 in slices, one a row block.
           const bool last = k0 + panel_k >= padded_k;
           const int64_t next_n = last ? n + 1 : n, next_k = last ? 0 : k0 + panel_k;
-          const uint8_t* next = s.data + next_n * kPanelStrips * s.strip_bytes + s.layout.header_offset(0, next_k);
-          const int64_t next_bytes = s.layout.header_offset(0, std::min(panel_k, padded_k - next_k));
+          const uint8_t* next = s.data + next_n * kPanelStrips * s.strip_bytes + s.offset_of(next_k);
+          const int64_t next_bytes = s.offset_of(std::min(panel_k, padded_k - next_k));
           const int64_t slice = next_n < panel1 && (next_n + 1) * kPanelStrips <= num_strips ? (next_bytes / blocks + 63) / 64 * 64 : 0;
           if constexpr (takes_outliers<Kernel>()) {
             const float global_scale = global_scale_of(s.layout, s.data);

@@ -38,11 +38,13 @@ enum class Activations : int64_t { kFloat = 0, kInt8 = 1, kInt8Row = 2, kFp8Row 
 // dense weights on the CPU.
 constexpr const char* refused_activations(Format format, int64_t activations, bool outliers = false) {
   if (activations == 4 && !outliers) return "activations 4 (int8_outliers) are for dense weights on the CPU";
-  if (activations == 4 && format != Format::kFp8E4M3 && format != Format::kFp8Block) return nullptr;
+  if (activations == 4 && format <= Format::kInt8) return nullptr;
   switch (format) {
     case Format::kInt8: return 0 <= activations && activations <= 2 ? nullptr : "int8 weights take activations 0 (float), 1 (int8) or 2 (int8_row)";
     case Format::kFp8E4M3: return activations == 0 || activations == 3 ? nullptr : "fp8_e4m3 weights take activations 0 (float) or 3 (fp8_row)";
     case Format::kFp8Block: return activations == 0 ? nullptr : "fp8_block weights take activations 0 (float)";
+    case Format::kFp16:
+    case Format::kBf16: return activations == 0 ? nullptr : "fp16 and bf16 weights take activations 0 (float)";
     default: return activations == 0 || activations == 1 ? nullptr : "weights of up to 4 bits take activations 0 (float) or 1 (int8)";
   }
 }

@@ -5,6 +5,7 @@
 // LIMITS    none: any N, K, M, format, pattern, group, dtype, and any processor
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "quant_linear/rows_prologue.h"
@@ -39,6 +40,11 @@ float quantize_row(float* x, int64_t K, quant_linear::Activations activations) {
 }
 
 double dequantize(const uint8_t* packed, const Sparse8& w, int64_t n, int64_t j, int64_t k) {
+  if (is_16bit(w.spec.format)) {
+    uint16_t bits;
+    std::memcpy(&bits, packed + w.code_offset(n, j), sizeof bits);
+    return w.spec.format == Format::kBf16 ? bf16_to_float(bits) : fp16_to_float(bits);
+  }
   const int code = packed[w.code_offset(n, j)] >> w.code_shift(j) & ((1 << code_bits(w.spec.format)) - 1);
   const double scale = fp16_to_float(*reinterpret_cast<const uint16_t*>(packed + w.scale_offset(n, k)));
   switch (w.spec.format) {

@@ -65,6 +65,10 @@ TAUT_DEVICE void load_bytes(uint32_t (&words)[(kBytes + 3) / 4], const uint8_t* 
     if constexpr (kBytes == 4) words[0] = v;
     if constexpr (kBytes >= 8) words[0] = v.x, words[1] = v.y;
     if constexpr (kBytes >= 16) words[2] = v.z, words[3] = v.w;
+    if constexpr (kBytes == 32) {
+      const Vector next = reinterpret_cast<const Vector*>(source)[1];
+      words[4] = next.x, words[5] = next.y, words[6] = next.z, words[7] = next.w;
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < kBytes; i++)
@@ -75,7 +79,7 @@ TAUT_DEVICE void load_bytes(uint32_t (&words)[(kBytes + 3) / 4], const uint8_t* 
 // What is kept of 32 k of a row: the codes in the order of k, 4 or 8 bits each, and their places, a string of bits.
 template <Format kFormat, Kind kKind>
 struct Kept {
-  static constexpr int kBits = kFormat == Format::kInt4 ? 4 : 8, kCount = kept_of(kKind), kPlaceBits = place_bits_of(kKind);
+  static constexpr int kBits = static_cast<int>(code_bits(kFormat)), kCount = kept_of(kKind), kPlaceBits = place_bits_of(kKind);
   static constexpr int kCodeBytes = kCount * kBits / 8, kPlaceBytes = kCount * kPlaceBits / 8;
   uint32_t codes[kCodeBytes / 4], places[(kPlaceBytes + 3) / 4];
   float scale;
@@ -84,15 +88,24 @@ struct Kept {
   TAUT_DEVICE void load(const SimtArgs& args, int n, int block) {
     const int group = block * 32 >> args.group_shift;
     const uint8_t* places_at = args.packed + args.places_begin;
+    if constexpr (is_16bit(kFormat)) scale = 1.0f;
     if constexpr (kKind == Kind::kTiled) {
       // 16 kept numbers are a k16-step of the tile's fragments, 4 of them in a word of each lane of the row's quad: 2t, 2t+8, 2t+1, 2t+9.
       const int step = block % 4, strip = n % 64 / 16, upper = n % 16 / 8, g = n % 8;
       const int64_t tile = int64_t{n / 64} * args.tiles_k + block / 4;
       const auto* tile_codes = reinterpret_cast<const uint32_t*>(args.packed + tile * (kBits * 512));
+      if constexpr (kBits == 16) {  // the registers of row g + 8 * upper, of each lane of the quad: 2t and 2t + 8, and their neighbours
 #pragma unroll
-      for (int i = 0; i < kCodeBytes / 4; i++) codes[i] = 0;
+        for (int t = 0; t < 4; t++) {
+          const uint32_t* at = tile_codes + ((strip * 4 + step) * 32 + g * 4 + t) * 4 + upper;
+          codes[t] = at[0], codes[t + 4] = at[2];
+        }
+      } else {
 #pragma unroll
-      for (int t = 0; t < 4; t++) {
+        for (int i = 0; i < kCodeBytes / 4; i++) codes[i] = 0;
+      }
+#pragma unroll
+      for (int t = 0; t < (kBits == 16 ? 0 : 4); t++) {
         const int at = kBits == 4 ? (strip * 32 + g * 4 + t) * 4 + step : ((strip * 2 + step / 2) * 32 + g * 4 + t) * 4 + step % 2 * 2 + upper;
         const uint32_t word = kBits == 4 ? tile_codes[at] >> (4 * upper) : tile_codes[at];
         constexpr int kOffset[4] = {0, 8, 1, 9};
@@ -105,18 +118,22 @@ struct Kept {
       const auto* words =
           reinterpret_cast<const uint32_t*>(places_at) + tile * SparseTiles::kTilePlaces + n % 64 / 32 * 128 + (g * 4 + n % 32 / 16 * 2) * 4 + step;
       places[0] = (words[0] >> (16 * upper) & 0xffffu) | words[4] >> (16 * upper) << 16;
-      scale = __half2float(reinterpret_cast<const __half*>(args.packed + args.scales_begin)[(int64_t{n / 64} * args.groups + group) * 64 + g * 8 + n % 64 / 8]);
+      if constexpr (!is_16bit(kFormat))
+        scale =
+            __half2float(reinterpret_cast<const __half*>(args.packed + args.scales_begin)[(int64_t{n / 64} * args.groups + group) * 64 + g * 8 + n % 64 / 8]);
     } else {
       const int code_at = block * kCodeBytes, place_at = block * kPlaceBytes;
       load_bytes<kCodeBytes>(codes, args.packed + int64_t{n} * args.row_bytes + code_at, args.row_bytes - code_at);
       load_bytes<kPlaceBytes>(places, places_at + int64_t{n >> args.shared_shift} * args.meta_row_bytes + place_at, args.meta_row_bytes - place_at);
-      scale = __half2float(reinterpret_cast<const __half*>(args.packed + args.scales_begin)[int64_t{n} * args.groups + group]);
+      if constexpr (!is_16bit(kFormat))
+        scale = __half2float(reinterpret_cast<const __half*>(args.packed + args.scales_begin)[int64_t{n} * args.groups + group]);
     }
   }
   TAUT_DEVICE float number(int j) const {
     const uint32_t code = codes[j * kBits / 32] >> (j * kBits % 32) & ((1u << kBits) - 1);
     if constexpr (kFormat == Format::kInt4) return static_cast<float>(static_cast<int>(code) - 8);
     else if constexpr (kFormat == Format::kInt8) return static_cast<float>(static_cast<int8_t>(code));
+    else if constexpr (is_16bit(kFormat)) return from_16bit<kFormat>(code);
     else return from_e4m3(code);
   }
   TAUT_DEVICE int place(int j) const {
@@ -214,6 +231,8 @@ void run(const CudaParams& p) {
   };
   if (w.spec.format == Format::kInt4) with_format.template operator()<Format::kInt4>();
   else if (w.spec.format == Format::kInt8) with_format.template operator()<Format::kInt8>();
+  else if (w.spec.format == Format::kFp16) with_format.template operator()<Format::kFp16>();
+  else if (w.spec.format == Format::kBf16) with_format.template operator()<Format::kBf16>();
   else with_format.template operator()<Format::kFp8E4M3>();
 }
 

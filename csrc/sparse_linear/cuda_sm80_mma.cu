@@ -1,17 +1,23 @@
 // COMPUTES  out[M,N] = x[M,K] @ dequant(w)[N,K]^T + bias;  x, out fp16 or bf16; w 2:4, its kept numbers as exact integers (or e4m3 floats) in 16
-//           bit, sums fp32, scales multiplied into the sums in fp32: nothing is rounded but the sums and the result
+//           bit, sums fp32, scales multiplied into the sums in fp32: nothing is rounded but the sums and the result; or w in 16 bits as x is
 // LAYOUT    w: SparseTiles (common/sparse.h). w is the sparse operand A of mma.sp.m16n8k32: 16 rows, 32 k of which 16 are there; x the dense
 //           operand B, in shared memory as cuda_mma.cuh has it (panels of 64 k, swizzled)
 // WORK      cuda_mma.cuh: units of kTileM tokens x kTileN outputs x 128 * kWarpsK k, dealt to the blocks in equal stretches (stream-K), the parts of
 //           a tile that a seam cuts added up by `combine` in the order of k. Codes, places and scales come through the same stages of cp.async. A
-//           warp takes two strips of 16 n at a time, which share their registers of metadata: selector 0 and 1.
+//           warp takes two strips of 16 n at a time, which share their registers of metadata: selector 0 and 1. 16-bit w is what the registers
+//           want, 16 B a lane and step of 32 k, and goes into the sums without a detour: no parts, no scales.
 // BOUND     M <= 16: bytes of w. A tile of 64 n x 128 k is 2 KB of int4, 1 KB of places, 128 B of scales (groups of 128): 3.125 bits a weight where
 //           dense int4 takes 4.125, so at best 1.32 times faster; int8 5.125 for 8.125, 1.59 times. H200, 4.3 TB/s: 18 B a cycle an SM, a tile of int4
 //           every 178 cycles, 711 issue slots; nvcc makes about 400 instructions of it (150 dequantize, 16 are mma.sp, 32 sums, the rest copies).
 //           Large M: tensor cores at twice the dense rate. A unit of 128 tokens x 128 n x 128 k is 512 mma.sp of 8 cycles on 4 tensor cores of sm_80,
 //           1024 cycles; shared memory moves 64 KB of x and 24 KB of w, 700 cycles; a scheduler issues 820 instructions to compute and some 300 to
 //           copy. So 2 * 312 TFLOP/s of the dense product are out of reach on A100 by 10% at least. No GPU has run it yet.
-// LIMITS    sm_80 or newer; 2:4, with or without places that rows share; float activations in fp16 or bf16. Overflow as cuda_mma.cuh says
+//           16-bit w: 9 bits a weight for 16, at best 1.78 times faster than cuBLAS at few rows. A tile is 9 KB and 16 mma.sp: bytes by far. Large M: a
+//           unit of 96 tokens x 128 n x 128 k is 768 cycles of sm_80's tensor cores and 42 KB from the L2 cache, 55 B a cycle an SM, of which A100
+//           has about 47: L2 binds, at some 85% of twice the dense peak. A larger tile would not fit twice into 99 KB, which is what sm_86, 89 and
+//           120 have. Computed, not measured.
+// LIMITS    sm_80 or newer; 2:4, with or without places that rows share; float activations in fp16 or bf16; 16-bit w of x's own type. Overflow as
+//           cuda_mma.cuh says
 #include "quant_linear/cuda_mma.cuh"
 #include "sparse_linear/op.h"
 
@@ -24,11 +30,15 @@ struct SparseArgs : MmaArgs {
   const uint8_t* places;
 };
 
+// Stands for w in 16 bits of either type: x has the same, and T says which.
+constexpr Format kNumbers = Format::kFp16;
+
 // The bytes of one stage, and where its parts are.
 template <Format kFormat, bool kGroup32, class Tile>
 struct SparseStage {
-  static constexpr int kTileBytes = kFormat == Format::kInt4 ? 2048 : 4096, kPlaceBytes = SparseTiles::kTilePlaces * 4;
-  static constexpr int kGroups = kGroup32 ? 4 : 2;  // rows of 64 scales for a tile of 128 k. WHY not 1 for larger groups: half the kernels
+  static constexpr int kTileBytes = static_cast<int>(512 * code_bits(kFormat)), kPlaceBytes = SparseTiles::kTilePlaces * 4;
+  // Rows of 64 scales for a tile of 128 k. WHY not 1 for larger groups: half the kernels
+  static constexpr int kGroups = kFormat == kNumbers ? 0 : 2 << kGroup32;
   static constexpr int kTiles = Tile::kTilesN64 * Tile::kWarpsK;
   static constexpr int kXChunks = Tile::kTileM * Tile::kWarpsK * 16;
   static constexpr int kCodeChunks = kTiles * (kTileBytes / 16), kPlaceChunks = kTiles * (kPlaceBytes / 16), kScaleChunks = kTiles * kGroups * 8;
@@ -119,9 +129,10 @@ struct SparseLoader {
       // WHY no zeros: two equal places are no metadata. Any of another tile are.
       ptx::cp_async_16(stage + Stage::kPlaces + c * 16, inside(c / kTilePlaces) ? source : args.places);
     }
+    constexpr int kGroups = std::max(Stage::kGroups, 1);  // without scales there is nothing to loop over
 #pragma unroll
     for (int i = 0; i < kScales; i++) {
-      const int c = t + i * kThreads, index = c / 8 / Stage::kGroups, h = c / 8 % Stage::kGroups, k = k128 + index % Tile::kWarpsK;
+      const int c = t + i * kThreads, index = c / 8 / kGroups, h = c / 8 % kGroups, k = k128 + index % Tile::kWarpsK;
       if (Stage::kScaleChunks % kThreads != 0 && c >= Stage::kScaleChunks) break;
       const bool there = inside(index);
       const int64_t row = static_cast<int64_t>(first_n64 + index / Tile::kWarpsK) * args.groups + (kGroup32 ? k * 4 + h : (k * 2 + h) >> args.group_tiles_log2);
@@ -222,6 +233,39 @@ TAUT_DEVICE void compute_sparse_unit(const unsigned char* stage, Accumulators<Ti
   }
 }
 
+// The same where w is in 16 bits: fragments as they lie in shared memory.
+template <class T, class Tile>
+TAUT_DEVICE void compute_number_unit(const unsigned char* stage, Accumulators<Tile>& acc, int warp_n, int warp_m, int lane) {
+  using Stage = SparseStage<kNumbers, false, Tile>;
+  static_assert(Tile::kWarpsK == 1);
+  constexpr int kTokens8 = Tile::kWarpM / 8, kStrips = Tile::kWarpStrips;
+  const int index = warp_n * Tile::kWarpN / 64, first_strip = kStrips == 4 ? 0 : warp_n * kStrips % 4;
+  const unsigned char* s_tile = stage + Stage::kCodes + index * Stage::kTileBytes + first_strip * 2048 + lane * 16;
+  const unsigned char* s_places = stage + Stage::kPlaces + index * Stage::kPlaceBytes + first_strip / 2 * 512 + lane * 16;
+  uint32_t places[kStrips / 2][4];
+#pragma unroll
+  for (int pair = 0; pair < kStrips / 2; pair++) load_places<4>(places[pair], s_places + pair * 512, 0);
+#pragma unroll
+  for (int step = 0; step < 4; step++) {
+    uint32_t a[kStrips][4];
+#pragma unroll
+    for (int s = 0; s < kStrips; s++) {
+      const uint4 v = *reinterpret_cast<const uint4*>(s_tile + s * 2048 + step * 512);
+      a[s][0] = v.x, a[s][1] = v.y, a[s][2] = v.z, a[s][3] = v.w;
+    }
+#pragma unroll
+    for (int j = 0; j < kTokens8; j++) {
+      uint32_t b[4];
+      load_x(b, stage + step / 2 * Tile::kTileM * 128, warp_m * Tile::kWarpM + j * 8, step % 2, lane);
+#pragma unroll
+      for (int s = 0; s < kStrips; s += 2) {
+        ptx::mma_sp_m16n8k32<T, 0>(acc.sum[s][j], a[s], b, places[s / 2][step]);
+        ptx::mma_sp_m16n8k32<T, 1>(acc.sum[s + 1][j], a[s + 1], b, places[s / 2][step]);
+      }
+    }
+  }
+}
+
 template <class T, Format kFormat, bool kGroup32, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) sparse_mma_kernel(const SparseArgs args) {
   if constexpr (kCompiledFor<80>) {
@@ -231,7 +275,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) sparse_mma
     using Stage = SparseStage<kFormat, kGroup32, Tile>;
     stream_units<true, T, Tile, Stage::kStages, Stage::kBytes, SparseLoader<kFormat, kGroup32, Tile>>(
         args, [&](const unsigned char* stage, Accumulators<Tile>& acc, int warp_n, int warp_m, int warp_k, int lane) {
-          compute_sparse_unit<T, kFormat, kGroup32, Tile>(stage, acc, warp_n, warp_m, warp_k, lane);
+          if constexpr (kFormat == kNumbers) compute_number_unit<T, Tile>(stage, acc, warp_n, warp_m, lane);
+          else compute_sparse_unit<T, kFormat, kGroup32, Tile>(stage, acc, warp_n, warp_m, warp_k, lane);
         });
   }
 }
@@ -245,6 +290,14 @@ using TileM16 = MmaTile<16, 4, 2, 1, 2, 3, 2>;
 using TileM32 = MmaTile<32, 2, 4, 1, 1, 4, 3>;
 using TileM64 = MmaTile<32, 4, 2, 2, 1, 3, 2>;
 using TileM128 = MmaTile<32, 4, 2, 4, 1, 2, 1>;
+
+// Of 16-bit w, whose stages are twice as large: one step of 128 k in each, so that at few rows there are 4 of them. No warps share outputs, and so
+// the order of the sums is the same for all.
+using NumbersM8 = MmaTile<8, 2, 4, 1, 1, 4, 2>;
+using NumbersM16 = MmaTile<16, 2, 4, 1, 1, 4, 2>;
+using NumbersM32 = MmaTile<32, 2, 4, 1, 1, 3, 2>;
+using NumbersM64 = MmaTile<32, 4, 2, 2, 1, 2, 2>;
+using NumbersM96 = MmaTile<24, 4, 2, 4, 1, 2, 1>;
 
 // Calls f.template operator()<kFormat, kGroup32, Tile>() for this call.
 template <class F>
@@ -260,6 +313,13 @@ auto with_sparse_tile(const CudaParams& p, const F& f) {
     if (p.weight.group_size == 32) return with_group.template operator()<kFormat, true>();
     return with_group.template operator()<kFormat, false>();
   };
+  if (is_16bit(p.weight.format)) {
+    if (p.M <= 8) return f.template operator()<kNumbers, false, NumbersM8>();
+    if (p.M <= 16) return f.template operator()<kNumbers, false, NumbersM16>();
+    if (p.M <= 32) return f.template operator()<kNumbers, false, NumbersM32>();
+    if (p.M <= 64) return f.template operator()<kNumbers, false, NumbersM64>();
+    return f.template operator()<kNumbers, false, NumbersM96>();
+  }
   if (p.weight.format == Format::kInt4) return with_format.template operator()<Format::kInt4>();
   if (p.weight.format == Format::kInt8) return with_format.template operator()<Format::kInt8>();
   return with_format.template operator()<Format::kFp8E4M3>();
@@ -284,7 +344,10 @@ const char* supported(const CudaParams& p) {
   if (p.device->sm < 80) return "it needs sm_80: sparse tensor cores";
   if (!p.sparse().is_tiled()) return "it computes with 2:4 alone, with or without rows that share places";
   if (p.activations != Activations::kFloat) return "it computes with float activations";
-  return p.dtype == DType::kFloat32 ? "x is float32; tensor cores take float16 and bfloat16" : nullptr;
+  if (p.dtype == DType::kFloat32) return "x is float32; tensor cores take float16 and bfloat16";
+  return is_16bit(p.weight.format) && (p.weight.format == Format::kFp16) != (p.dtype == DType::kFloat16)
+             ? "x and w are in 16 bits of two kinds, of which tensor cores take one"
+             : nullptr;
 }
 
 int64_t workspace_bytes(const CudaParams& p) {

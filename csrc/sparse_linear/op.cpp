@@ -14,6 +14,8 @@ using quant_linear::Activations;
 
 constexpr const char* kOp = "sparse_linear";
 
+const char* codes(const Params& p) { return is_16bit(p.weight.format) ? "it computes with low-bit weights" : nullptr; }
+
 #if defined(__x86_64__)
 const char* integers(const Params& p) {
   if (p.activations != Activations::kInt8 && p.activations != Activations::kInt8Row) return "it computes with int8 activations";
@@ -26,9 +28,24 @@ const char* needs_vectors(const Params& p) {
 }
 const char* rows_avx2(const Params& p) { return cpu_features().avx2 ? needs_rows(p) : "this processor has no AVX2 with FMA and F16C"; }
 const char* rows_avx512vnni(const Params& p) { return cpu_features().avx512vnni ? needs_rows(p) : "this processor has no AVX-512 VNNI"; }
-const char* dense_avx2(const Params&) { return cpu_features().avx2 ? nullptr : "this processor has no AVX2 with FMA and F16C"; }
+const char* dense_avx2(const Params& p) { return cpu_features().avx2 ? codes(p) : "this processor has no AVX2 with FMA and F16C"; }
 const char* vectors_avx2(const Params& p) { return cpu_features().avx2 ? needs_vectors(p) : "this processor has no AVX2 with FMA and F16C"; }
 const char* vectors_avx512vnni(const Params& p) { return cpu_features().avx512vnni ? needs_vectors(p) : "this processor has no AVX-512 VNNI"; }
+
+const char* needs_numbers(const Params& p) { return is_16bit(p.weight.format) ? nullptr : "it computes with 16-bit weights"; }
+const char* numbers_avx2(const Params& p) { return cpu_features().avx2 ? needs_numbers(p) : "this processor has no AVX2 with FMA and F16C"; }
+const char* numbers_avx512bw(const Params& p) { return cpu_features().avx512bw ? needs_numbers(p) : "this processor has no AVX-512 BW"; }
+const char* number_pairs_avx512bw(const Params& p) {
+  return p.pattern.v == 8 ? "it computes where each row has places of its own, or 16 share them" : numbers_avx512bw(p);
+}
+
+// Where rows share places, only what is kept is multiplied, for any number of rows of x.
+const char* few_rows_of_numbers(const Params& p) { return p.M <= 8 || p.pattern.v > 1 ? nullptr : "for this many rows of x unpacked panels are faster"; }
+const char* some_rows_of_numbers(const Params& p) {
+  if (p.M == 1 && cpu_features().avx2) return "for one row of x AVX2 is faster";
+  return few_rows_of_numbers(p);
+}
+const char* many_rows_of_numbers(const Params& p) { return few_rows_of_numbers(p) ? nullptr : "multiplying what is kept alone is faster here"; }
 
 // One row of x: memory binds, and AVX2, a strip a vector, reads it 15 to 30% faster. Beyond some rows of x making w dense costs less than
 // picking x for each row of w.
@@ -50,9 +67,13 @@ constexpr Impl<Params> kImpls[] = {
     {"cpu_avx512vnni.int8_rows", rows_avx512vnni, few_rows, cpu_avx512vnni::run_rows},
     {"cpu_avx2.int8_vectors", vectors_avx2, without_amx, cpu_avx2::run_vectors},
     {"cpu_avx2.int8_rows", rows_avx2, few_rows_avx2, cpu_avx2::run_rows},
+    {"cpu_avx512bw.float_small", number_pairs_avx512bw, some_rows_of_numbers, cpu_float_avx512bw::run_small},
+    {"cpu_avx512bw.float_tile", numbers_avx512bw, many_rows_of_numbers, cpu_float_avx512bw::run_tile},
+    {"cpu_avx2.float_small", numbers_avx2, few_rows_of_numbers, cpu_float_avx2::run_small},
+    {"cpu_avx2.float_tile", numbers_avx2, always, cpu_float_avx2::run_tile},
     {"cpu_avx2.dense", dense_avx2, always, cpu_avx2::run_dense},
 #endif
-    {"cpu_dense", always, always, cpu_dense::run},
+    {"cpu_dense", codes, always, cpu_dense::run},
     {"cpu_scalar", always, always, cpu_scalar::run},
 };
 
@@ -108,7 +129,7 @@ std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
   params.dtype = static_cast<DType>(get("dtype", 0));
   const Sparse8 w = sparse_weight(kOp, get("N", 16), get("K", 32), get("format", 8), get("group_size", 32), get("n", 2), get("m", 4), get("v", 1));
   params.weight = w.spec, params.pattern = w.pattern;
-  params.activations = activations_for(w.spec.format, get("activations", w.spec.format == Format::kFp8E4M3 ? 0 : 1));
+  params.activations = activations_for(w.spec.format, get("activations", w.spec.format == Format::kInt8 || w.spec.format == Format::kInt4 ? 1 : 0));
   return explain_table(kOp, kImpls, params);
 }
 

@@ -34,6 +34,16 @@ void run_vectors_small(const Params&);
 void run_vectors(const Params&);
 }  // namespace cpu_avx512vnni
 
+// Of 16-bit numbers.
+namespace cpu_float_avx2 {
+void run_small(const Params&);
+void run_tile(const Params&);
+}  // namespace cpu_float_avx2
+namespace cpu_float_avx512bw {
+void run_small(const Params&);  // not v = 8
+void run_tile(const Params&);
+}  // namespace cpu_float_avx512bw
+
 // ---- CUDA -------------------------------------------------------------------------------------------------------------
 
 // As quant_linear's; `packed` is in SparseTiles, `weight` the dense weight.

@@ -142,7 +142,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = F
 def quantize(
     source: Annotated[str, typer.Argument(metavar="SRC", help="a model directory, a hub id, or a GGUF file", show_default=False)],
     target: Annotated[Path, typer.Argument(metavar="DST", help="the directory to write", show_default=False)],
-    weights: Weights = "int4",
+    weights: Annotated[str, typer.Option(help=f"{_FORMATS}; with --sparsity fp16 or bf16 as well")] = "int4",
     group_size: GroupSize = None,
     zeros: Zeros = False,
     sparsity: Annotated[
@@ -181,7 +181,7 @@ def compress(
     target: Annotated[Path, typer.Argument(metavar="DST", help="the directory to write", show_default=False)],
     calibration: Annotated[Path, typer.Option(help="a text file that is like what the model will read", show_default=False)],
     sparsity: Annotated[str | None, typer.Option(help="2:4, 16:2:4 and the like; none: dense [default: 2:4]")] = "2:4",
-    weights: Annotated[str | None, typer.Option(help="int4, int8, or none: floats with zeros [default: int4]")] = "int4",
+    weights: Annotated[str | None, typer.Option(help="int4, int8, fp16, bf16, or none: floats with zeros [default: int4]")] = "int4",
     group_size: GroupSize = None,
     activations: Activations = "auto",
     method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, or gptq (dense)")] = "sparsegpt",

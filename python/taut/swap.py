@@ -14,8 +14,8 @@ from torch import nn
 from . import _native
 from . import fuse as fusing
 from . import head as heads
-from .formats import ACTIVATIONS, FORMATS, KINDS, WeightFormat, check_activations, resolve_activations
-from .formats.sparse import Pattern, SparseFormat, check_sparse_activations
+from .formats import ACTIVATIONS, FORMATS, KINDS, SPARSE_KINDS, WeightFormat, check_activations, resolve_activations
+from .formats.sparse import SparseFormat, check_sparse_activations
 from .nn import PackedWeight, QuantLinear, SparseLinear
 from .ops.pack_weight import check_device
 
@@ -33,26 +33,27 @@ class Rule:
 def make_rule(
     weights: str | None, group_size: int | None = None, zeros: bool = False, activations: str = "auto", sparsity: str | None = None
 ) -> Rule:
-    """A checked rule. ``weights``: a name of ``taut.formats.KINDS`` or None (leave alone); ``group_size`` None: the format's default;
-    ``sparsity``: a pattern ("2:4", "16:2:4"), or None for dense weights."""
+    """A checked rule. ``weights``: a name of ``taut.formats.KINDS``, with sparsity also of ``SPARSE_KINDS``, or None (leave alone);
+    ``group_size`` None: the format's default; ``sparsity``: a pattern ("2:4", "16:2:4"), or None for dense weights."""
     if not isinstance(activations, str):
         raise ValueError(f"activations must be one of auto, {', '.join(ACTIVATIONS)}, got {activations!r}")
     check_activations(activations)
     if weights is None:
         return Rule(None, activations)
-    if not isinstance(weights, str) or weights not in FORMATS:
-        raise ValueError(f"unknown weight format {weights!r}; accepted: {', '.join(FORMATS)}")
+    if not isinstance(weights, str) or weights not in (*FORMATS, *SPARSE_KINDS):
+        raise ValueError(f"unknown weight format {weights!r}; accepted: {', '.join(FORMATS)}; {' and '.join(SPARSE_KINDS)} with sparsity")
     if not isinstance(zeros, bool):
         raise ValueError(f"zeros must be True or False, got {zeros!r}")
     if not isinstance(group_size, (int, type(None))):
         raise ValueError(f"group_size must be 32, 64, 128, 0 (one scale a row) or None, got {group_size!r}")
-    format = WeightFormat(weights, group_size, zeros)
-    check_activations(activations, format)
     if sparsity is None:
-        return Rule(format, activations)
-    sparse = SparseFormat(format, Pattern.parse(sparsity))
-    check_sparse_activations(activations, sparse)
-    return Rule(sparse, activations)
+        format: WeightFormat | SparseFormat = WeightFormat(weights, group_size, zeros)
+    else:
+        format = SparseFormat.of_names(weights, group_size, zeros, sparsity)
+    check_activations(activations, format)
+    if isinstance(format, SparseFormat):
+        check_sparse_activations(activations, format)
+    return Rule(format, activations)
 
 
 def low_bit(linear: nn.Linear, rule: Rule) -> QuantLinear:
@@ -113,8 +114,8 @@ class RuleBook:
 
 def _activations_for(weights: str | None, activations: str) -> str:
     """The default's activations where a rule's format takes them, else "auto"."""
-    known = isinstance(weights, str) and weights in KINDS
-    return activations if not known or activations in KINDS[weights].activations else "auto"
+    kind = {**KINDS, **SPARSE_KINDS}.get(weights) if isinstance(weights, str) else None
+    return activations if kind is None or activations in kind.activations else "auto"
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -355,8 +356,8 @@ def swap(
     fuses what can be, True asks for at least one, False leaves them alone. ``strict``: every decoder layer must be fused.
     ``attention``: a transformers model then attends by taut's ops too, as after ``model.set_attn_implementation("taut")``.
     ``sparsity``: "2:4", "1:4", "2:8", "4:8", or with 8 or 16 rows that share places "16:2:4": the layers become ``SparseLinear``,
-    with int8, int4 or fp8_e4m3 weights without zeros. A weight that holds to the pattern keeps its nonzeros; of another one the
-    largest of each block are kept, which costs much more than low bits do.
+    with int8, int4 or fp8_e4m3 weights without zeros, or with "fp16" or "bf16", which round to 16 bits alone. A weight that holds to
+    the pattern keeps its nonzeros; of another one the largest of each block are kept, which costs much more than low bits do.
     ``progress(done, total, name)`` is called before each layer. The output head is swapped only by ``lm_head``, or if a rule
     names it; one that is tied then gets low bits of its own beside the float embeddings. Other tied weights and modules taut
     does not know are kept, and named with their reason in the returned report. Raises ``ValueError`` for bad settings, a
@@ -458,7 +459,8 @@ def check_values(name: str, weight: torch.Tensor, rule: Rule) -> None:
     if not math.isfinite(largest):
         raise ValueError(f"{name}: its weight holds a NaN or an infinity")
     if largest > (limit := rule.format.kind.largest):
-        raise ValueError(f"{name}: its weight holds {largest:g}; a float16 scale reaches up to {limit:g}")
+        reaches = "a float16 scale" if rule.format.has_scales else rule.format.name
+        raise ValueError(f"{name}: its weight holds {largest:g}; {reaches} reaches up to {limit:g}")
 
 
 def _recorder(model: nn.Module) -> Callable[[nn.Module, dict, SwapReport], None] | None:

@@ -39,11 +39,21 @@ std::mt19937 bits(3);
 float random_float() { return std::normal_distribution<float>()(bits); }
 int64_t below(int64_t count) { return static_cast<int64_t>(bits() % static_cast<uint64_t>(count)); }
 
+bool named(const SparseImpl& impl, const char* part) {  // WHY not strstr: where there is no operating system, there is none
+  for (const char* at = impl.name; *at; at++)
+    if (std::strncmp(at, part, std::strlen(part)) == 0) return true;
+  return false;
+}
+
 // As the table of op.cpp has it.
 bool takes(const SparseImpl& impl, const sparse_linear::Params& p) {
+  const bool numbers = is_16bit(p.weight.format);
+  if (named(impl, "avx512bw.float_small")) return numbers && p.pattern.v != 8;
+  if (named(impl, ".float")) return numbers;
+  if (named(impl, "dense")) return !numbers;
   const bool integers = (p.activations == Activations::kInt8 || p.activations == Activations::kInt8Row) && p.weight.format != Format::kFp8E4M3;
-  if (std::strstr(impl.name, ".int8_rows")) return integers && p.pattern.v == 1 && p.pattern.n == 2 && p.pattern.m == 4;
-  if (std::strstr(impl.name, ".int8_vectors")) return integers && p.pattern.v == 16 && p.pattern.n * 2 == p.pattern.m;
+  if (named(impl, ".int8_rows")) return integers && p.pattern.v == 1 && p.pattern.n == 2 && p.pattern.m == 4;
+  if (named(impl, ".int8_vectors")) return integers && p.pattern.v == 16 && p.pattern.n * 2 == p.pattern.m;
   return true;
 }
 
@@ -58,6 +68,7 @@ int stored_code(const Sparse8& w, const uint8_t* packed, int64_t n, int64_t j) {
   return packed[w.code_offset(n, j)] >> w.code_shift(j) & ((1 << code_bits(w.spec.format)) - 1);
 }
 double number(const Sparse8& w, const uint8_t* packed, int64_t n, int64_t j) {
+  if (is_16bit(w.spec.format)) return load_float(packed + w.code_offset(n, j), 0, w.spec.format == Format::kBf16 ? DType::kBFloat16 : DType::kFloat16);
   const double scale = fp16_to_float(*reinterpret_cast<const uint16_t*>(packed + w.scale_offset(n, w.dense_k(packed, n, j))));
   const int code = stored_code(w, packed, n, j);
   return (w.spec.format == Format::kFp8E4M3 ? e4m3_to_float(static_cast<uint8_t>(code)) : code - sparse_zero(w.spec.format)) * scale;
@@ -74,14 +85,19 @@ GuardedBlock random_weight(const Sparse8& w) {
       const bool counts = n < w.spec.N && j < w.kept();
       int code = counts ? static_cast<int>(bits() & ((1u << code_bits(w.spec.format)) - 1)) : sparse_zero(w.spec.format);
       if (fp8 && (code & 0x7f) == 0x7f) code = 0x7e;  // a NaN is no weight
-      packed.data()[w.code_offset(n, j)] |= static_cast<uint8_t>(code << w.code_shift(j));
+      if (is_16bit(w.spec.format)) {
+        const float value = j % 29 == 7 ? 0x1p-20f * random_float() : random_float();  // subnormal in fp16
+        store_float(packed.data() + w.code_offset(n, j), 0, w.spec.format == Format::kBf16 ? DType::kBFloat16 : DType::kFloat16, counts ? value : 0.0f);
+      } else {
+        packed.data()[w.code_offset(n, j)] |= static_cast<uint8_t>(code << w.code_shift(j));
+      }
       const int64_t i = j % w.pattern.n, room = w.pattern.m - w.pattern.n + i;  // so that those after it find a place
       if (i == 0) place = -1;
       place += 1 + below(room - place);
       if (!counts || (w.pattern.v > 1 && n % 8)) continue;
       packed.data()[w.place_offset(n, j)] |= static_cast<uint8_t>(w.field_of(j, static_cast<int>(place)) << w.place_shift(j));
     }
-    for (int64_t k = 0; n < w.spec.N && k < w.spec.K; k += w.dense().layout_group()) {
+    for (int64_t k = 0; !is_16bit(w.spec.format) && n < w.spec.N && k < w.spec.K; k += w.dense().layout_group()) {
       const uint16_t scale = float_to_fp16((bits() % 4 ? 1.0f : -1.0f) * (0.01f + 0.02f * std::fabs(random_float())));
       std::memcpy(packed.data() + w.scale_offset(n, k), &scale, 2);
     }
@@ -157,8 +173,9 @@ void test(int64_t M, const Sparse8& w, Activations activations, DType dtype, boo
                .c_str());
     impl.cases++;
     const int64_t n = below(N), j = below(w.kept()), m = below(M);
-    uint8_t* code = packed.data() + w.code_offset(n, j);
-    const uint8_t flipped = static_cast<uint8_t>((code_bits(w.spec.format) == 8 ? 0x40 : 4) << w.code_shift(j));
+    // Of a 16-bit number the sign, in its upper byte.
+    uint8_t* code = packed.data() + w.code_offset(n, j) + is_16bit(w.spec.format);
+    const uint8_t flipped = static_cast<uint8_t>((is_16bit(w.spec.format) ? 0x80 : code_bits(w.spec.format) == 8 ? 0x40 : 4) << w.code_shift(j));
     const double before = number(w, packed.data(), n, j);
     *code ^= flipped;
     // Of x quantized to 8 bits no more is sure than that it is within half a 127th of the largest.
@@ -180,14 +197,16 @@ std::string check_sparse(int64_t most_products, const char* required) {
   constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
   constexpr Activations kActivations[] = {Activations::kInt8, Activations::kInt8Row, Activations::kInt8, Activations::kFloat};
   int64_t turn = 0;
-  for (const Format format : {Format::kInt8, Format::kInt4, Format::kFp8E4M3})
+  for (const Format format : {Format::kInt8, Format::kInt4, Format::kFp8E4M3, Format::kFp16, Format::kBf16})
     for (const SparsePattern pattern : {SparsePattern{2, 4, 1}, {2, 4, 16}, {4, 8, 16}, {1, 4, 1}, {2, 8, 8}, {4, 8, 1}, {2, 4, 8}, {1, 4, 16}})
       for (const int64_t group : {32, 64, 128, 0})
         for (const int64_t K : kDepths)
           for (const int64_t N : kWidths) {
             turn++;
             const int64_t M = kRows[turn % 10];
-            const Activations activations = kActivations[turn / 2 % 4];
+            const bool numbers = is_16bit(format);
+            const Activations activations = numbers ? Activations::kFloat : kActivations[turn / 2 % 4];
+            if (numbers && group != 0) continue;
             if (M * N * K > most_products || quant_linear::refused_activations(format, static_cast<int64_t>(activations))) continue;
             test(M, {{format, N, K, group, false}, pattern}, activations, kDTypes[turn % 3], turn % 2);
           }

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats import WeightFormat
+from ..formats import SPARSE_KINDS, NumberFormat, WeightFormat
 from ..formats.sparse import Pattern, SparseFormat, sparsify
 from ..nn import PackedWeight, QuantLinear, SparseLinear
 from ..ops.pack_sparse import pack_sparse
@@ -86,9 +86,10 @@ def compress(
     """Makes the linear layers in the decoder layers of ``model`` sparse, low-bit or both, in place.
 
     ``ids``: calibration text, int64 ``[sequences, tokens]`` (``calibration_ids``). ``sparsity``: "2:4", "16:2:4" and the like, or None.
-    ``weights``: "int4" or "int8" (then layers become ``SparseLinear``, or ``QuantLinear`` without sparsity), or None: they stay
-    ``nn.Linear`` with zeros. ``method``: "magnitude" (needs no text, but reports errors on it), "wanda" (arXiv 2306.11695), "sparsegpt"
-    (2301.00774: pruning and rounding, jointly), "gptq" (2210.17323: rounding alone). ``skip``: patterns of names to leave alone.
+    ``weights``: "int4" or "int8" (then layers become ``SparseLinear``, or ``QuantLinear`` without sparsity), with sparsity "fp16" or
+    "bf16" (``SparseLinear``, what is kept rounded to 16 bits alone), or None: they stay ``nn.Linear`` with zeros. ``method``: "magnitude"
+    (needs no text, but reports errors on it), "wanda" (arXiv 2306.11695), "sparsegpt" (2301.00774: pruning and rounding, jointly), "gptq"
+    (2210.17323: rounding alone). ``skip``: patterns of names to leave alone.
     ``permute``: before a decoder layer is pruned, the channels within its MLP and within its heads' values are put in an order of which the
     pattern keeps more (``permutation.permute``); the model computes the same, stays loadable as it was, and costs nothing more to run.
     ``recover``: so many steps of training of each decoder layer, alone, once it is pruned and before it is rounded: what is kept, norms
@@ -223,15 +224,18 @@ def _check(
         raise ValueError(f"recover is a number of steps that a pruned layer is trained: 0 or more, and with sparsity; got {recover}")
     if recover and any(parameter.dtype != torch.float32 for parameter in model.parameters()):
         raise ValueError("recover trains weights, which takes a float32 model: load it in torch.float32")
-    if weights not in (None, "int4", "int8"):
-        raise ValueError(f"weights must be int4, int8 or None, got {weights!r}")
+    if weights not in (None, "int4", "int8", *SPARSE_KINDS):
+        raise ValueError(f"weights must be int4, int8, fp16, bf16 or None, got {weights!r}")
     if ids.dim() != 2 or ids.dtype != torch.int64 or ids.shape[0] < 1 or ids.shape[1] < 2:
         raise ValueError(f"ids must be int64 [sequences, tokens], at least one sequence of two tokens; got {ids.dtype} {list(ids.shape)}")
     if not 0 < damping < 1 or batch < 1:
         raise ValueError(f"damping must be between 0 and 1 and batch at least 1, got {damping} and {batch}")
     if any(isinstance(module, PackedWeight) for module in model.modules()):
         raise ValueError("this model has low-bit layers already: compress a float one")
-    return None if sparsity is None else Pattern.parse(sparsity), None if weights is None else WeightFormat(weights, group_size)
+    if sparsity is None:
+        return None, None if weights is None else WeightFormat(weights, group_size)
+    target = None if weights is None else SparseFormat.of_names(weights, group_size, False, sparsity)
+    return Pattern.parse(sparsity), None if target is None else target.weights
 
 
 def _choose(
@@ -270,6 +274,10 @@ def _solve(
     kept: Tensor | None = None,
 ) -> Solved:  # fmt: skip
     """``kept``: what is kept, where that is decided already."""
+    if isinstance(format, NumberFormat):  # rounding to 16 bits moves nothing that other columns would have to make up for
+        solved = _solve(weight, statistics, pattern, None, method, damping, kept)
+        codes = format.codes_of(solved.weight)
+        return Solved(codes.float(), solved.mask, codes)
     if not bool(weight.isfinite().all()):
         raise ValueError("a weight holds a NaN or an infinity")
     if method in ("sparsegpt", "gptq"):

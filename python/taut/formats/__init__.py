@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kinds import ACTIVATIONS, GROUP_SIZES, KINDS, Kind
+from .kinds import ACTIVATIONS, GROUP_SIZES, KINDS, SPARSE_KINDS, Kind
 
 __all__ = [
-    "ACTIVATIONS", "FORMATS", "GROUP_SIZES", "KINDS", "Canonical", "Kind", "WeightFormat", "activation_code", "check_activations",
-    "resolve_activations",
+    "ACTIVATIONS", "FORMATS", "GROUP_SIZES", "KINDS", "SPARSE_KINDS", "Canonical", "Kind", "NumberFormat", "WeightFormat",
+    "activation_code", "check_activations", "resolve_activations",
 ]  # fmt: skip
 
 FORMATS = {kind.name: kind.code for kind in KINDS.values()}  # and the integers kernels know them by
@@ -44,12 +44,18 @@ class WeightFormat:
     zeros: bool = False
 
     def __post_init__(self) -> None:
-        if self.name not in KINDS:
-            raise ValueError(f"unknown weight format {self.name!r}; accepted: {', '.join(KINDS)}")
+        if self.name not in self._known():
+            if self.name in SPARSE_KINDS:
+                raise ValueError(
+                    f"{self.name} weights are for sparse layers alone: give a sparsity, such as 2:4. Dense ones are {', '.join(KINDS)}"
+                )
+            raise ValueError(f"unknown weight format {self.name!r}; accepted: {', '.join(self._known())}")
         if self.group_size is None:
             object.__setattr__(self, "group_size", self.kind.default_group_size)
         accepted = self.kind.group_sizes
         if isinstance(self.group_size, bool) or self.group_size not in accepted:
+            if not self.kind.has_scales:
+                raise ValueError(f"group_size {self.group_size!r} does not fit; {self.name} weights have no scales: give none")
             if len(accepted) == 1:
                 raise ValueError(f"group_size {self.group_size!r} does not fit; {self.name} has groups of {accepted[0]}")
             raise ValueError(f"group_size {self.group_size!r} does not fit; accepted: 32, 64, 128, or 0 for one scale a row")
@@ -63,9 +69,14 @@ class WeightFormat:
         """The format as kernels are told of it."""
         return cls(next(name for name, known in FORMATS.items() if known == code), group_size, zeros)
 
+    @classmethod
+    def _known(cls) -> dict[str, Kind]:
+        """The kinds that are formats of this class, by name."""
+        return KINDS
+
     @property
     def kind(self) -> Kind:
-        return KINDS[self.name]
+        return self._known()[self.name]
 
     @property
     def code(self) -> int:
@@ -84,6 +95,10 @@ class WeightFormat:
     @property
     def scales_dtype(self) -> torch.dtype:
         return self.kind.scales_dtype
+
+    @property
+    def has_scales(self) -> bool:
+        return self.kind.has_scales
 
     @property
     def has_global_scale(self) -> bool:
@@ -136,6 +151,34 @@ class WeightFormat:
     def __str__(self) -> str:
         group = f"group {self.group_size}" if self.group_size else "per row"
         return f"{self.name} {group}{' with zeros' if self.zeros else ''}"
+
+
+@dataclass(frozen=True)
+class NumberFormat(WeightFormat):
+    """Numbers of 16 bits as they are, "fp16" or "bf16": what is kept of a sparse weight that is pruned and not rounded to few bits.
+
+    A format of sparse weights alone (``taut.formats.sparse.SparseFormat``). Raises ``ValueError`` for other names, and for groups.
+    """
+
+    name: str = "bf16"
+
+    @classmethod
+    def _known(cls) -> dict[str, Kind]:
+        return SPARSE_KINDS
+
+    @classmethod
+    def of_code(cls, code: int, group_size: int, zeros: bool) -> NumberFormat:
+        return cls(next(kind.name for kind in SPARSE_KINDS.values() if kind.code == code), group_size, zeros)
+
+    def codes_of(self, weight: Tensor) -> Tensor:
+        """``weight`` (any float dtype) rounded to nearest. Raises ``ValueError`` where it is not finite, or is not any more."""
+        codes = weight.to(self.codes_dtype)
+        if not bool(codes.isfinite().all()):
+            raise ValueError(f"weights that are stored as {self.name} must be finite and at most {self.kind.largest:g} in size")
+        return codes
+
+    def __str__(self) -> str:
+        return self.name
 
 
 def check_activations(activations: str, format: WeightFormat | None = None) -> None:

@@ -32,6 +32,7 @@ class Kind:
     has_global_scale: bool = False
     activations: tuple[str, ...] = ("float", "int8", "int8_outliers")
     cuda: bool = False
+    has_scales: bool = True
     block_rows: int = 1  # of the weight that share a scale
     largest: float = float("inf")  # magnitude of a weight for which its scale certainly fits
 
@@ -188,4 +189,33 @@ class Fp8Block(Kind):
     block_rows: int = 128
 
 
+@dataclass(frozen=True)
+class Fp16(Kind):
+    """q itself, a float16 (IEEE 754 binary16): no s. For sparse weights alone, which are pruned and not rounded further."""
+
+    name: str = "fp16"
+    code: int = 11
+    bits: int = 16
+    codes_in: tuple[int, int] = (1, 1)
+    codes_dtype: torch.dtype = torch.float16
+    group_sizes: tuple[int, ...] = (0,)
+    default_group_size: int = 0
+    activations: tuple[str, ...] = ("float",)
+    cuda: bool = True
+    has_scales: bool = False
+    largest: float = 65504.0
+
+
+@dataclass(frozen=True)
+class Bf16(Fp16):
+    """q itself, a bfloat16 (the upper half of a float32): no s. For sparse weights alone, as fp16."""
+
+    name: str = "bf16"
+    code: int = 12
+    codes_dtype: torch.dtype = torch.bfloat16
+    largest: float = torch.finfo(torch.bfloat16).max
+
+
 KINDS = {kind.name: kind for kind in (Ternary(), Int2(), Int3(), Int4(), Nf4(), Mxfp4(), Nvfp4(), Int8(), Fp8E4M3(), Fp8Block())}
+# Of sparse weights alone.
+SPARSE_KINDS: dict[str, Kind] = {kind.name: kind for kind in (Fp16(), Bf16())}

@@ -14,14 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import Kind, WeightFormat, check_activations
+from . import SPARSE_KINDS, Kind, NumberFormat, WeightFormat, check_activations
 
 __all__ = [
     "PATTERNS", "SPARSE_WEIGHTS", "VECTORS", "Pattern", "SparseCanonical", "SparseFormat", "check_sparse_activations", "densify",
     "sparsify",
 ]  # fmt: skip
 
-SPARSE_WEIGHTS = ("int8", "int4", "fp8_e4m3")  # without zero points
+SPARSE_WEIGHTS = ("int8", "int4", "fp8_e4m3", *SPARSE_KINDS)  # without zero points
 
 PATTERNS = ((2, 4), (1, 4), (2, 8), (4, 8))  # N:M
 VECTORS = (1, 8, 16)  # rows that share their places
@@ -90,22 +90,25 @@ class Pattern:
 class SparseCanonical(NamedTuple):
     """A sparse weight ``[N, K]`` in canonical form, row-major, of which ``Kk = K * n / m`` are kept in a row.
 
-    ``codes``: of ``[N, Kk]``, as the dense format has them. ``scales``: of ``[N, K]``, as the dense format has them; groups count the dense
-    k. ``meta``: uint8 ``[ceil(N / v), ceil(Kk * b / 8)]``: places within their m, ascending, b = 2 (m = 4) or 3 (m = 8) bits each, a
-    little-endian string.
+    ``codes``: of ``[N, Kk]``, as the dense format has them, or the numbers themselves, float16 or bfloat16. ``scales``: of ``[N, K]``, as
+    the dense format has them; groups count the dense k. None beside numbers. ``meta``: uint8 ``[ceil(N / v), ceil(Kk * b / 8)]``: places
+    within their m, ascending, b = 2 (m = 4) or 3 (m = 8) bits each, a little-endian string.
     """
 
     codes: Tensor
-    scales: Tensor
+    scales: Tensor | None
     meta: Tensor
 
     def to(self, device: torch.device | str) -> SparseCanonical:
-        return SparseCanonical(*(part.to(device) for part in self))
+        return SparseCanonical(*(None if part is None else part.to(device) for part in self))
 
 
 @dataclass(frozen=True)
 class SparseFormat:
-    """``pattern`` over ``weights``, which are int8, int4 or fp8_e4m3 without zero points. Raises ``ValueError`` for other weights."""
+    """``pattern`` over ``weights``, which are int8, int4 or fp8_e4m3 without zero points, or a ``NumberFormat``: fp16 or bf16.
+
+    Raises ``ValueError`` for other weights.
+    """
 
     weights: WeightFormat
     pattern: Pattern
@@ -120,6 +123,18 @@ class SparseFormat:
     # As a dense format has them.
     zeros = has_global_scale = False
 
+    @classmethod
+    def of_names(cls, weights: str, group_size: int | None, zeros: bool, pattern: str | Pattern) -> SparseFormat:
+        """Of a kind of weights by its name, and a pattern as ``Pattern.parse`` takes it."""
+        kind = NumberFormat if weights in SPARSE_KINDS else WeightFormat
+        return cls(kind(weights, group_size, zeros), Pattern.parse(pattern))
+
+    @classmethod
+    def of_code(cls, code: int, group_size: int, n: int, m: int, v: int) -> SparseFormat:
+        """The format as kernels are told of it."""
+        numbers = code in (kind.code for kind in SPARSE_KINDS.values())
+        return cls((NumberFormat if numbers else WeightFormat).of_code(code, group_size, False), Pattern(n, m, v))
+
     @property
     def kind(self) -> Kind:
         return self.weights.kind
@@ -132,6 +147,10 @@ class SparseFormat:
     def code(self) -> int:
         """The integer that fused ops know it by; see ``any_weight`` in ``csrc/common/sparse_bridge.h``."""
         return self.weights.code | self.pattern.n << 8 | self.pattern.m << 12 | self.pattern.v << 16
+
+    @property
+    def has_scales(self) -> bool:
+        return self.weights.has_scales
 
     @property
     def group_size(self) -> int:
@@ -150,7 +169,8 @@ class SparseFormat:
         return self.weights.codes_shape(out_features, self.kept(in_features))
 
     def scales_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
-        return self.weights.scales_shape(out_features, in_features)
+        """``[N, 0]`` where there are none."""
+        return self.weights.scales_shape(out_features, in_features) if self.has_scales else (out_features, 0)
 
     def meta_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
         return (-(-out_features // self.pattern.v), -(-self.kept(in_features) * self.place_bits // 8))
@@ -160,7 +180,7 @@ class SparseFormat:
         rows, columns = self.codes_shape(out_features, in_features)
         scale_rows, groups = self.scales_shape(out_features, in_features)
         meta_rows, meta_columns = self.meta_shape(out_features, in_features)
-        return rows * columns + scale_rows * groups * 2 + meta_rows * meta_columns
+        return rows * columns * self.weights.codes_dtype.itemsize + scale_rows * groups * 2 + meta_rows * meta_columns
 
     def bits_per_weight(self, out_features: int, in_features: int) -> float:
         """Of the canonical form, for each weight of the dense matrix: codes, scales and places."""
@@ -175,16 +195,16 @@ class SparseFormat:
         kept, field = 32 // self.pattern.m * self.pattern.n, 2 if self.pattern.m == 4 else 4
         places = -(-kept // 4 * field // 8) * 32 if self.pattern.v == 1 else kept // 2
         superblocks = -(-blocks // (4 * group // 32))
-        return strips * (superblocks * 64 + blocks * (kept * self.weights.bits + places))
+        return strips * (superblocks * 64 * self.has_scales + blocks * (kept * self.weights.bits + places))
 
     def _tiles_bytes(self, out_features: int, in_features: int) -> int:
         if (self.pattern.n, self.pattern.m) == (2, 4):  # the kept numbers in tiles of 64 x 64 with their scales, a 2-bit place each
             tiles_n, tiles_k = -(-out_features // 64), -(-in_features // 128)
-            groups = tiles_k * 128 // self.group_size if self.group_size else 1
+            groups = tiles_k * 128 // self.group_size if self.group_size else int(self.has_scales)
             return tiles_n * (tiles_k * 64 * 64 * (self.weights.bits + 2) // 8 + 64 * groups * 2)
         shapes = (self.codes_shape, self.scales_shape, self.meta_shape)
         counts = [math.prod(shape(out_features, in_features)) for shape in shapes]
-        return sum(-(-count * size // 16) * 16 for count, size in zip(counts, (1, 2, 1), strict=True))
+        return sum(-(-count * size // 16) * 16 for count, size in zip(counts, (self.weights.codes_dtype.itemsize, 2, 1), strict=True))
 
 
 def _unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -200,7 +220,18 @@ def _pack_bits(values: Tensor, bits: int) -> Tensor:
     return (each << torch.arange(8, dtype=torch.uint8, device=values.device)).sum(-1, dtype=torch.uint8)
 
 
-def sparsify(codes: Tensor, scales: Tensor, mask: Tensor, format: SparseFormat) -> SparseCanonical:
+def _plain(codes: Tensor, count: int, format: SparseFormat) -> Tensor:
+    """``count`` codes of each row as integers, bits as they are stored: an element each."""
+    if format.weights.bits == 4:
+        return _unpack_bits(codes, 4, count)
+    return codes.view(torch.int16 if format.weights.bits == 16 else torch.uint8)
+
+
+def _packed(plain: Tensor, format: SparseFormat) -> Tensor:
+    return _pack_bits(plain, 4) if format.weights.bits == 4 else plain.view(format.weights.codes_dtype)
+
+
+def sparsify(codes: Tensor, scales: Tensor | None, mask: Tensor, format: SparseFormat) -> SparseCanonical:
     """A dense weight in canonical form, and which of it are kept (bool ``[N, K]``, as ``Pattern.mask`` gives), to a sparse one.
 
     A block of m that keeps fewer than n keeps zeros besides, at its first free places. What is not kept is dropped, zero or not.
@@ -216,10 +247,8 @@ def sparsify(codes: Tensor, scales: Tensor, mask: Tensor, format: SparseFormat) 
     order = (~blocks).to(torch.uint8).sort(dim=-1, stable=True).indices[..., : pattern.n].sort(-1).values
     places = order.flatten(1).to(torch.uint8)
     index = (order + torch.arange(0, k, pattern.m, device=mask.device)[:, None]).flatten(1).repeat_interleave(pattern.v, 0)[:rows]
-    whole = codes.view(torch.uint8) if format.weights.bits == 8 else _unpack_bits(codes, 4, k)
     zero = 8 if format.weights.name == "int4" else 0
-    kept = torch.where(mask, whole, zero).gather(1, index)
-    kept = kept.view(format.weights.codes_dtype) if format.weights.bits == 8 else _pack_bits(kept, 4)
+    kept = _packed(torch.where(mask, _plain(codes, k, format), zero).gather(1, index), format)
     return SparseCanonical(kept.contiguous(), scales, _pack_bits(places, format.place_bits))
 
 
@@ -237,8 +266,8 @@ def densify(weight: SparseCanonical, in_features: int, format: SparseFormat) -> 
     places = _unpack_bits(weight.meta, format.place_bits, kept).long()
     first = torch.arange(kept, device=places.device) // pattern.n * pattern.m
     index = (places + first).repeat_interleave(pattern.v, 0)[:rows]
-    whole = weight.codes.view(torch.uint8) if format.weights.bits == 8 else _unpack_bits(weight.codes, 4, kept)
-    dense = torch.full((rows, in_features), 8 if format.weights.name == "int4" else 0, dtype=torch.uint8, device=whole.device)
+    whole = _plain(weight.codes, kept, format)
+    dense = torch.full((rows, in_features), 8 if format.weights.name == "int4" else 0, dtype=whole.dtype, device=whole.device)
     dense.scatter_(1, index, whole)
     mask = torch.zeros(rows, in_features, dtype=torch.bool, device=whole.device).scatter_(1, index, True)
-    return dense.view(format.weights.codes_dtype) if format.weights.bits == 8 else _pack_bits(dense, 4), mask
+    return _packed(dense, format), mask

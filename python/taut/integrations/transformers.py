@@ -420,7 +420,8 @@ def _resolve(config: Config, linears: Mapping[str, nn.Module], prefix: str) -> d
 
 
 _SAFETENSORS_NAMES = {
-    torch.uint8: "U8", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.float16: "F16", torch.float32: "F32",
+    torch.uint8: "U8", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float32: "F32",
 }  # fmt: skip
 
 

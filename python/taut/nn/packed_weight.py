@@ -197,7 +197,7 @@ class PackedWeight(nn.Module):
                     destination[prefix + name] = value
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs) -> None:
-        has = {"zeros": self.format.zeros, "global_scale": self.format.has_global_scale}
+        has = {"scales": self.format.has_scales, "zeros": self.format.zeros, "global_scale": self.format.has_global_scale}
         names = [name for name in self.parts if has.get(name, True)]
         values = {name: state_dict.get(prefix + name) for name in names}
         missing_keys.extend(prefix + name for name, value in values.items() if value is None)

@@ -1,4 +1,4 @@
-"""SparseLinear: an ``nn.Linear`` of whose weight few numbers are kept, in a low-bit format."""
+"""SparseLinear: an ``nn.Linear`` of whose weight few numbers are kept, in a low-bit format or in 16 bits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _native
+from ..formats import NumberFormat
 from ..formats.sparse import SparseCanonical, SparseFormat, check_sparse_activations, sparsify
 from ..ops.pack_sparse import pack_sparse, repack_sparse, unpack_sparse
 from ..ops.quant_linear import FLOAT_DTYPES
@@ -14,11 +15,20 @@ from ..ops.sparse_linear import dequantize_sparse, sparse_linear
 from .quant_linear import QuantLinear
 
 
+def numbers_or_codes(weight: Tensor, format: SparseFormat) -> tuple[Tensor, Tensor | None]:
+    """A dense weight [N, K] as codes and scales of ``format.weights``, or as its numbers and no scales. Raises ``ValueError``."""
+    if isinstance(format.weights, NumberFormat):
+        return format.weights.codes_of(weight), None
+    parts = quantize_weight(weight, format.weights)
+    return parts.codes, parts.scales
+
+
 class SparseLinear(QuantLinear):
     """``y = x @ dequant(w)^T + bias`` for ``x [..., in_features]`` in float32, bfloat16 or float16; w is N:M or V:N:M sparse.
 
     ``format``: a ``taut.formats.sparse.SparseFormat``. ``activations``: as for ``QuantLinear``, but for "int8_outliers".
-    In a ``state_dict`` the weight is in canonical form: ``qweight``, ``scales``, ``meta`` (``SparseCanonical``). Else as ``PackedWeight``.
+    In a ``state_dict`` the weight is in canonical form: ``qweight``, ``scales`` but for weights of 16 bits, ``meta`` (``SparseCanonical``).
+    Else as ``PackedWeight``.
     Raises ``ValueError`` where the pattern's blocks do not divide ``in_features``, and for other devices than the CPU and CUDA.
     """
 
@@ -40,6 +50,8 @@ class SparseLinear(QuantLinear):
         )
         for name, (shape, kind) in zip(self.parts, shapes, strict=True):
             setattr(self, name, nn.Parameter(torch.empty(shape, dtype=kind, device=device), requires_grad=False))
+        if not format.has_scales:
+            self.scales = None
         self.zeros = self.global_scale = None  # what a QuantLinear may have besides
         self.register_buffer("packed", None, persistent=False)
         self._layout = _native.ROWS8
@@ -48,7 +60,7 @@ class SparseLinear(QuantLinear):
 
     @classmethod
     def from_float(cls, linear: nn.Linear, format: SparseFormat, activations: str = "auto") -> SparseLinear:
-        """Prunes and quantizes the weight of ``linear``, whose bias it takes over.
+        """Prunes the weight of ``linear`` and quantizes it, or rounds it to 16 bits; its bias is taken over.
 
         A weight that holds to the pattern keeps its nonzeros; of another one the largest of each block are kept. Raises ``ValueError``.
         That is the CPU's work: a weight on a CUDA device is copied for as long as it takes, and packed where it was.
@@ -57,9 +69,9 @@ class SparseLinear(QuantLinear):
         device = _native.device_of(weight=linear.weight)
         weight = linear.weight.detach().cpu()
         mask = weight != 0 if format.pattern.holds(weight) else format.pattern.mask(weight.float().abs())
-        parts = quantize_weight(torch.where(mask, weight, 0.0), format.weights)
+        codes, scales = numbers_or_codes(torch.where(mask, weight, 0.0), format)
         module = cls(linear.in_features, weight.shape[0], bias=False, format=format, activations=activations, device="meta")
-        module._set_packed(pack_sparse(sparsify(parts.codes, parts.scales, mask, format).to(device), linear.in_features, format))
+        module._set_packed(pack_sparse(sparsify(codes, scales, mask, format).to(device), linear.in_features, format))
         module._like = torch.empty(0, dtype=weight.dtype, device=device)
         if linear.bias is not None:
             module.bias = linear.bias

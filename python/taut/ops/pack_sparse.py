@@ -6,18 +6,21 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ..formats import WeightFormat
-from ..formats.sparse import Pattern, SparseCanonical, SparseFormat
+from ..formats.sparse import SparseCanonical, SparseFormat
 
 
 def pack_sparse(weight: SparseCanonical, in_features: int, format: SparseFormat) -> Tensor:
     """Canonical form to the layout of the tensors' device (``csrc/common/sparse.h``): ``uint8``, 1-D, opaque. A bijection.
 
-    Raises ``ValueError`` if shapes or dtypes are off, scales are not finite, or places within their m do not ascend.
+    Raises ``ValueError`` if shapes or dtypes are off, scales or 16-bit numbers are not finite, or places within their m do not ascend.
     """
     codes, scales, meta = weight
-    kind = _native.device_of(codes=codes, scales=scales, meta=meta).type
     rows = codes.shape[0] if codes.dim() == 2 else 0
+    if (scales is not None) != format.has_scales:
+        raise ValueError(f"scales of a {format} weight must be {'given' if format.has_scales else 'None'}")
+    if scales is None:
+        scales = torch.empty(rows, 0, dtype=torch.float16, device=codes.device)
+    kind = _native.device_of(codes=codes, scales=scales, meta=meta).type
     expected = (
         ("codes", codes, format.weights.codes_dtype, format.codes_shape(rows, in_features)),
         ("scales", scales, torch.float16, format.scales_shape(rows, in_features)),
@@ -30,6 +33,8 @@ def pack_sparse(weight: SparseCanonical, in_features: int, format: SparseFormat)
             )
     if not bool(torch.isfinite(scales).all()):
         raise ValueError("scales must be finite")
+    if not format.has_scales and not bool(torch.isfinite(codes).all()):
+        raise ValueError(f"codes of a {format} weight must be finite: they are its numbers")
     try:
         return _native.ops_for(kind).pack_sparse(codes, scales, meta, in_features, *_arguments(format), _native.layout_for(kind))
     except RuntimeError as error:
@@ -42,7 +47,13 @@ def unpack_sparse(packed: Tensor, out_features: int, in_features: int, format: S
     """The inverse of ``pack_sparse``. Raises ``ValueError`` where ``packed`` is no such weight's."""
     check_sparse(packed, out_features, in_features, format)
     ops, layout = _native.ops_for(packed.device.type), _native.layout_for(packed.device.type)
-    return SparseCanonical(*ops.unpack_sparse(packed, out_features, in_features, *_arguments(format), layout))
+    return canonical(ops.unpack_sparse(packed, out_features, in_features, *_arguments(format), layout), format)
+
+
+def canonical(parts: tuple[Tensor, Tensor, Tensor], format: SparseFormat) -> SparseCanonical:
+    """What the op ``unpack_sparse`` gives, without the scales that the format does not have."""
+    codes, scales, meta = parts
+    return SparseCanonical(codes, scales if format.has_scales else None, meta)
 
 
 def repack_sparse(packed: Tensor, layout: int, out_features: int, in_features: int, format: SparseFormat, device: torch.device) -> Tensor:
@@ -52,7 +63,7 @@ def repack_sparse(packed: Tensor, layout: int, out_features: int, in_features: i
     if layout == _native.layout_for(packed.device.type):
         parts = unpack_sparse(packed, out_features, in_features, format)
     else:  # bytes that were moved as they are; the CPU ops read every layout
-        parts = SparseCanonical(*torch.ops.taut.unpack_sparse(packed.cpu(), out_features, in_features, *_arguments(format), layout))
+        parts = canonical(torch.ops.taut.unpack_sparse(packed.cpu(), out_features, in_features, *_arguments(format), layout), format)
     return pack_sparse(parts.to(device), in_features, format)
 
 
@@ -72,23 +83,20 @@ def _arguments(format: SparseFormat) -> tuple[int, int, int, int, int]:
     return format.weights.code, format.weights.group_size, pattern.n, pattern.m, pattern.v
 
 
-def _format(format: int, group_size: int, n: int, m: int, v: int) -> SparseFormat:
-    return SparseFormat(WeightFormat.of_code(format, group_size, False), Pattern(n, m, v))
-
-
 @torch.library.register_fake("taut::pack_sparse")
 def _fake_pack(
     codes: Tensor, scales: Tensor, meta: Tensor, in_features: int, format: int, group_size: int, n: int, m: int, v: int,
     layout: int = 0,
 ) -> Tensor:  # fmt: skip
-    return codes.new_empty(_format(format, group_size, n, m, v).layout_bytes(codes.shape[0], in_features, layout), dtype=torch.uint8)
+    f = SparseFormat.of_code(format, group_size, n, m, v)
+    return codes.new_empty(f.layout_bytes(codes.shape[0], in_features, layout), dtype=torch.uint8)
 
 
 @torch.library.register_fake("taut::unpack_sparse")
 def _fake_unpack(
     packed: Tensor, out_features: int, in_features: int, format: int, group_size: int, n: int, m: int, v: int, layout: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    f = _format(format, group_size, n, m, v)
+    f = SparseFormat.of_code(format, group_size, n, m, v)
     return (
         packed.new_empty(f.codes_shape(out_features, in_features), dtype=f.weights.codes_dtype),
         packed.new_empty(f.scales_shape(out_features, in_features), dtype=torch.float16),

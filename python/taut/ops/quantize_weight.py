@@ -38,6 +38,8 @@ def quantize_weight(w: Tensor, format: WeightFormat) -> Canonical:
     ``w`` holds a NaN, an infinity or a number whose scale float16 cannot hold, in formats with float16 scales.
     """
     check_weight(w)
+    if not format.has_scales:
+        raise ValueError(f"{format} weights are numbers as they are, and are not quantized: they are for SparseLinear alone")
     try:
         parts = _native.ops_for("cpu").quantize_weight(w, format.code, format.group_size, format.zeros)
     except RuntimeError as error:
@@ -69,6 +71,8 @@ def reference(
 
     ``activations``: what they are multiplied with, since nf4's are 127ths beside 8-bit ones.
     """
+    if not format.has_scales:
+        return codes.double()
     name, k = format.name, in_features
     if name == "ternary":
         q = torch.stack([codes // 3**i % 3 for i in range(5)], -1).flatten(1)[:, :k]

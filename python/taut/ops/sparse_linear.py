@@ -1,4 +1,4 @@
-"""sparse_linear: ``out[M,N] = x[M,K] @ dequant(w)[N,K]^T + bias``, w low-bit and sparse: N:M or vector-wise V:N:M."""
+"""sparse_linear: ``out[M,N] = x[M,K] @ dequant(w)[N,K]^T + bias``, w sparse, N:M or vector-wise V:N:M, in low bits or in 16."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ..formats import WeightFormat, activation_code
-from ..formats.sparse import Pattern, SparseCanonical, SparseFormat, check_sparse_activations, densify
-from .pack_sparse import check_sparse
+from ..formats import activation_code
+from ..formats.sparse import SparseCanonical, SparseFormat, check_sparse_activations, densify
+from .pack_sparse import canonical, check_sparse
 from .quant_linear import FLOAT_DTYPES, quantize_activations
 
 
@@ -18,9 +18,10 @@ def sparse_linear(
     """``x [..., K]`` times a packed sparse weight ``[N, K]``, plus ``bias [N]``: ``[..., N]`` in the dtype of x.
 
     ``x``: float32, bfloat16 or float16; sums are float32. ``packed``: from ``pack_sparse``. ``activations``: as ``quant_linear`` takes
-    them for the dense format, but for "int8_outliers". Where a weight is not kept, NaN and infinities of x may count or not. A row's
-    result does not depend on the rows around it: on the CPU in a given impl, on CUDA within ``taut.batch_invariant()``. Differentiable
-    in ``x`` and ``bias``. Raises ``ValueError`` for wrong shapes, dtypes or devices.
+    them for the dense format, but for "int8_outliers"; beside weights of 16 bits "float" alone, which "auto" is there. Where a weight is
+    not kept, NaN and infinities of x may count or not. A row's result does not depend on the rows around it: on the CPU in a given impl,
+    on CUDA within ``taut.batch_invariant()``. Differentiable in ``x`` and ``bias``. Raises ``ValueError`` for wrong shapes, dtypes or
+    devices.
     """
     if x.dim() < 1:
         raise ValueError("x must be [..., K], got a scalar")
@@ -57,11 +58,11 @@ def _backward(ctx, grad: Tensor):
     out_features, format, group_size, n, m, v, _ = ctx.weight
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        sparse = SparseFormat(WeightFormat.of_code(format, group_size, False), Pattern(n, m, v))
+        sparse = SparseFormat.of_code(format, group_size, n, m, v)
         parts = torch.ops.taut.unpack_sparse(
             packed, out_features, ctx.in_features, format, group_size, n, m, v, _native.layout_for(packed.device.type)
         )
-        grad_x = grad @ dequantize_sparse(SparseCanonical(*parts), ctx.in_features, sparse).to(grad.dtype)
+        grad_x = grad @ dequantize_sparse(canonical(parts, sparse), ctx.in_features, sparse).to(grad.dtype)
     if ctx.needs_input_grad[2]:
         grad_bias = grad.reshape(-1, out_features).sum(0)
     return grad_x, None, grad_bias, *[None] * 7
