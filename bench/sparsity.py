@@ -41,6 +41,7 @@ ENTRIES = (
     "nearest dense int8", "nearest dense int4", "gptq dense int4",
     "magnitude 2:4 float", "wanda 2:4 float", "sparsegpt 2:4 float",
     "magnitude 2:4 int4", "wanda 2:4 int4", "sparsegpt 2:4 int4", "sparsegpt 2:4 int8", "sparsegpt 4:8 int4", "sparsegpt 16:2:4 int4",
+    "wanda~p 2:4 float", "sparsegpt~p 2:4 float",
     "sparsegpt+64 2:4 float", "sparsegpt+64 2:4 int4", "sparsegpt+64 4:8 int4", "sparsegpt+64 16:2:4 int4",
 )  # fmt: skip
 _WINDOW, _WINDOWS = 512, 8

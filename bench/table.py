@@ -266,8 +266,8 @@ def render_sparsity(lines: Sequence[Line]) -> str:
     some = next(iter(newest.values()))
     note = (
         f"KL divergence in nats a token from the float model, over {some['tokens']} tokens that calibration did not see; perplexity of the "
-        f'float model: {base}. "+64": 64 steps of recovery a layer. "float" keeps 16 bits for each weight, zeros too. '
-        "Reproduce: `python -m bench.sparsity`."
+        f'float model: {base}. "+64": 64 steps of recovery a layer; "~p": channels permuted first. "float" keeps 16 bits for each weight, '
+        "zeros too. Reproduce: `python -m bench.sparsity`."
     )
     return "\n".join([*rows, "", note])
 
