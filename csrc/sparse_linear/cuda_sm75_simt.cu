@@ -144,8 +144,9 @@ struct Kept {
   }
 };
 
+// WHY 2 blocks: without a number nvcc spills a register of some instances to fit one block more than it was asked for.
 template <Format kFormat, Kind kKind, int kRows>
-__global__ void __launch_bounds__(kThreads) sparse_simt(const SimtArgs args) {
+__global__ void __launch_bounds__(kThreads, 2) sparse_simt(const SimtArgs args) {
   constexpr int kChunk = kStaged / kRows, kPadded = kChunk + kChunk / 32;  // k of a row of x at once: a multiple of 1024
   __shared__ float s_x[kRows * kPadded];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
