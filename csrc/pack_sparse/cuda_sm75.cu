@@ -175,7 +175,7 @@ struct ExpandShape {
 // number nvcc spills a few registers of one instance to fit more.
 template <Format kFormat, bool kTiled, int kKept, class T>
 __global__ void __launch_bounds__(kThreads, 4) expand_kernel(ExpandShape shape, const uint8_t* __restrict__ packed, int64_t row_begin, int64_t row_end,
-                                                          T* __restrict__ out /* [row_end - row_begin, K] */) {
+                                                             T* __restrict__ out /* [row_end - row_begin, K] */) {
   // WHY the pattern again: of one that the compiler knows, it makes no divisions, which are function calls (and spills, on sm_120).
   const SparseTiles w = kTiled ? SparseTiles{shape.w.spec, {2, 4, 1}} : shape.w;
   const int per_row = static_cast<int>((w.spec.K + 7) / 8);
