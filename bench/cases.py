@@ -65,10 +65,10 @@ _WEIGHTS = (
     "fp8_e4m3_row",
     "fp8_block_g128",
 )
-_ACTIVATIONS = ("a8", "a8o", "f32", "bf16")
+_ACTIVATIONS = ("a8", "oa8", "f32", "bf16")
 _QUANTIZE_SHAPES = (HEADLINE, (576, 1536))
-DTYPES = {"a8": torch.float32, "a8o": torch.float32, "f32": torch.float32, "bf16": torch.bfloat16}
-MODES = {"a8": "int8", "a8o": "int8_outliers"}  # the others: float
+DTYPES = {"a8": torch.float32, "oa8": torch.float32, "f32": torch.float32, "bf16": torch.bfloat16}
+MODES = {"a8": "int8", "oa8": "int8_outliers"}  # the others: float
 DEFAULT_FORMATS = ("int4_g32_a8", "int8_row_a8")
 WARM_ONLY_M = 64  # above it a matrix product is bound by arithmetic: cold and warm weights cost the same
 SWEEP_M = tuple(2**power for power in range(12))
@@ -107,7 +107,7 @@ class Case:
             return _WEIGHTS
         if self.op == "quantize_weight":
             return tuple(f"{weights}_{source}" for weights in _WEIGHTS for source in ("f32", "bf16"))
-        return tuple(f"{weights}_{how}" for weights in _WEIGHTS for how in _ACTIVATIONS if how[0] != "a" or _takes_int8(weights))
+        return tuple(f"{weights}_{how}" for weights in _WEIGHTS for how in _ACTIVATIONS if how not in MODES or _takes_int8(weights))
 
 
 def _takes_int8(weights: str) -> bool:
@@ -130,10 +130,10 @@ def all_cases() -> list[Case]:
 
 def parse_format(name: str) -> tuple[WeightFormat, str]:
     """``int4_g32_z_a8`` -> the weight format and the part after it ("" if none). Raises ``ValueError`` for anything else."""
-    match = re.fullmatch(rf"({'|'.join(KINDS)})_(?:g(\d+)|row)(_z)?(?:_(a8|a8o|f32|bf16))?", name)
+    match = re.fullmatch(rf"({'|'.join(KINDS)})_(?:g(\d+)|row)(_z)?(?:_(a8|oa8|f32|bf16))?", name)
     if not match:
         raise ValueError(
-            f"unknown format {name!r}; accepted: one of {', '.join(KINDS)}, then g16, g32, g64, g128 or row, then z, then a8, a8o, f32 "
+            f"unknown format {name!r}; accepted: one of {', '.join(KINDS)}, then g16, g32, g64, g128 or row, then z, then a8, oa8, f32 "
             "or bf16"
         )
     weights, group, zeros, activations = match.groups()

@@ -42,8 +42,8 @@ class Prepared:
 
 
 def split_flops(count: float, arithmetic: str) -> tuple[float, float, float]:
-    """``count`` operations as (fp32, int8, bf16) ones; ``arithmetic``: "a8", "a8o" and "bf16" are of those two."""
-    int8, bf16 = arithmetic in ("a8", "a8o"), arithmetic == "bf16"
+    """``count`` operations as (fp32, int8, bf16) ones; ``arithmetic``: "a8", "oa8" and "bf16" are of those two."""
+    int8, bf16 = arithmetic in ("a8", "oa8"), arithmetic == "bf16"
     return (0.0 if int8 or bf16 else count, count if int8 else 0.0, count if bf16 else 0.0)
 
 

@@ -331,7 +331,7 @@ def select_sweep(never_slower: bool, peers: bool, pattern: re.Pattern[str] | Non
 def where_slower(rows: Sequence[Row]) -> list[str]:
     """Which of taut's rows a float layer of torch beat in the same race, and by how much: in int8 both, in fp32 or bf16 the one alike."""
     floats = [row for row in rows if row.entry.peer and bits_of(row.entry.format) is None]
-    alike = {"a8": ("fp32", "bf16"), "a8o": ("fp32", "bf16"), "f32": ("fp32",), "bf16": ("bf16",)}
+    alike = {"a8": ("fp32", "bf16"), "oa8": ("fp32", "bf16"), "f32": ("fp32",), "bf16": ("bf16",)}
     return [
         f"slower: {own.entry.id} {_time(own.timing.median_us)}, {rival.entry.impl} {_time(rival.timing.median_us)}"
         for own in rows
