@@ -1,6 +1,6 @@
 // Outliers of x (Activations::kInt8Outliers, defined in op.h): found and clipped before a row is rounded to int8, and what was clipped
 // multiplied by the weights in fp32 afterwards. WHY: a single large number sets the scale of its 32 k, and the others round to a few
-// steps. On SmolLM2 135M this leaves a fifth of the KL divergence that int8 activations cost, for one number in 230.
+// steps. On SmolLM2 135M this leaves a quarter of the KL divergence that int8 activations cost, for one number in 230.
 //
 // clip_outliers    per row, before prepare_row; divide_outliers makes what it found multiples of the row's unit
 // WeightColumn     where the codes, scales and zeros of one k lie in every strip of Rows8
