@@ -100,20 +100,28 @@ DENSE_BITS = tuple(
         (50, 72, 1032, 128, 1, "int8", torch.float16), (33, 385, 468, 0, 1, "int8_row", torch.float16),
         (33, 385, 468, 64, 1, "int8_row", torch.bfloat16), (33, 385, 468, 0, 8, "int8", torch.float32),
     )
+) + tuple(
+    SparseCase(m, n, k, SparseFormat(WeightFormat("int4", group), pattern), "int8", torch.float32, True)
+    for (m, n, k), group, pattern in zip(
+        ((3, 72, 1032), (13, 24, 4096), (40, 9, 96), (530, 33, 520)), (32, 64, 0, 128),
+        (Pattern(2, 4), Pattern(1, 4, 16), Pattern(2, 8), Pattern(4, 8)), strict=True
+    )
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("case", DENSE_BITS, ids=str)
 def test_the_bits_of_the_dense_kernel(impl, case, forced):
     """Of w with its zeros written out, and x in the same codes: integers are added to fp32 sums in the same order."""
-    if not impl.startswith("cuda_sm80.int8"):
-        pytest.skip("cuda_sm80.int8 promises it")
+    if not impl.startswith("cuda_sm80.int8") and not impl.endswith(".int8_tile"):
+        pytest.skip("cuda_sm80.int8 and the tiles promise it")
+    if impl.startswith("cuda") and case.format.weights.name != "int8":
+        pytest.skip("the dense kernel takes int8 weights alone")
     forced(impl, **case.sizes())
     inputs, packed = case.make()
     found = sparse_linear(inputs.x, packed, inputs.bias, case.N, case.format, case.activations)
     weights = case.format.weights
     dense = pack_weight(*Canonical(inputs.codes, inputs.scales), case.K, weights)
-    with taut.force_impl("quant_linear", "cuda_sm80.int8"):
+    with taut.force_impl("quant_linear", "cuda_sm80.int8" if impl.startswith("cuda") else impl):
         expected = quant_linear(inputs.x, dense, inputs.bias, case.N, weights, case.activations)
     assert_same_bits(found, expected, f"{impl} on {case}")
 

@@ -16,30 +16,9 @@
 // LIMITS    AVX2, FMA, F16C; int8 activations
 // TRIED     (int4) a zero correction per group after the sum: +6%.  12 rows x 1 vector: broadcasts bind, 0.8x.  int8 by the sign
 //           trick (vpsignb): the same instruction count as two nibble passes, and a second kernel.
-#include "quant_linear/x86_int8_kernel.h"
+#include "quant_linear/x86_int8_isas.h"
 
 namespace taut::quant_linear::cpu_int8_avx2 {
-namespace {
-
-struct Avx2 : Simd256 {
-  static constexpr bool kInt32 = false;
-  static constexpr int kSmallRows = 4, kTileRows = 6, kTileVectors = 2;  // 6 x 2 sums + 2 codes + 1 broadcast + 1 product = 16 registers
-  static constexpr int64_t kPanelBytes = 16384;
-
-  using X = Bytes;
-  static TAUT_INLINE X at(const uint8_t* p) { return broadcast4(p); }
-  // WHY asm: gcc 12 reassociates the int16 sum into a tree and spills it (2x slower); this keeps one running sum.
-  static TAUT_INLINE void dot(Bytes& sum, Bytes codes, X x) {
-    Bytes product;
-    asm volatile("vpmaddubsw %3,%2,%1\n\tvpaddw %1,%0,%0" : "+x"(sum), "=&x"(product) : "x"(codes), "x"(x));
-  }
-  static TAUT_INLINE void dot_from(Bytes& sum, Bytes start, Bytes codes, X x) {  // without a copy, and without a product
-    asm volatile("vpmaddubsw %2,%1,%0\n\tvpaddw %0,%3,%0" : "=&x"(sum) : "x"(codes), "x"(x), "x"(start));
-  }
-  static TAUT_INLINE void dot_first(Bytes& sum, Bytes codes, X x) { asm volatile("vpmaddubsw %2,%1,%0" : "=x"(sum) : "x"(codes), "x"(x)); }
-};
-
-}  // namespace
 
 void run_small(const Params& p) { run_int8_small<Avx2>(p); }
 void run_tile(const Params& p) { run_int8_tile<Avx2>(p); }

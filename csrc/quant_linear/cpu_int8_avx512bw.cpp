@@ -7,35 +7,9 @@
 // BOUND     M=1: DRAM read of the weights.  Large M: two vector operations a step (128 operations of the product), on the two
 //           ports that take 512 bits, and five more per 32 k and row: 16 / (16 + 5) of 64 operations a cycle.
 // LIMITS    AVX-512 F, BW, DQ, VL: processors with AVX-512 before it had VNNI; int8 activations
-#include "quant_linear/x86_int8_kernel.h"
+#include "quant_linear/x86_int8_isas.h"
 
 namespace taut::quant_linear::cpu_int8_avx512bw {
-namespace {
-
-struct Avx512Bw : Simd512 {
-  static constexpr bool kInt32 = false;
-  static constexpr int kSmallRows = 4, kTileRows = 12, kTileVectors = 1;  // 12 integer sums, 12 totals, codes, broadcast, product
-  static constexpr int64_t kPanelBytes = 8192;
-
-  using X = Bytes;
-  static TAUT_INLINE Bytes broadcast4(const uint8_t* p) {
-    Bytes v;
-    asm volatile("vpbroadcastd %1,%0" : "=v"(v) : "m"(*reinterpret_cast<const int32_t*>(p)));
-    return v;
-  }
-  static TAUT_INLINE X at(const uint8_t* p) { return broadcast4(p); }
-  // WHY asm: as in cpu_int8_avx2.cpp, one running sum.
-  static TAUT_INLINE void dot(Bytes& sum, Bytes codes, X x) {
-    Bytes product;
-    asm volatile("vpmaddubsw %3,%2,%1\n\tvpaddw %1,%0,%0" : "+v"(sum), "=&v"(product) : "v"(codes), "v"(x));
-  }
-  static TAUT_INLINE void dot_from(Bytes& sum, Bytes start, Bytes codes, X x) {
-    asm volatile("vpmaddubsw %2,%1,%0\n\tvpaddw %0,%3,%0" : "=&v"(sum) : "v"(codes), "v"(x), "v"(start));
-  }
-  static TAUT_INLINE void dot_first(Bytes& sum, Bytes codes, X x) { asm volatile("vpmaddubsw %2,%1,%0" : "=v"(sum) : "v"(codes), "v"(x)); }
-};
-
-}  // namespace
 
 void run_small(const Params& p) { run_int8_small<Avx512Bw>(p); }
 void run_tile(const Params& p) { run_int8_tile<Avx512Bw>(p); }

@@ -11,31 +11,9 @@
 //           The instructions for 32 k of 4 strips at M=1: int2 74, int3 106, int4 83, nf4 and mxfp4 99, nvfp4 108, int8 84.
 // LIMITS    AVX-512 F, BW, DQ, VL, VNNI; int8 activations
 // TRIED     12 rows x 16 outputs, broadcasts from memory in the instruction: the two loads a cycle bind, 0.9x.  6 rows: 2% less.
-#include "quant_linear/x86_int8_kernel.h"
+#include "quant_linear/x86_int8_isas.h"
 
 namespace taut::quant_linear::cpu_int8_avx512vnni {
-namespace {
-
-struct Avx512Vnni : Simd512 {
-  static constexpr bool kInt32 = true;
-  static constexpr int kSmallRows = 6, kTileRows = 5, kTileVectors = 2;
-  static constexpr int64_t kPanelBytes = 16384;  // beside 3 KB of A
-
-  using X = Bytes;
-  // WHY asm: gcc 12 would give each product a broadcast of its own, and the loads would bind.
-  static TAUT_INLINE X at(const uint8_t* p) {
-    Bytes v;
-    asm volatile("vpbroadcastd %1,%0" : "=v"(v) : "m"(*reinterpret_cast<const int32_t*>(p)));
-    return v;
-  }
-  static TAUT_INLINE void dot(Bytes& sum, Bytes codes, X x) { asm volatile("vpdpbusd %2,%1,%0" : "+v"(sum) : "v"(codes), "v"(x)); }
-  static TAUT_INLINE void dot_from(Bytes& sum, Bytes start, Bytes codes, X x) {
-    sum = start;
-    dot(sum, codes, x);
-  }
-};
-
-}  // namespace
 
 void run_small(const Params& p) { run_int8_small<Avx512Vnni>(p); }
 void run_tile(const Params& p) { run_int8_tile<Avx512Vnni>(p); }

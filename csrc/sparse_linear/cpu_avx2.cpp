@@ -10,15 +10,17 @@
 //           and the high halves those of the other, which vpmaddwd by their two multiples adds. |sum| <= 16 * 127 * 15 at the end; that it
 //           may wrap on the way is harmless.
 //           vectors, few rows of x: two strips at once, unpacked in registers.
+//           tile, any pattern: quant_linear's dense tile over panels made dense in registers (x86_codes.h).
 // BOUND     M=1: DRAM. Rows: 160 bytes for 256 dense int8 weights (1.6 times fewer), 96 for int4 (1.33 times fewer). Vectors: 136 and 72.
 //           Rows beyond: 9 instructions a row of x and step for 64 dense operations, more than a dense tile needs.
 //           Vectors at large M: vector units, of which vpmaddubsw has two and vpaddw three. For 64 k of a tile int4 takes 282 of their
 //           instructions, with groups of 64 and more 246, a dense tile 456: 1.6 and 1.85 times as many.
 //           Measured (Sapphire Rapids, a core): int4 1.40 (group 32) and 1.54 times as fast as the dense tile, int8 1.63.
 // TRIED     (vectors) What is kept of a tile's rows picked for all 2048 k first: 10% slower. A tile's rows prefetched: no faster.
-// LIMITS    AVX2, FMA, F16C; int8 activations; int8 and int4 weights; rows 2:4 with v = 1, vectors 2:4 and 4:8 with v = 16
+// LIMITS    AVX2, FMA, F16C; int8 activations; int8 and int4 weights; rows 2:4 with v = 1, vectors 2:4 and 4:8 with v = 16; dense: fp8_e4m3 and float activations too
 #include <algorithm>
 
+#include "sparse_linear/x86_codes.h"
 #include "sparse_linear/x86_places.h"
 
 namespace taut::sparse_linear::cpu_avx2 {
@@ -62,29 +64,11 @@ struct Panel {
   alignas(64) uint8_t shuffles[kPanelPairs * 2 + 2][32];  // [blocks], and two more
 };
 
-// Walks the blocks of a strip.
-struct Cursor {
-  const Sparse8& w;
-  const uint8_t *header, *at;
-  int64_t group, block;  // within the superblock, within the group
-  Cursor(const Params& p, const Sparse8& weight, int64_t strip, int64_t first)
-      : w(weight), header(p.packed + w.header_offset(strip * 8, first * 32)), at(p.packed + w.block_offset(strip * 8, first)),
-        group(first / w.dense().blocks_per_group() % 4), block(first % w.dense().blocks_per_group()) {}
-  const uint8_t* scales() const { return header + group * w.dense().group_scale_bytes(); }
-  void next() {
-    at += w.block_bytes();
-    if (++block < w.dense().blocks_per_group()) return;
-    block = 0;
-    if (++group < 4) return;
-    group = 0, header = at, at += w.dense().header_bytes();
-  }
-};
-
 // Blocks [first, first + 2 * pairs); those past the end are zeros. A strip alone at the end is paired with itself.
 template <int kPasses, int kChunks>
 void unpack(const Params& p, const Sparse8& w, int64_t strip, int64_t first, int64_t pairs, Panel& panel) {
   const int64_t left = w.dense().num_blocks() - first, far = strip + 1 < w.dense().num_strips() ? w.strip_bytes() : 0;
-  Cursor cursor(p, w, strip, first);
+  Cursor cursor(p.packed, w, strip, first);
   int8_t* codes = panel.codes;
   int16_t* starts = panel.starts[0];
   float* scales = panel.scales[0];
@@ -317,55 +301,30 @@ struct Pair {
 
 // ---- Dense: cpu_dense.cpp with strips made dense here
 
-template <int n, int m, bool kWhole>
-void expand(const Sparse8& w, const uint8_t* in, uint8_t* out) {
-  constexpr int kChunks = 32 / m * n / 4, kSpan = 4 / n * m, kFieldBits = m == 4 ? 2 : 4;
+void expand_strip(const Sparse8& w, const uint8_t* in, uint8_t* out) {
   const Rows8 dense = w.dense();
   const int64_t per_superblock = dense.blocks_per_superblock();
-  const __m256i zero = Avx2::splat(sparse_zero(w.spec.format)), low = Avx2::splat(15);
-  for (int64_t block = 0; block < dense.num_blocks(); block++, in += w.block_bytes(), out += dense.block_bytes()) {
-    if (block % per_superblock == 0) {
-      std::memcpy(out, in, dense.header_bytes());
-      in += dense.header_bytes(), out += dense.header_bytes();
-    }
-    const uint8_t* fields = in + w.code_block_bytes();
-    __m256i chunks[8];
-    TAUT_FOR (int c = 0; c < kChunks; c++) {
-      const __m256i packed = Avx2::load(in + (kWhole ? c : c % (kChunks / 2)) * 32, 0);
-      const __m256i code = kWhole ? packed : _mm256_and_si256(c < kChunks / 2 ? packed : _mm256_srli_epi16(packed, 4), low);
-      __m256i places;
-      if (w.pattern.v == 1)
-        places = _mm256_srli_epi16(Avx2::load(fields + c * kFieldBits / 8 * 32, 0), c * kFieldBits % 8) & Avx2::splat((1 << kFieldBits) - 1);
-      else {
-        const uint32_t nibbles = load_as<uint16_t>(fields + c * 2);
-        places = _mm256_set1_epi32((nibbles & 0xf) | (nibbles & 0xf0) << 4 | (nibbles & 0xf00) << 8 | (nibbles & 0xf000) << 12) & Avx2::splat(m - 1);
-      }
-      TAUT_FOR (int d = 0; d < kSpan / 4; d++) {
-        __m256i found = zero;
-        TAUT_FOR (int i = 0; i < 4; i++) {
-          const int place = d * 4 - i / n * m;  // within the kept number's m
-          if (place < 0 || place >= m) continue;
-          const __m256i each = _mm256_broadcastsi128_si256(
-              _mm_setr_epi8(i, i, i, i, 4 + i, 4 + i, 4 + i, 4 + i, 8 + i, 8 + i, 8 + i, 8 + i, 12 + i, 12 + i, 12 + i, 12 + i));  // byte i of each row's four
-          const __m256i here = _mm256_cmpeq_epi8(_mm256_shuffle_epi8(places, each), _mm256_set1_epi32(0x03020100 + place * 0x01010101));
-          found = _mm256_blendv_epi8(found, _mm256_shuffle_epi8(code, each), here);
+  const __m256i zero = Avx2::splat(sparse_zero(w.spec.format));
+  with_pattern(w.pattern, [&]<int n, int m, bool kShared>() {
+    const auto expand = [&]<bool kWhole>() {
+      for (int64_t block = 0; block < dense.num_blocks(); block++, in += w.block_bytes(), out += dense.block_bytes()) {
+        if (block % per_superblock == 0) {
+          std::memcpy(out, in, dense.header_bytes());
+          in += dense.header_bytes(), out += dense.header_bytes();
         }
-        chunks[c * kSpan / 4 + d] = found;
+        __m256i chunks[8];
+        dense_block<quant_linear::Simd256, n, m, kShared, kWhole>(in, 0, zero, chunks);
+        TAUT_FOR (int c = 0; c < (kWhole ? 8 : 4); c++)
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + c * 32), kWhole ? chunks[c] : chunks[c] | _mm256_slli_epi16(chunks[c + 4], 4));
       }
-    }
-    TAUT_FOR (int c = 0; c < (kWhole ? 8 : 4); c++)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + c * 32), kWhole ? chunks[c] : chunks[c] | _mm256_slli_epi16(chunks[c + 4], 4));
-  }
-}
-
-void expand_strip(const Sparse8& w, const uint8_t* in, uint8_t* out) {
-  const auto of_pattern = [&]<int n, int m>() { code_bits(w.spec.format) == 8 ? expand<n, m, true>(w, in, out) : expand<n, m, false>(w, in, out); };
-  if (w.pattern.m == 4) w.pattern.n == 1 ? of_pattern.template operator()<1, 4>() : of_pattern.template operator()<2, 4>();
-  else w.pattern.n == 2 ? of_pattern.template operator()<2, 8>() : of_pattern.template operator()<4, 8>();
+    };
+    code_bits(w.spec.format) == 8 ? expand.template operator()<true>() : expand.template operator()<false>();
+  });
 }
 
 }  // namespace
 
+void run_tile(const Params& p) { run_codes<quant_linear::Avx2>(p); }
 void run_dense(const Params& p) { cpu_dense::run_with(p, expand_strip); }
 void run_rows(const Params& p) { run_places<Avx2>(p); }
 

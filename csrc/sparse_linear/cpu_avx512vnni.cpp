@@ -5,9 +5,12 @@
 //           another with the codes' zero in place of codes, which is taken off.
 //           vectors: 16 rows share places. Of kXRows rows of x at a time what these keep is picked once, 128 k in two shuffles and a permutation;
 //           then it is a dense product of half the length: 12 rows of x, 16 outputs, sums in registers. Codes are unpacked once for all kXRows.
+//           tile, any pattern: quant_linear's dense tile over panels made dense in registers (x86_codes.h)
 // BOUND     M=1: DRAM, 160 bytes for 256 dense int8 weights (1.6 times fewer), 96 for int4 (1.33 times fewer).  vectors at large M: vpdpbusd;
 //           of 64 kept k 16, with conversions by group 4 to 12, and 3 to pick x; a dense tile needs 32 and 12.
 // LIMITS    AVX-512 F, BW, DQ, VL, VNNI; int8 activations; int8 and int4 weights; rows 2:4 with v = 1, vectors 2:4 and 4:8 with v = 16
+// TRIED     weights made dense 512 rows at a time, then the dense kernel: x is quantized 28 times over, 0.74 to 0.88 of the tile
+#include "sparse_linear/x86_codes.h"
 #include "sparse_linear/x86_places.h"
 
 namespace taut::sparse_linear::cpu_avx512vnni {
@@ -244,6 +247,7 @@ struct Pair {
 
 void run_vectors_small(const Params& p) { p.weight.format == Format::kInt4 ? run_pairs<Pair, true>(p) : run_pairs<Pair, false>(p); }
 
+void run_tile(const Params& p) { run_codes<quant_linear::Avx512Vnni>(p); }
 void run_rows(const Params& p) { run_places<Avx512Vnni>(p); }
 
 void run_vectors(const Params& p) {

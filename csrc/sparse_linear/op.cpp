@@ -32,6 +32,11 @@ const char* dense_avx2(const Params& p) { return cpu_features().avx2 ? codes(p) 
 const char* vectors_avx2(const Params& p) { return cpu_features().avx2 ? needs_vectors(p) : "this processor has no AVX2 with FMA and F16C"; }
 const char* vectors_avx512vnni(const Params& p) { return cpu_features().avx512vnni ? needs_vectors(p) : "this processor has no AVX-512 VNNI"; }
 
+const char* codes_avx2(const Params& p) { return cpu_features().avx2 ? integers(p) : "this processor has no AVX2 with FMA and F16C"; }
+const char* codes_avxvnni(const Params& p) { return cpu_features().avxvnni ? integers(p) : "this processor has no AVX-VNNI"; }
+const char* codes_avx512bw(const Params& p) { return cpu_features().avx512bw ? integers(p) : "this processor has no AVX-512 BW"; }
+const char* codes_avx512vnni(const Params& p) { return cpu_features().avx512vnni ? integers(p) : "this processor has no AVX-512 VNNI"; }
+
 const char* needs_numbers(const Params& p) { return is_16bit(p.weight.format) ? nullptr : "it computes with 16-bit weights"; }
 const char* numbers_avx2(const Params& p) { return cpu_features().avx2 ? needs_numbers(p) : "this processor has no AVX2 with FMA and F16C"; }
 const char* numbers_avx512bw(const Params& p) { return cpu_features().avx512bw ? needs_numbers(p) : "this processor has no AVX-512 BW"; }
@@ -47,13 +52,16 @@ const char* some_rows_of_numbers(const Params& p) {
 }
 const char* many_rows_of_numbers(const Params& p) { return few_rows_of_numbers(p) ? nullptr : "multiplying what is kept alone is faster here"; }
 
-// One row of x: memory binds, and AVX2, a strip a vector, reads it 15 to 30% faster. Beyond some rows of x making w dense costs less than
-// picking x for each row of w.
+// One row of x: memory binds, and AVX2, a strip a vector, reads it 15 to 30% faster. Beyond some rows of x unpacking w once for all of them costs
+// less than picking x for each row of w; for bytes without VNNI, which are multiplied in two passes then, later.
 const char* few_rows(const Params& p) {
   if (p.M == 1 && cpu_features().avx2) return "for one row of x AVX2 is faster";
-  return p.M <= 48 ? nullptr : "for this many rows of x a dense kernel is faster";
+  return p.M <= 8 ? nullptr : "for this many rows of x unpacked panels are faster";
 }
-const char* few_rows_avx2(const Params& p) { return p.M <= 32 ? nullptr : "for this many rows of x a dense kernel is faster"; }
+const char* few_rows_avx2(const Params& p) {
+  const bool two_passes = p.weight.format == Format::kInt8 && !cpu_features().avxvnni && !cpu_features().avx512vnni;
+  return p.M <= (two_passes ? 32 : 8) ? nullptr : "for this many rows of x unpacked panels are faster";
+}
 const char* few_rows_of_vectors(const Params& p) { return p.M <= 7 ? nullptr : "for this many rows of x unpacked panels are faster"; }
 const char* without_amx(const Params& p) { return p.M <= 32 || !cpu_features().amx ? nullptr : "for this many rows of x AMX with a dense weight is faster"; }
 #endif
@@ -67,6 +75,10 @@ constexpr Impl<Params> kImpls[] = {
     {"cpu_avx512vnni.int8_rows", rows_avx512vnni, few_rows, cpu_avx512vnni::run_rows},
     {"cpu_avx2.int8_vectors", vectors_avx2, without_amx, cpu_avx2::run_vectors},
     {"cpu_avx2.int8_rows", rows_avx2, few_rows_avx2, cpu_avx2::run_rows},
+    {"cpu_avx512vnni.int8_tile", codes_avx512vnni, without_amx, cpu_avx512vnni::run_tile},
+    {"cpu_avxvnni.int8_tile", codes_avxvnni, without_amx, cpu_avxvnni::run_tile},
+    {"cpu_avx512bw.int8_tile", codes_avx512bw, without_amx, cpu_avx512bw::run_tile},
+    {"cpu_avx2.int8_tile", codes_avx2, without_amx, cpu_avx2::run_tile},
     {"cpu_avx512bw.float_small", number_pairs_avx512bw, some_rows_of_numbers, cpu_float_avx512bw::run_small},
     {"cpu_avx512bw.float_tile", numbers_avx512bw, many_rows_of_numbers, cpu_float_avx512bw::run_tile},
     {"cpu_avx2.float_small", numbers_avx2, few_rows_of_numbers, cpu_float_avx2::run_small},

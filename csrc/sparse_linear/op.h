@@ -26,13 +26,21 @@ namespace cpu_avx2 {
 void run_rows(const Params&);           // v = 1
 void run_vectors_small(const Params&);  // v = 16
 void run_vectors(const Params&);        // v = 16
+void run_tile(const Params&);
 void run_dense(const Params&);
 }  // namespace cpu_avx2
 namespace cpu_avx512vnni {
 void run_rows(const Params&);
 void run_vectors_small(const Params&);
 void run_vectors(const Params&);
+void run_tile(const Params&);
 }  // namespace cpu_avx512vnni
+namespace cpu_avxvnni {
+void run_tile(const Params&);
+}
+namespace cpu_avx512bw {
+void run_tile(const Params&);
+}
 
 // Of 16-bit numbers.
 namespace cpu_float_avx2 {

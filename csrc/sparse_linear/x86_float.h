@@ -10,6 +10,7 @@
 
 #include "quant_linear/x86_float_kernel.h"
 #include "sparse_linear/op.h"
+#include "sparse_linear/x86_pattern.h"
 
 namespace taut::sparse_linear {
 namespace {
@@ -38,12 +39,7 @@ struct Shape {
 
 template <class F>
 void with_shape(const SparsePattern& pattern, const F& f) {
-  const auto with = [&]<int n, int m>() {
-    if (pattern.v == 1) f.template operator()<Shape<n, m, false>>();
-    else f.template operator()<Shape<n, m, true>>();
-  };
-  if (pattern.m == 4) pattern.n == 1 ? with.template operator()<1, 4>() : with.template operator()<2, 4>();
-  else pattern.n == 2 ? with.template operator()<2, 8>() : with.template operator()<4, 8>();
+  with_pattern(pattern, [&]<int n, int m, bool kShared>() { f.template operator()<Shape<n, m, kShared>>(); });
 }
 
 template <bool kBf16>

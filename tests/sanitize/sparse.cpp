@@ -52,6 +52,7 @@ bool takes(const SparseImpl& impl, const sparse_linear::Params& p) {
   if (named(impl, ".float")) return numbers;
   if (named(impl, "dense")) return !numbers;
   const bool integers = (p.activations == Activations::kInt8 || p.activations == Activations::kInt8Row) && p.weight.format != Format::kFp8E4M3;
+  if (named(impl, ".int8_tile")) return integers;
   if (named(impl, ".int8_rows")) return integers && p.pattern.v == 1 && p.pattern.n == 2 && p.pattern.m == 4;
   if (named(impl, ".int8_vectors")) return integers && p.pattern.v == 16 && p.pattern.n * 2 == p.pattern.m;
   return true;
