@@ -17,7 +17,8 @@
 //           instructions, with groups of 64 and more 246, a dense tile 456: 1.6 and 1.85 times as many.
 //           Measured (Sapphire Rapids, a core): int4 1.40 (group 32) and 1.54 times as fast as the dense tile, int8 1.63.
 // TRIED     (vectors) What is kept of a tile's rows picked for all 2048 k first: 10% slower. A tile's rows prefetched: no faster.
-// LIMITS    AVX2, FMA, F16C; int8 activations; int8 and int4 weights; rows 2:4 with v = 1, vectors 2:4 and 4:8 with v = 16; dense: fp8_e4m3 and float activations too
+// LIMITS    AVX2, FMA, F16C; int8 activations; int8 and int4 weights; rows 2:4 with v = 1, vectors 2:4 and 4:8 with v = 16.
+//           dense: float activations and fp8_e4m3 too
 #include <algorithm>
 
 #include "sparse_linear/x86_codes.h"

@@ -1,8 +1,8 @@
 // COMPUTES  out[M,N] = x[M,K] @ dequant(w)[N,K]^T + bias, as quant_linear does for the same weight with its zeros written out: the same bits
 // LAYOUT    w: Sparse8 (common/sparse.h), made Rows8 (common/formats.h) in scratch memory, kRowsAtATime rows at a time
 // WORK      strips are made dense in parallel; then the best kernel of quant_linear multiplies by them all; its outputs move to their columns
-// BOUND     quant_linear's, plus about a nanosecond for four dense weights of a thread (cpu_avx2.dense: 12 instructions for 32, where 2:4); x is prepared once for
-//           each kRowsAtATime, a fifth of the time for many rows. What is left to it: float activations, and AMX
+// BOUND     quant_linear's, plus about a nanosecond for four dense weights of a thread (cpu_avx2.dense: 12 instructions for 32, where 2:4);
+//           x is prepared for each kRowsAtATime again, a fifth of the time for many rows. What is left to it: float activations, and AMX
 // LIMITS    none: any N, K, M, format, pattern, group, dtype, and any processor
 #include <algorithm>
 #include <cstring>

@@ -1,4 +1,5 @@
-// Sparse weights on x86: the loops for few rows of x that the ISAs share. For 2:4 weights with places of their own in each row an ISA is a Simd (quant_linear/x86_simd.h) and
+// Sparse weights on x86: the loops for few rows of x that the ISAs share. For 2:4 weights with places of their own in each row an ISA
+// is a Simd (quant_linear/x86_simd.h) and
 //   places<c>      of chunk c, what a byte shuffle of 8 k of x wants, from a vector of fields
 //   Sum, multiply  a sum in int32 of (code - zero) * x over 4 kept numbers of each row;  to_float
 //   kVectors<R>    vectors of codes at once, for R rows of x
@@ -137,7 +138,8 @@ void run_places(const Params& p) {
   else run_rows_of<Isa, false>(p);
 }
 
-// Vectors of 16 rows, for few rows of x. Kernel::multiply<kInt4, kRows>: sums[kRows][2 strips][8] of two strips `far` apart; x as int8 with the bits kFlip turned.
+// Vectors of 16 rows, for few rows of x. Kernel::multiply<kInt4, kRows>: sums[kRows][2 strips][8] of two strips `far` apart; x as int8 with the bits
+// kFlip turned.
 template <class Kernel, bool kInt4>
 void run_pairs(const Params& p) {
   const Sparse8 w = p.sparse();
