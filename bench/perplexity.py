@@ -1,4 +1,4 @@
-"""What int8 activations cost in perplexity: ``python bench/perplexity.py [--model NAME] [--json PATH]``.
+"""What int8 activations cost in perplexity: ``python bench/perplexity.py [--model NAME] [--weights KIND] [--json PATH]``.
 
 The same low-bit weights, head included, beside float activations, int8 and int8_outliers, on the same tokens; the cost is the
 ratio of the perplexities less one, with the standard error of the paired difference. Nothing is timed. JSON lines: op (perplexity),
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import math
 import sys
@@ -62,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and gives its exit code."""
     parser = argparse.ArgumentParser(prog="bench/perplexity.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", metavar="NAME", help=f"a model or a directory [default: {', '.join(_MODELS)}]")
+    parser.add_argument("--weights", action="append", choices=_WEIGHTS, help=f"[default: {', '.join(_WEIGHTS)}]")
+    parser.add_argument("--activations", action="append", choices=_ACTIVATIONS, help=f"[default: {', '.join(_ACTIVATIONS)}]")
     parser.add_argument("--windows", type=int, default=_WINDOWS, help=f"of {_WINDOW} tokens [default: {_WINDOWS}]")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "bench", help="where models are kept [default: .cache/bench]")
     parser.add_argument("--json", type=Path, help="append one JSON object a line")
@@ -91,7 +94,7 @@ def _run(args: argparse.Namespace) -> None:
         first = tokenizer("a").input_ids[0]
         if first == tokenizer.bos_token_id:  # a model that was never shown a text without it, such as Gemma, is lost
             windows[:, 0] = first
-        for weights, kind in ((weights, kind) for weights in _WEIGHTS for kind in _ACTIVATIONS):
+        for weights, kind in itertools.product(args.weights or _WEIGHTS, args.activations or _ACTIVATIONS):
             found = cost(directory, weights, windows, kind)
             print(
                 f"{Path(name).name} {weights}: perplexity {found['ppl_float']:.4f} with float activations, "
