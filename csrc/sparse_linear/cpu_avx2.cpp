@@ -247,12 +247,14 @@ __attribute__((noinline)) void multiply_pair(const Sparse8& w, const uint8_t* at
   __m256 total[kRows][2];
   TAUT_FOR (int r = 0; r < kRows; r++) total[r][0] = total[r][1] = Avx2::zero();
   const __m256i low = Avx2::splat(15);
+  const uint8_t* last_ahead = at + w.strip_bytes() - kPrefetch;  // beyond, what lies ahead is the other strip of the two, read already
   for (int64_t left = dense.num_blocks(), block = 0; left > 0; at += superblock_bytes) {
     const uint8_t* codes = at + header_bytes;
     for (int g = 0; g < 4 && left > 0; g++)
       for (int64_t b = 0; b < blocks_per_group && left > 0; b++, left--, block++, codes += kBlockBytes) {
+        const uint8_t* ahead = codes + kPrefetch + (codes < last_ahead ? 0 : far);
         TAUT_FOR (int i = 0; i < 2; i++)
-          TAUT_FOR (int line = 0; line < kBlockBytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(codes + i * far + kPrefetch + line), _MM_HINT_T0);
+          TAUT_FOR (int line = 0; line < kBlockBytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(ahead + i * far + line), _MM_HINT_T0);
         const __m128i nibbles = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + kCodeBytes)), nibble = _mm_set1_epi8(15);
         const __m128i bytes = _mm_unpacklo_epi8(_mm_and_si128(nibbles, nibble), _mm_and_si128(_mm_srli_epi16(nibbles, 4), nibble));
         const __m256i shuffle = _mm256_permute4x64_epi64(_mm256_castsi128_si256(bytes), 0x50);

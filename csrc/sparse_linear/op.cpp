@@ -63,13 +63,14 @@ const char* few_rows_avx2(const Params& p) {
   return p.M <= (two_passes ? 32 : 8) ? nullptr : "for this many rows of x unpacked panels are faster";
 }
 const char* few_rows_of_vectors(const Params& p) { return p.M <= 7 ? nullptr : "for this many rows of x unpacked panels are faster"; }
+const char* some_rows_of_vectors(const Params& p) { return p.M == 1 && cpu_features().avx2 ? "for one row of x AVX2 is faster" : few_rows_of_vectors(p); }
 const char* without_amx(const Params& p) { return p.M <= 32 || !cpu_features().amx ? nullptr : "for this many rows of x AMX with a dense weight is faster"; }
 #endif
 
 // In priority order. Every crossover is in this table, and nowhere else.
 constexpr Impl<Params> kImpls[] = {
 #if defined(__x86_64__)
-    {"cpu_avx512vnni.int8_vectors_small", vectors_avx512vnni, few_rows_of_vectors, cpu_avx512vnni::run_vectors_small},
+    {"cpu_avx512vnni.int8_vectors_small", vectors_avx512vnni, some_rows_of_vectors, cpu_avx512vnni::run_vectors_small},
     {"cpu_avx2.int8_vectors_small", vectors_avx2, few_rows_of_vectors, cpu_avx2::run_vectors_small},
     {"cpu_avx512vnni.int8_vectors", vectors_avx512vnni, without_amx, cpu_avx512vnni::run_vectors},
     {"cpu_avx512vnni.int8_rows", rows_avx512vnni, few_rows, cpu_avx512vnni::run_rows},

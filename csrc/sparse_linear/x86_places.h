@@ -78,18 +78,19 @@ void multiply_rows(const Params& p, const Sparse8& w, int64_t first, int64_t end
   constexpr int kVectors = Isa::template kVectors<kRows>, kAtOnce = kVectors * Isa::kStrips;
   alignas(64) float sums[kAtOnce * kRows * 8];
   const int64_t bytes = w.strip_bytes();
-  const auto store = [&](int64_t strip, int count) {
-    for (int s = 0; s < count; s++)
-      for (int r = 0; r < kRows; r++) store_any(p, row + r, strip + s, sums + (s * kRows + r) * 8, unit[r]);
+  const auto store = [&](int64_t strip, const float* of_strip) {
+    for (int r = 0; r < kRows; r++) store_any(p, row + r, strip, of_strip + r * 8, unit[r]);
   };
-  int64_t strip = first;
-  for (; strip + kAtOnce <= end; strip += kAtOnce) {
-    multiply_strips<Isa, kInt4, kRows, kVectors>(w, p.packed + strip * bytes, Isa::kStrips > 1 ? bytes : 0, Isa::kStrips * bytes, x, padded_k, m, blocks, sums);
-    store(strip, kAtOnce);
+  // Streams over strips that follow one another. WHY: what is asked for ahead, past the end of a strip, is then the beginning of the stream's next. With
+  // the strips of a step side by side instead, which ask for each other's beginnings: M=1 about 0.8 of the speed (Zen 4).
+  const int64_t per_stream = (end - first) / kAtOnce, apart = per_stream * bytes;
+  for (int64_t strip = first; strip < first + per_stream; strip++) {
+    multiply_strips<Isa, kInt4, kRows, kVectors>(w, p.packed + strip * bytes, Isa::kStrips > 1 ? apart : 0, Isa::kStrips * apart, x, padded_k, m, blocks, sums);
+    for (int i = 0; i < kAtOnce; i++) store(strip + i * per_stream, sums + i * kRows * 8);
   }
-  for (; strip < end; strip++) {
+  for (int64_t strip = first + per_stream * kAtOnce; strip < end; strip++) {
     multiply_strips<Isa, kInt4, kRows, 1>(w, p.packed + strip * bytes, 0, 0, x, padded_k, m, blocks, sums);
-    store(strip, 1);
+    store(strip, sums);
   }
 }
 
