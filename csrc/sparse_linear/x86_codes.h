@@ -3,7 +3,7 @@
 //   dense_block  a k-block of Sparse8 as 8 chunks of codes as Rows8 has them (int8), of one strip or (Simd512) of two
 //   Cursor       walks the k-blocks of a strip
 //   run_codes    Int8Kernel of quant_linear/x86_int8_kernel.h, the same bits as that of the dense weight
-// COUNTED   for 32 outputs and k of one 2:4 row: 5 instructions with masks (AVX-512, of two strips), 11 without
+// COUNTED   put: 3 instructions with masks (AVX-512, for two strips at once), 4 without; a vector of dense 2:4 codes takes two of them
 #pragma once
 
 #include "quant_linear/x86_int8_isas.h"
