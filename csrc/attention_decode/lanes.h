@@ -108,7 +108,7 @@ struct Avx2 : Avx2Lanes {
 #if defined(__AVX512F__)
 struct Avx512 : Avx512Lanes {
   using I = __m512i;
-  static constexpr int kUnit = 32, kSums = 16, kKeysTogether = 1, kValueVectors = 2;
+  static constexpr int kUnit = 32, kSums = 16, kKeysTogether = 2, kValueVectors = 2;
   static constexpr int key_vectors(bool int4, int /* sums a register */) { return int4 ? 2 : 1; }  // WHY: one block of int8 keys after the other is one stream
   static constexpr int kKeyCodeZero = 128;
 
