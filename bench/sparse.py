@@ -1,7 +1,8 @@
 """Times sparse weights beside dense ones of the same format: ``python -m bench.sparse [--json PATH]``.
 
 One layer, ``N14336_K4096`` unless it is another, at each number of rows of x. Contenders: quant_linear with the dense weight, as its table
-picks and with each kernel that runs no AMX (a processor without it has those); sparse_linear with each pattern, by every impl. Each
+picks and with each kernel that runs no AMX (a processor without it has those); sparse_linear with each pattern, by every impl. Formats
+"bf16" and "fp16" keep numbers as they are, x in fp32: the dense ones beside them are torch's linear of the same type, and of fp32. Each
 result is checked against float64 first. Weights are cold: copies that together exceed ``--cold-mb`` are rotated. Contenders take turns
 (``bench/timing.py``). JSON lines: op (sparse_linear), case, format (pattern and weights), activations, impl, median_us, p10_us, p90_us,
 nbytes (of the packed weight), gb_s, gflop_s (of the dense product), dense_ratio (over the fastest dense kernel), dense_ratio_no_amx,
@@ -22,12 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script,
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 import taut
 from bench.contenders import copies_for, rotation
 from bench.gpu import fingerprint
 from bench.timing import Runner, interleave, spread
-from taut.formats import ACTIVATIONS, WeightFormat
+from taut.formats import ACTIVATIONS, NumberFormat, WeightFormat
 from taut.formats.sparse import Pattern, SparseFormat, sparsify
 from taut.ops.pack_sparse import pack_sparse
 from taut.ops.pack_weight import pack_weight
@@ -37,15 +39,18 @@ from taut.ops.sparse_linear import sparse_linear
 from taut.report.machine import processor_name, usable_cores
 
 PATTERNS = ("2:4", "16:2:4")
-FORMATS = ("int8_row_a8row", "int8_g32_a8", "int4_g32_a8", "int4_g128_a8")
+FORMATS = ("int8_row_a8row", "int8_g32_a8", "int4_g32_a8", "int4_g128_a8", "bf16")
+TORCH = "torch linear, "  # and its dtype: beside weights of 16 bits
 ROWS = (1, 4, 16, 128, 512)
 _ACTIVATIONS = {"a8": "int8", "a8row": "int8_row"}
 _CHECKED = 64  # columns, and rows
-_TOLERANCE = 1e-4  # of the largest result
+_TOLERANCE, _TOLERANCE_16BIT = 1e-4, 1e-2  # of the largest result; of torch's, whose x and results may be of 16 bits
 
 
 def parse(name: str) -> tuple[WeightFormat, str]:
-    """``int4_g32_a8`` to its weights and activations. Raises ``ValueError`` for what is not of that form."""
+    """``int4_g32_a8``, or ``bf16``, to its weights and activations. Raises ``ValueError`` for what is not of that form."""
+    if name in ("bf16", "fp16"):
+        return NumberFormat(name), "float"
     parts = name.split("_")
     if len(parts) != 3 or parts[2] not in _ACTIVATIONS or not (parts[1] == "row" or parts[1][1:].isdigit()):
         raise ValueError(f"unknown format {name!r}; known for example: {', '.join(FORMATS)}")
@@ -59,16 +64,32 @@ class Layer:
         self.n, self.k, self.name = n, k, name
         self.weights, self.activations = parse(name)
         w = torch.randn(n, k, generator=torch.Generator().manual_seed(n + k)) / k**0.5
-        parts = quantize_weight(w, self.weights)
-        self.numbers = {"dense": reference(*parts, k, self.weights)[:_CHECKED]}
-        self.packed = {"dense": copied(pack_weight(*parts, k, self.weights), cold_bytes)}
-        self.formats = {}
+        # By what they are, "dense" or a pattern, and with 16 bits torch's dense ones by dtype: numbers of the first rows, and copies.
+        self.numbers: dict[str, Tensor] = {}
+        self.packed: dict[str, list[Tensor]] = {}
+        self.formats: dict[str, SparseFormat] = {}
+        if isinstance(self.weights, NumberFormat):
+            for dtype in (self.weights.codes_dtype, torch.float32):
+                name = f"{TORCH}{str(dtype).removeprefix('torch.')}"
+                self.packed[name] = copied(w.to(dtype), cold_bytes)
+                self.numbers[name] = self.packed[name][0][:_CHECKED]
+        else:
+            parts = quantize_weight(w, self.weights)
+            self.numbers["dense"] = reference(*parts, k, self.weights)[:_CHECKED]
+            self.packed["dense"] = copied(pack_weight(*parts, k, self.weights), cold_bytes)
         for text in patterns:
             self.formats[text] = format = SparseFormat(self.weights, Pattern.parse(text))
             mask = format.pattern.mask(w.abs())
-            masked = quantize_weight(torch.where(mask, w, 0.0), self.weights)
-            self.numbers[text] = reference(*masked, k, self.weights)[:_CHECKED]
-            self.packed[text] = copied(pack_sparse(sparsify(masked.codes, masked.scales, mask, format), k, format), cold_bytes)
+            codes, scales, self.numbers[text] = self._of(torch.where(mask, w, 0.0))
+            self.packed[text] = copied(pack_sparse(sparsify(codes, scales, mask, format), k, format), cold_bytes)
+
+    def _of(self, w: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Codes, scales and numbers of the first rows."""
+        if isinstance(self.weights, NumberFormat):
+            codes = self.weights.codes_of(w)
+            return codes, None, codes[:_CHECKED]
+        parts = quantize_weight(w, self.weights)
+        return parts.codes, parts.scales, reference(*parts, self.k, self.weights)[:_CHECKED]
 
     def sizes(self, m: int, pattern: Pattern | None) -> dict[str, int]:
         found = {
@@ -81,6 +102,9 @@ class Layer:
         """(op, pattern, impl, picked by the table)."""
         found = []
         for pattern in self.packed:
+            if pattern.startswith(TORCH):
+                found.append(("torch", pattern, pattern, False))
+                continue
             op = "quant_linear" if pattern == "dense" else "sparse_linear"
             sizes = self.sizes(m, None if pattern == "dense" else self.formats[pattern].pattern)
             picked = next(row.impl for row in taut.explain(op, **sizes) if row.chosen)
@@ -93,6 +117,9 @@ class Layer:
 
     def call(self, op: str, pattern: str, impl: str, x: Tensor) -> Callable[[], Tensor]:
         following = rotation(self.packed[pattern])
+        if op == "torch":
+            x = x.to(self.packed[pattern][0].dtype)
+            return lambda: linear(x, following())
 
         def call() -> Tensor:
             with taut.force_impl(op, impl):
@@ -109,7 +136,8 @@ def copied(packed: Tensor, cold_bytes: int) -> list[Tensor]:
 
 def error_of(out: Tensor, x: Tensor, numbers: Tensor, activations: str) -> float:
     """Over the first columns and rows, as a share of the largest result; ``inf`` for a NaN."""
-    expected = quantize_activations(x[:_CHECKED], activations) @ numbers.double().T
+    seen = x[:_CHECKED].double() if activations == "float" else quantize_activations(x[:_CHECKED], activations)
+    expected = seen @ numbers.double().T
     error = float((out[:_CHECKED, : len(numbers)].double() - expected).abs().max() / expected.abs().max())
     return error if error == error else float("inf")
 
@@ -121,20 +149,22 @@ def race(layer: Layer, m: int, rounds: int, seconds_each: float, shared: dict[st
     for op, pattern, impl, picked in layer.contenders(m):
         call = layer.call(op, pattern, impl, x)
         error = error_of(call(), x, layer.numbers[pattern], layer.activations)
-        if not error <= _TOLERANCE:
+        if not error <= (_TOLERANCE_16BIT if op == "torch" else _TOLERANCE):
             raise RuntimeError(f"{impl} with {pattern} {layer.name}, M={m}, is off by {error:.2g} of the largest result")
         entries.append((pattern, impl, picked, error, Runner(call)))
     interleave([entry[-1] for entry in entries], rounds, seconds_each)
     timings = [spread(runner.samples) for *_, runner in entries]
 
     def fastest(admits: Callable[[str], bool]) -> float:
-        return min(timing.median_us for (p, impl, *_), timing in zip(entries, timings, strict=True) if p == "dense" and admits(impl))
+        dense = (timing for (p, impl, *_), timing in zip(entries, timings, strict=True) if p not in layer.formats and admits(impl))
+        return min(timing.median_us for timing in dense)
 
     dense, without_amx = fastest(lambda impl: True), fastest(lambda impl: "amx" not in impl)
     lines = []
     for (pattern, impl, picked, error, _), timing in zip(entries, timings, strict=True):
         us, nbytes = timing.median_us, layer.packed[pattern][0].nbytes
-        line = {"op": "sparse_linear", "case": f"N{layer.n}_K{layer.k}_M{m}", "format": f"{pattern}_{layer.name}", "pattern": pattern}
+        shown = pattern if pattern in layer.formats else "dense"
+        line = {"op": "sparse_linear", "case": f"N{layer.n}_K{layer.k}_M{m}", "format": f"{shown}_{layer.name}", "pattern": shown}
         line |= {"impl": impl, "picked": picked, "median_us": us, "p10_us": timing.p10_us, "p90_us": timing.p90_us}
         line |= {"samples": timing.samples, "nbytes": nbytes, "copies": len(layer.packed[pattern]), "gb_s": nbytes / us / 1e3}
         line |= {"gflop_s": 2 * m * layer.n * layer.k / us / 1e3, "dense_ratio": dense / us, "dense_ratio_no_amx": without_amx / us}

@@ -8,8 +8,11 @@
 
 namespace taut {
 
+// Whether `format`, which may be of no format at all, is fp16 or bf16.
+inline bool is_16bit_code(int64_t format) { return format == static_cast<int64_t>(Format::kFp16) || format == static_cast<int64_t>(Format::kBf16); }
+
 inline Sparse8 sparse_weight(const char* op, int64_t N, int64_t K, int64_t format, int64_t group_size, int64_t n, int64_t m, int64_t v) {
-  const bool numbers = format == static_cast<int64_t>(Format::kFp16) || format == static_cast<int64_t>(Format::kBf16);
+  const bool numbers = is_16bit_code(format);
   WeightSpec spec = weight_spec(op, N, K, numbers ? static_cast<int64_t>(Format::kInt8) : format, group_size, false);
   check(numbers || spec.format == Format::kInt4 || spec.format == Format::kInt8 || spec.format == Format::kFp8E4M3, op,
         ": sparse weights are of format 4 (int4), 8 (int8), 9 (fp8_e4m3), 11 (fp16) or 12 (bf16), got ", format);

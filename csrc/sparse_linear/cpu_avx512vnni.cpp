@@ -205,7 +205,7 @@ struct Pair {
   static __attribute__((noinline)) void multiply(const Sparse8& w, const uint8_t* at, int64_t far, const uint8_t* x, int64_t x_stride, const float* m,
                                                  int64_t m_stride, float* sums) {
     constexpr int kCodeBytes = kInt4 ? 64 : 128, kBlockBytes = kCodeBytes + 8;
-    constexpr int64_t kPrefetch = 2304;
+    constexpr int64_t kPrefetch = 2304;  // TRIED: to L2 alone, 1152 to 4608 bytes ahead: 5% to 20% slower
     const Rows8 dense = w.dense();
     const int64_t blocks_per_group = dense.blocks_per_group(), header_bytes = dense.header_bytes(), superblock_bytes = w.superblock_bytes();
     __m512 total[kRows];

@@ -140,7 +140,9 @@ std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
   Params params{};
   params.M = get("M", 1);
   params.dtype = static_cast<DType>(get("dtype", 0));
-  const Sparse8 w = sparse_weight(kOp, get("N", 16), get("K", 32), get("format", 8), get("group_size", 32), get("n", 2), get("m", 4), get("v", 1));
+  const int64_t format = get("format", 8);
+  const Sparse8 w =
+      sparse_weight(kOp, get("N", 16), get("K", 32), format, get("group_size", is_16bit_code(format) ? 0 : 32), get("n", 2), get("m", 4), get("v", 1));
   params.weight = w.spec, params.pattern = w.pattern;
   params.activations = activations_for(w.spec.format, get("activations", w.spec.format == Format::kInt8 || w.spec.format == Format::kInt4 ? 1 : 0));
   return explain_table(kOp, kImpls, params);

@@ -127,7 +127,9 @@ std::vector<Verdict> explain(const std::map<std::string, int64_t>& sizes) {
   CudaParams params{};
   params.M = get("M", 1);
   params.dtype = static_cast<DType>(get("dtype", static_cast<int64_t>(DType::kFloat16)));
-  const Sparse8 w = sparse_weight(kOp, get("N", 16), get("K", 32), get("format", 4), get("group_size", 32), get("n", 2), get("m", 4), get("v", 1));
+  const int64_t format = get("format", 4);
+  const Sparse8 w =
+      sparse_weight(kOp, get("N", 16), get("K", 32), format, get("group_size", is_16bit_code(format) ? 0 : 32), get("n", 2), get("m", 4), get("v", 1));
   params.weight = w.spec, params.pattern = w.pattern, params.x_row_stride = w.spec.K;
   params.activations = activations_for(w.spec.format, get("activations", 0));
   params.device = &device(static_cast<int>(get("device_index", 0)));

@@ -57,7 +57,7 @@ template <class Isa, class Shape, bool kBf16, int kRows, int kVectors>
 __attribute__((noinline)) void multiply_numbers(const uint8_t* at, int64_t far, int64_t apart, int64_t num_blocks, const float* x, float* totals) {
   using Bytes = typename Isa::Bytes;
   using Floats = typename Isa::Floats;
-  constexpr int64_t kPrefetch = 2304;
+  constexpr int64_t kPrefetch = 4608 / (kVectors * Isa::kStrips);  // ahead in each stream, to L2, as in quant_linear/x86_int8_kernel.h
   constexpr int kFields = Shape::kShared ? 1 : Shape::kPlaceBytes / 32;
   Floats total[kVectors][kRows];
   TAUT_FOR (int i = 0; i < kVectors; i++)
@@ -69,7 +69,7 @@ __attribute__((noinline)) void multiply_numbers(const uint8_t* at, int64_t far, 
     for (int64_t block = std::min<int64_t>(left, kSumBlocks); block > 0; block--, at += Shape::kBlockBytes, x += 32 * kRows) {
       TAUT_FOR (int i = 0; i < kVectors * Isa::kStrips; i++)
         TAUT_FOR (int line = 0; line < Shape::kBlockBytes; line += 64)
-          _mm_prefetch(reinterpret_cast<const char*>(at + i / Isa::kStrips * apart + i % Isa::kStrips * far + kPrefetch + line), _MM_HINT_T0);
+          _mm_prefetch(reinterpret_cast<const char*>(at + i / Isa::kStrips * apart + i % Isa::kStrips * far + kPrefetch + line), _MM_HINT_T1);
       const uint8_t* places = at + Shape::kCodeBytes;
       Bytes fields[kVectors][kFields];
       uint64_t nibbles[kVectors];
@@ -115,6 +115,7 @@ void run_numbers_small(const Params& p) {
   // That stay in the L2 cache for K = 4096, while w, of which a pair of strips is 64 KB, goes by. Beyond, w is read again.
   constexpr int64_t kChunkRows = 32;
   constexpr int64_t kStripsAtOnce = 4;
+  constexpr int64_t kNeighbours = Shape::kShared ? Isa::kStrips : 1;  // strips that go together, since their rows share places
   const Sparse8 w = p.sparse();
   const int64_t strips = w.dense().num_strips(), blocks = w.dense().num_blocks(), padded_k = blocks * 32, strip_bytes = w.strip_bytes();
   const int64_t units = (strips + Isa::kStrips - 1) / Isa::kStrips, num_tasks = std::min(p.num_threads, units), most = std::min(p.M, kChunkRows);
@@ -134,9 +135,10 @@ void run_numbers_small(const Params& p) {
             for (int u = 0; u < kUnit; u++) block[k * kRows + i * kUnit + u] = row[k + u];
         }
       });
-      for (int64_t strip = first; strip < end; strip += kStripsAtOnce) {
-        const int64_t count = std::min(kStripsAtOnce, end - strip);
-        r = 0;
+      // `count` streams, of neighbours by kNeighbours, from a strip on, and `every` strips from one to the next: all rows.
+      const auto multiply = [&](int64_t strip, int64_t every, int64_t count) {
+        const auto number_of = [&](int64_t stream) { return strip + stream / kNeighbours * every + stream % kNeighbours; };
+        int64_t r = 0;
         for_row_blocks<Shape>(rows, [&]<int kRows>() {
           // Enough sums for the latency of an fma, and few enough for the registers.
           constexpr int kMost = kRows == 8 ? 1 : kRows == 1 ? 4 : 2;
@@ -144,24 +146,28 @@ void run_numbers_small(const Params& p) {
           alignas(64) float totals[kAtOnce * kRows * 8];
           const auto store = [&](int64_t begin, int64_t made) {
             for (int64_t s = 0; s < made; s++)
-              for (int i = 0; i < kRows; i++) quant_linear::store_strip(p, m0 + r + i, begin + s, totals + (s * kRows + i) * 8, 1.0f);
+              for (int i = 0; i < kRows; i++) quant_linear::store_strip(p, m0 + r + i, number_of(begin + s), totals + (s * kRows + i) * 8, 1.0f);
           };
+          const int64_t far = Isa::kStrips == 1 ? 0 : number_of(1) - strip, apart = number_of(Isa::kStrips) - strip;
           int64_t done = 0;
           for (; done + kAtOnce <= count; done += kAtOnce) {
-            const uint8_t* at = p.packed + (strip + done) * strip_bytes;
-            multiply_numbers<Isa, Shape, kBf16, kRows, kVectors>(at, Isa::kStrips > 1 ? strip_bytes : 0, Isa::kStrips * strip_bytes, blocks, x + r * padded_k,
-                                                                 totals);
-            store(strip + done, kAtOnce);
+            multiply_numbers<Isa, Shape, kBf16, kRows, kVectors>(p.packed + number_of(done) * strip_bytes, far * strip_bytes, apart * strip_bytes, blocks,
+                                                                 x + r * padded_k, totals);
+            store(done, kAtOnce);
           }
           for (; done < count; done += Isa::kStrips) {  // a strip alone is paired with itself
             const int64_t made = std::min<int64_t>(Isa::kStrips, count - done);
-            multiply_numbers<Isa, Shape, kBf16, kRows, 1>(p.packed + (strip + done) * strip_bytes, made > 1 ? strip_bytes : 0, 0, blocks, x + r * padded_k,
-                                                          totals);
-            store(strip + done, made);
+            multiply_numbers<Isa, Shape, kBf16, kRows, 1>(p.packed + number_of(done) * strip_bytes, made > 1 ? far * strip_bytes : 0, 0, blocks,
+                                                          x + r * padded_k, totals);
+            store(done, made);
           }
           r += kRows;
         });
-      }
+      };
+      // Streams over strips that follow one another, as in x86_places.h
+      const int64_t per_stream = (end - first) / kStripsAtOnce * kNeighbours, rest = first + per_stream / kNeighbours * kStripsAtOnce;
+      for (int64_t i = 0; i < per_stream; i += kNeighbours) multiply(first + i, per_stream, kStripsAtOnce);
+      for (int64_t strip = rest; strip < end; strip += kNeighbours) multiply(strip, kNeighbours, std::min(kNeighbours, end - strip));
     }
   });
 }

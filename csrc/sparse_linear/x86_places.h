@@ -32,7 +32,7 @@ __attribute__((noinline)) void multiply_strips(const Sparse8& w, const uint8_t* 
   using Bytes = typename Isa::Bytes;
   using Floats = typename Isa::Floats;
   constexpr int kCodeBytes = kInt4 ? 64 : 128, kBlockBytes = kCodeBytes + 32;
-  constexpr int64_t kPrefetch = 2304;
+  constexpr int64_t kPrefetch = 4608 / (kVectors * Isa::kStrips);  // ahead in each stream, to L2, as in quant_linear/x86_int8_kernel.h
   const Rows8 dense = w.dense();
   const int64_t blocks_per_group = dense.blocks_per_group(), header_bytes = dense.header_bytes(), superblock_bytes = w.superblock_bytes();
   const Bytes zero = Isa::splat(kInt4 ? 8 : 128);
@@ -41,13 +41,13 @@ __attribute__((noinline)) void multiply_strips(const Sparse8& w, const uint8_t* 
     TAUT_FOR (int r = 0; r < kRows; r++) total[i][r] = Isa::zero();
   for (int64_t left = dense.num_blocks(), block = 0; left > 0; at += superblock_bytes) {
     TAUT_FOR (int i = 0; i < kVectors * Isa::kStrips; i++)
-      _mm_prefetch(reinterpret_cast<const char*>(at + i / Isa::kStrips * apart + i % Isa::kStrips * far + kPrefetch), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(at + i / Isa::kStrips * apart + i % Isa::kStrips * far + kPrefetch), _MM_HINT_T1);
     const uint8_t* codes = at + header_bytes;
     for (int g = 0; g < 4 && left > 0; g++)
       for (int64_t b = 0; b < blocks_per_group && left > 0; b++, left--, block++, codes += kBlockBytes) {
         TAUT_FOR (int i = 0; i < kVectors * Isa::kStrips; i++)
           TAUT_FOR (int line = 0; line < kBlockBytes; line += 64)
-            _mm_prefetch(reinterpret_cast<const char*>(codes + i / Isa::kStrips * apart + i % Isa::kStrips * far + kPrefetch + line), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(codes + i / Isa::kStrips * apart + i % Isa::kStrips * far + kPrefetch + line), _MM_HINT_T1);
         TAUT_FOR (int i = 0; i < kVectors; i++) {
           const uint8_t* p = codes + i * apart;
           typename Isa::Sum sum[kRows] = {};
