@@ -10,7 +10,9 @@
 //           of 64 kept k 16, with conversions by group 4 to 12, and 3 to pick x; a dense tile needs 32 and 12.
 // LIMITS    AVX-512 F, BW, DQ, VL, VNNI; int8 activations; int8 and int4 weights; rows 2:4 with v = 1, vectors 2:4 and 4:8 with v = 16
 // TRIED     weights made dense 512 rows at a time, then the dense kernel: x is quantized 28 times over, 0.74 to 0.88 of the tile.
-//           (vectors) parts of 2048 k, so that codes and picked x stay in the L1 cache and fewer x in the L2: 0 to 4% slower (Zen 4)
+//           (vectors, Zen 4, M=512: products run at the rate of vpdpbusd and are 54% of the time, picking x is 26%, bound by the L1 cache: per 64 kept
+//           two lines read from L2, one written there and one fetched to be written) parts of 2048 k, so that codes and picked x stay in L1: 0 to 4%
+//           slower; of 512 to 2048 k with all sums in memory: 9% to 25% slower; picking with one vpermi2b: the same time; no prefetches: the same
 #include "sparse_linear/x86_codes.h"
 #include "sparse_linear/x86_places.h"
 
