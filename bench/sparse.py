@@ -2,11 +2,11 @@
 
 One layer, ``N14336_K4096`` unless it is another, at each number of rows of x. Contenders: quant_linear with the dense weight, as its table
 picks and with each kernel that runs no AMX (a processor without it has those); sparse_linear with each pattern, by every impl. Formats
-"bf16" and "fp16" keep numbers as they are, x in fp32: the dense ones beside them are torch's linear of the same type, and of fp32. Each
-result is checked against float64 first. Weights are cold: copies that together exceed ``--cold-mb`` are rotated. Contenders take turns
-(``bench/timing.py``). JSON lines: op (sparse_linear), case, format (pattern and weights), activations, impl, median_us, p10_us, p90_us,
-nbytes (of the packed weight), gb_s, gflop_s (of the dense product), dense_ratio (over the fastest dense kernel), dense_ratio_no_amx,
-commit, machine, torch, threads, run.
+"bf16" and "fp16" keep numbers as they are, and x is of the same type: the dense ones beside them are torch's linear of that type, and of
+fp32. Each result is checked against float64 first. Weights are cold: copies that together exceed ``--cold-mb`` are rotated. Contenders
+take turns (``bench/timing.py``). JSON lines: op (sparse_linear), case, format (pattern and weights), activations, impl, median_us,
+p10_us, p90_us, nbytes (of the packed weight), gb_s, gflop_s (of the dense product), dense_ratio (over the fastest dense kernel),
+dense_ratio_no_amx, commit, machine, torch, threads, run.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ PATTERNS = ("2:4", "16:2:4")
 FORMATS = ("int8_row_a8row", "int8_g32_a8", "int4_g32_a8", "int4_g128_a8", "bf16")
 TORCH = "torch linear, "  # and its dtype: beside weights of 16 bits
 ROWS = (1, 4, 16, 128, 512)
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as kernels number them
 _ACTIVATIONS = {"a8": "int8", "a8row": "int8_row"}
 _CHECKED = 64  # columns, and rows
-_TOLERANCE, _TOLERANCE_16BIT = 1e-4, 1e-2  # of the largest result; of torch's, whose x and results may be of 16 bits
+_TOLERANCE, _TOLERANCE_16BIT = 1e-4, 1e-2  # of the largest result; where results are of 16 bits
 
 
 def parse(name: str) -> tuple[WeightFormat, str]:
@@ -63,13 +64,14 @@ class Layer:
     def __init__(self, n: int, k: int, name: str, patterns: Sequence[str], cold_bytes: int) -> None:
         self.n, self.k, self.name = n, k, name
         self.weights, self.activations = parse(name)
+        self.dtype = self.weights.codes_dtype if isinstance(self.weights, NumberFormat) else torch.float32  # of x
         w = torch.randn(n, k, generator=torch.Generator().manual_seed(n + k)) / k**0.5
         # By what they are, "dense" or a pattern, and with 16 bits torch's dense ones by dtype: numbers of the first rows, and copies.
         self.numbers: dict[str, Tensor] = {}
         self.packed: dict[str, list[Tensor]] = {}
         self.formats: dict[str, SparseFormat] = {}
         if isinstance(self.weights, NumberFormat):
-            for dtype in (self.weights.codes_dtype, torch.float32):
+            for dtype in (self.dtype, torch.float32):
                 name = f"{TORCH}{str(dtype).removeprefix('torch.')}"
                 self.packed[name] = copied(w.to(dtype), cold_bytes)
                 self.numbers[name] = self.packed[name][0][:_CHECKED]
@@ -94,7 +96,7 @@ class Layer:
     def sizes(self, m: int, pattern: Pattern | None) -> dict[str, int]:
         found = {
             "M": m, "N": self.n, "K": self.k, "format": self.weights.code, "group_size": self.weights.group_size,
-            "activations": ACTIVATIONS[self.activations],
+            "activations": ACTIVATIONS[self.activations], "dtype": _DTYPES[self.dtype],
         }  # fmt: skip
         return found if pattern is None else {**found, "n": pattern.n, "m": pattern.m, "v": pattern.v}
 
@@ -103,7 +105,7 @@ class Layer:
         found = []
         for pattern in self.packed:
             if pattern.startswith(TORCH):
-                found.append(("torch", pattern, pattern, False))
+                found.append(("torch", pattern, pattern, self.packed[pattern][0].dtype == self.dtype))
                 continue
             op = "quant_linear" if pattern == "dense" else "sparse_linear"
             sizes = self.sizes(m, None if pattern == "dense" else self.formats[pattern].pattern)
@@ -111,7 +113,7 @@ class Layer:
             for impl in (row.impl for row in taut.explain(op, **sizes)):
                 with taut.force_impl(op, impl):
                     runs = next(row.chosen for row in taut.explain(op, **sizes) if row.impl == impl)
-                if runs and (impl == picked or not impl.startswith("cpu_scalar")) and not ("small" in impl and m > 64):
+                if runs and (impl == picked or not (impl.startswith("cpu_scalar") or ("small" in impl and m > 64))):
                     found.append((op, pattern, impl, impl == picked))
         return found
 
@@ -144,12 +146,12 @@ def error_of(out: Tensor, x: Tensor, numbers: Tensor, activations: str) -> float
 
 def race(layer: Layer, m: int, rounds: int, seconds_each: float, shared: dict[str, Any]) -> list[dict[str, Any]]:
     """Checks and times everyone at m rows of x. Raises ``RuntimeError`` for a wrong result."""
-    x = torch.randn(m, layer.k, generator=torch.Generator().manual_seed(m))
+    x = torch.randn(m, layer.k, generator=torch.Generator().manual_seed(m)).to(layer.dtype)
     entries = []
     for op, pattern, impl, picked in layer.contenders(m):
         call = layer.call(op, pattern, impl, x)
         error = error_of(call(), x, layer.numbers[pattern], layer.activations)
-        if not error <= (_TOLERANCE_16BIT if op == "torch" else _TOLERANCE):
+        if not error <= (_TOLERANCE if x.dtype == torch.float32 else _TOLERANCE_16BIT):
             raise RuntimeError(f"{impl} with {pattern} {layer.name}, M={m}, is off by {error:.2g} of the largest result")
         entries.append((pattern, impl, picked, error, Runner(call)))
     interleave([entry[-1] for entry in entries], rounds, seconds_each)

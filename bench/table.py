@@ -44,6 +44,7 @@ _SPARSE_WEIGHTS = {
     "int8_g32_a8": "int8, groups of 32",
     "int4_g32_a8": "int4, groups of 32",
     "int4_g128_a8": "int4, groups of 128",
+    "bf16": "bf16",
 }
 
 _ATTENTION_CASES = {
@@ -227,11 +228,12 @@ def render_sparse_speed(lines: Sequence[Line]) -> str:
                 line = picked.get((f"{pattern}_{weights}", m))
                 ratio = f" ({line['dense_ratio']:.2f}x)" if line and pattern != "dense" else ""
                 cells.append("" if line is None else f"{line['median_us'] / 1e3:.3g}{ratio}")
-            rows.append(f"| {name}, {pattern} | " + " | ".join(cells) + " |")
+            whose = " (torch)" if weights == "bf16" and pattern == "dense" else ""
+            rows.append(f"| {name}, {pattern}{whose} | " + " | ".join(cells) + " |")
     first = found[0]
     note = (
-        f"One linear layer, N=14336, K=4096, M rows of x, int8 activations, weights from memory. {first['machine']}, "
-        f"{first['threads']} threads, torch {first['torch']}, commit {first['commit']}, {first['run'][:10]}. "
+        f"One linear layer, N=14336, K=4096, M rows of x, int8 activations, beside bf16 weights bf16 ones; weights from memory. "
+        f"{first['machine']}, {first['threads']} threads, torch {first['torch']}, commit {first['commit']}, {first['run'][:10]}. "
         "Reproduce: `python -m bench.sparse`."
     )
     return "\n".join([*rows, "", note])

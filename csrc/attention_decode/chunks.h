@@ -70,7 +70,7 @@ struct Chunks {
   // ---- Queries ----
 
   void load_queries() {
-    const float cap = p.rules.softcap, scale = p.rules.softmax_scale * (cap > 0 ? 1 / cap : kLog2E);
+    const float cap = p.rules.softcap, scale = p.rules.softmax_scale * (cap > 0 ? 1 / cap : kLog2E) * kUnitFactor<kFormat>;
     for (int64_t r = 0; r < rows; r++) {
       const int64_t at = b * p.q.batch_stride + head_of(r) * p.q.head_stride + query_of(r) * p.q.row_stride;
       alignas(64) float natural[kRowFloats];
@@ -95,7 +95,7 @@ struct Chunks {
           store_lanes<DType::kFloat32>(x, row, d);
         }
       });
-      q_offset[r] = sum_lanes(offset);
+      q_offset[r] = sum_lanes(offset) / kUnitFactor<kFormat>;
       if constexpr (kFormat == KvFormat::kBFloat16)
         for (int64_t d = 0; d < key_width; d++) q[r * kRowFloats + d / kUnit * kUnit + position_in_unit<kFormat>(d % kUnit, kWidth)] = natural[d];
       if constexpr (kCodes) {
@@ -455,7 +455,7 @@ struct Chunks {
       float& sum = sums[r * kRowFloats + d / kUnit * kUnit + position_in_unit<kFormat>(d % kUnit, kWidth)];
       sum *= shrink[r];
       for (int64_t j = begin; j < end; j++)
-        if (scores[r * kTile + j] != 0) sum += scores[r * kTile + j] * value_of(j, d);
+        if (scores[r * kTile + j] != 0) sum += scores[r * kTile + j] * (value_of(j, d) / kUnitFactor<kFormat>);
     }
   }
 
@@ -573,7 +573,7 @@ struct Chunks {
       partial_most[r] = most[r], partial_total[r] = total[r] = L::sum(L::load(totals + r * kWidth));
       if (total[r] == 0) continue;
       for (int64_t d = 0; d < p.Dv; d++)
-        partial[r * p.Dv + d] = sums[r * kRowFloats + (kCodes ? d : d / kUnit * kUnit + position_in_unit<kFormat>(d % kUnit, kWidth))];
+        partial[r * p.Dv + d] = kUnitFactor<kFormat> * sums[r * kRowFloats + (kCodes ? d : d / kUnit * kUnit + position_in_unit<kFormat>(d % kUnit, kWidth))];
     }
   }
 

@@ -8,6 +8,11 @@
 namespace taut::attention_decode {
 namespace {
 
+// What of a unit is missing in its numbers, a power of two. e4m3 read as fp16 is 2^-8 of what it stands for: q, and the sums of values, make up for it.
+template <KvFormat kFormat>
+constexpr float kUnitFactor = kFormat == KvFormat::kFp8 ? 256.0f : 1.0f;
+constexpr int16_t kE4M3Bits = static_cast<int16_t>(0xbf80), kE4M3NaN = 0x3f80;  // of an e4m3 in an fp16
+
 // Formats are read in units of two registers, of kUnit numbers. Number i of a unit is in lane position_in_unit(i) of the two: bf16 splits
 // into even and odd ones, since a word's upper half is an fp32 as it stands.
 template <KvFormat kFormat>
@@ -34,12 +39,11 @@ struct Avx2 : Avx2Lanes {
     } else if constexpr (kFormat == KvFormat::kFloat16) {
       a = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
       b = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + 1));
-    } else {  // e4m3 is a part of fp16, of 2^-8 the size, but for its NaN
-      const I wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), magnitude = _mm256_and_si256(wide, _mm256_set1_epi16(0x7f));
-      const I sign = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x80)), 8);
-      const I nan = _mm256_and_si256(_mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f)), _mm256_set1_epi16(0x7e00));
-      const I halves = _mm256_or_si256(_mm256_or_si256(_mm256_slli_epi16(magnitude, 7), sign), nan);
-      a = mul(_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), set1(256.0f)), b = mul(_mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)), set1(256.0f));
+    } else {  // e4m3 is a part of fp16 but for its NaN: a shift by one to the right copies the sign and leaves exponent and mantissa where fp16 has them
+      const I upper = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 8);
+      I halves = _mm256_and_si256(_mm256_srai_epi16(upper, 1), _mm256_set1_epi16(kE4M3Bits));
+      halves = _mm256_or_si256(halves, _mm256_cmpeq_epi16(_mm256_and_si256(halves, _mm256_set1_epi16(kE4M3NaN)), _mm256_set1_epi16(kE4M3NaN)));
+      a = _mm256_cvtph_ps(_mm256_castsi256_si128(halves)), b = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
     }
   }
   // fp16 of kWidth scales
@@ -123,11 +127,10 @@ struct Avx512 : Avx512Lanes {
       a = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
       b = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + 1));
     } else {  // as in Avx2
-      const I wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), magnitude = _mm512_and_si512(wide, _mm512_set1_epi16(0x7f));
-      const I sign = _mm512_slli_epi16(_mm512_and_si512(wide, _mm512_set1_epi16(0x80)), 8);
-      I halves = _mm512_or_si512(_mm512_slli_epi16(magnitude, 7), sign);
-      halves = _mm512_mask_mov_epi16(halves, _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f)), _mm512_set1_epi16(0x7e00));
-      a = mul(_mm512_cvtph_ps(_mm512_castsi512_si256(halves)), set1(256.0f)), b = mul(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1)), set1(256.0f));
+      const I upper = _mm512_slli_epi16(_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 8);
+      const I some = _mm512_and_si512(_mm512_srai_epi16(upper, 1), _mm512_set1_epi16(kE4M3Bits)), nan = _mm512_set1_epi16(kE4M3NaN);
+      const I halves = _mm512_mask_mov_epi16(some, _mm512_cmpeq_epi16_mask(_mm512_and_si512(some, nan), nan), _mm512_set1_epi16(-1));
+      a = _mm512_cvtph_ps(_mm512_castsi512_si256(halves)), b = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
     }
   }
   static TAUT_INLINE V load_scales(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
@@ -203,7 +206,7 @@ struct Neon : NeonLanes {
       const uint16x8_t sign = vshlq_n_u16(vandq_u16(wide, vdupq_n_u16(0x80)), 8);
       const uint16x8_t nan = vandq_u16(vceqq_u16(magnitude, vdupq_n_u16(0x7f)), vdupq_n_u16(0x7e00));
       const float16x8_t halves = vreinterpretq_f16_u16(vorrq_u16(vorrq_u16(vshlq_n_u16(magnitude, 7), sign), nan));
-      a = mul(vcvt_f32_f16(vget_low_f16(halves)), set1(256.0f)), b = mul(vcvt_high_f32_f16(halves), set1(256.0f));
+      a = vcvt_f32_f16(vget_low_f16(halves)), b = vcvt_high_f32_f16(halves);
     }
   }
   static TAUT_INLINE V load_scales(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }

@@ -19,6 +19,7 @@
 
 #include "attention_prefill/cuda_rows.cuh"
 #include "common/launch.h"
+#include "common/numbers.cuh"
 #include "common/ptx.cuh"
 #include "common/tensor_map.h"
 
@@ -52,19 +53,6 @@ struct Ring {
 
 TAUT_DEVICE void wait(uint64_t* barrier, uint32_t parity) {
   while (!ptx::mbarrier_try_wait(barrier, parity)) {}
-}
-
-template <class T>
-TAUT_DEVICE uint32_t pack(float low, float high) {
-  uint32_t word;
-  if constexpr (std::is_same_v<T, __half>) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    memcpy(&word, &pair, 4);
-  } else {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    memcpy(&word, &pair, 4);
-  }
-  return word;
 }
 
 // ---- the producer: one thread

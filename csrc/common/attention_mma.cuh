@@ -1,12 +1,12 @@
 // What the kernels share that do attention on mma.sync: rows in shared memory, and rows that cannot be copied there 16 bytes at a time.
 #pragma once
 
-#include <cstring>
 #include <type_traits>
 
 #include "common/attention.h"
 #include "common/launch.h"
 #include "common/mma.cuh"
+#include "common/numbers.cuh"
 #include "common/ptx.cuh"
 
 namespace taut {
@@ -17,20 +17,6 @@ namespace {
 template <int kChunks>
 TAUT_DEVICE int chunk_offset(int row, int chunk) {
   return row * kChunks * 16 + (chunk ^ (kChunks % 8 == 0 ? row & 7 : row >> 1 & 3)) * 16;
-}
-
-// Two numbers rounded to T, in a register.
-template <class T>
-TAUT_DEVICE uint32_t pack(float low, float high) {
-  uint32_t word;
-  if constexpr (std::is_same_v<T, __half>) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    memcpy(&word, &pair, 4);
-  } else {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    memcpy(&word, &pair, 4);
-  }
-  return word;
 }
 
 // Rows that cannot be copied 16 bytes at a time, moved to where they can: [all heads][rows][aligned_width]; padding is 0.

@@ -1,6 +1,7 @@
 // Conversions between stored numbers and fp32 in kernels: the same bits on every SM, in the emulator and on the CPU.
 #pragma once
 
+#include <cstring>
 #include <type_traits>
 
 #include "common/cuda.cuh"
@@ -30,6 +31,20 @@ TAUT_DEVICE T from_float(float value) {
   if constexpr (sizeof(T) == 4) return value;
   else if constexpr (std::is_same_v<T, __half>) return __float2half_rn(value);
   else return __float2bfloat16_rn(value);
+}
+
+// Two numbers rounded to T, in a register.
+template <class T>
+TAUT_DEVICE uint32_t pack(float low, float high) {
+  uint32_t word;
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&word, &pair, 4);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&word, &pair, 4);
+  }
+  return word;
 }
 
 // Element i of an array whose type is known only when the kernel runs: for what is touched once per output, not per product.

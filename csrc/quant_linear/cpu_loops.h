@@ -35,30 +35,44 @@ struct Strips {  // where the strips of a packed weight lie
   SparsePattern pattern;  // m = 0: dense
   explicit Strips(const Params& p)
       : layout{p.weight}, data(p.packed), strip_bytes(p.pattern.m ? p.sparse().strip_bytes() : layout.strip_bytes()), header_bytes(layout.header_bytes()),
-        block_bytes(layout.block_bytes()), blocks_per_group(layout.blocks_per_group()), num_blocks(layout.num_blocks()), pattern(p.pattern) {}
+        block_bytes(p.pattern.m ? p.sparse().block_bytes() : layout.block_bytes()), blocks_per_group(layout.blocks_per_group()),
+        num_blocks(layout.num_blocks()), pattern(p.pattern) {}
+  // Where in a strip the k-block of k begins.
+  int64_t block_offset(int64_t k) const { return pattern.m ? Sparse8{layout.spec, pattern}.block_offset(0, k / 32) : layout.block_offset(0, k); }
   // Where in a strip what belongs to k and further k begins, whole superblocks of a dense weight.
   int64_t offset_of(int64_t k) const { return pattern.m ? Sparse8{layout.spec, pattern}.block_offset(0, k / 32) : layout.header_offset(0, k); }
 };
 
-// Walks the k-blocks of one strip. WHY not the layout's offset functions: their divisions cost more than the unpacking.
+// Walks the k-blocks of one strip, of Rows8 or Sparse8. WHY not the layout's offset functions: their divisions cost more than the unpacking.
 struct BlockCursor {
-  const Strips& s;
+  const Rows8& layout;
   const uint8_t *header, *codes;
+  int64_t header_bytes, block_bytes, blocks_per_group;
   int64_t group, block;  // group within the superblock, block within the group
-  BlockCursor(const Strips& strips, int64_t strip, int64_t first_block)
-      : s(strips), header(s.data + s.layout.header_offset(strip * 8, first_block * 32)), codes(s.data + s.layout.block_offset(strip * 8, first_block * 32)),
-        group(first_block / s.blocks_per_group % 4), block(first_block % s.blocks_per_group) {}
-  const uint8_t* scales() const { return header + group * s.layout.group_scale_bytes(); }
-  const uint8_t* zeros() const { return header + s.layout.zeros_begin() + group * 8; }
+  BlockCursor(const Strips& s, int64_t strip, int64_t first)
+      : BlockCursor(s.layout, s.data + s.layout.header_offset(strip * 8, first * 32), s.data + s.layout.block_offset(strip * 8, first * 32), s.header_bytes,
+                    s.block_bytes, s.blocks_per_group, first) {}
+  // `dense` is w.dense(), and lives on.
+  BlockCursor(const Sparse8& w, const Rows8& dense, const uint8_t* packed, int64_t strip, int64_t first)
+      : BlockCursor(dense, packed + w.header_offset(strip * 8, first * 32), packed + w.block_offset(strip * 8, first), dense.header_bytes(), w.block_bytes(),
+                    dense.blocks_per_group(), first) {}
+  const uint8_t* scales() const { return header + group * layout.group_scale_bytes(); }
+  const uint8_t* zeros() const { return header + layout.zeros_begin() + group * 8; }
   void next() {
-    codes += s.block_bytes;
-    if (++block < s.blocks_per_group) return;
+    codes += block_bytes;
+    if (++block < blocks_per_group) return;
     block = 0;
     if (++group < 4) return;
     group = 0;
     header = codes;
-    codes += s.header_bytes;
+    codes += header_bytes;
   }
+
+ private:
+  BlockCursor(const Rows8& layout, const uint8_t* header, const uint8_t* codes, int64_t header_bytes, int64_t block_bytes, int64_t blocks_per_group,
+              int64_t first)
+      : layout(layout), header(header), codes(codes), header_bytes(header_bytes), block_bytes(block_bytes), blocks_per_group(blocks_per_group),
+        group(first / blocks_per_group % 4), block(first % blocks_per_group) {}
 };
 
 // What a kernel's sums lack besides the row's unit: Kernel::factor<kFormat>(p), if it has one. WHY not put into the unit: that

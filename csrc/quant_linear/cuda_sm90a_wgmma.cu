@@ -21,7 +21,6 @@
 // LIMITS    sm_90 alone (the "a" instructions exist nowhere else); fp16 and bf16; rows of x 16-byte aligned (TMA). Tiles and
 //           splits depend on M: batch-invariant calls are refused. Weighed on paper, not built: two blocks of a cluster that share
 //           x by multicast (20 instead of 36 bytes a cycle); tiles of 256 n x 128 m (24, but twice the dequantization).
-#include <cstring>
 
 #include "common/dequant.cuh"
 #include "common/launch.h"
@@ -118,19 +117,6 @@ TAUT_DEVICE void store_piece(const Problem& p, const unsigned char* from, int64_
   }
 }
 
-TAUT_DEVICE uint32_t bits_of(const __half2& pair) {
-  uint32_t bits;
-  memcpy(&bits, &pair, sizeof bits);
-  return bits;
-}
-TAUT_DEVICE uint32_t bits_of(const __nv_bfloat162& pair) {
-  uint32_t bits;
-  memcpy(&bits, &pair, sizeof bits);
-  return bits;
-}
-TAUT_DEVICE uint32_t pack(half, float lo, float hi) { return bits_of(__floats2half2_rn(lo, hi)); }
-TAUT_DEVICE uint32_t pack(__nv_bfloat16, float lo, float hi) { return bits_of(__floats2bfloat162_rn(lo, hi)); }
-
 // The scales of a lane's rows g and g + 8, ready to multiply A registers with one rounding.
 template <class Type>
 struct Scales;
@@ -152,9 +138,9 @@ struct Scales<__nv_bfloat16> {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const float s = h == 0 ? lower_half(both) : upper_half(both);
-      high[h] = pack(__nv_bfloat16{}, s, s);
+      high[h] = pack<__nv_bfloat16>(s, s);
       const float rounded = __uint_as_float(high[h] & 0xffff0000u), rest = s == rounded ? 0.0f : s - rounded;  // infinity: no rest
-      low[h] = pack(__nv_bfloat16{}, rest, rest);
+      low[h] = pack<__nv_bfloat16>(rest, rest);
     }
   }
   TAUT_DEVICE uint32_t times(uint32_t a, int h) const { return ptx::hfma2<__nv_bfloat16>(a, high[h], ptx::hmul2<__nv_bfloat16>(a, low[h])); }
@@ -175,7 +161,7 @@ TAUT_DEVICE void fragment(const StripCodes<kFormat>& codes, int step, const Frag
     }
     if constexpr (std::is_same_v<Type, __nv_bfloat16>) {
 #pragma unroll
-      for (uint32_t& r : a) r = pack(Type{}, lower_half(r), upper_half(r));
+      for (uint32_t& r : a) r = pack<Type>(lower_half(r), upper_half(r));
     }
   } else {
     Dequant<kFormat, Type>::fragment(codes, step, zeros, a);
@@ -248,7 +234,7 @@ TAUT_DEVICE void store_chunk(const Problem& p, const Rows& rows, const float (&s
 #pragma unroll
     for (int i = 0; i < 4; i++) {  // row g + 8 * (i % 2), tokens 2t and 2t + 1 of 8
       const int from = (j + i / 2) * 4 + i % 2 * 2, h = i % 2;
-      r[i] = pack(Type{}, sums[from] * rows.scale[h] + rows.bias[h], sums[from + 1] * rows.scale[h] + rows.bias[h]);
+      r[i] = pack<Type>(sums[from] * rows.scale[h] + rows.bias[h], sums[from + 1] * rows.scale[h] + rows.bias[h]);
     }
     const int token = j * 8 + lane / 16 * 8 + lane % 8, piece = warp * 2 + lane / 8 % 2;
     ptx::stmatrix_x4_trans(s_out + token * 128 + (piece ^ token % 8) * 16, r);

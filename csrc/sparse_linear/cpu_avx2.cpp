@@ -68,8 +68,9 @@ struct Panel {
 // Blocks [first, first + 2 * pairs); those past the end are zeros. A strip alone at the end is paired with itself.
 template <int kPasses, int kChunks>
 void unpack(const Params& p, const Sparse8& w, int64_t strip, int64_t first, int64_t pairs, Panel& panel) {
-  const int64_t left = w.dense().num_blocks() - first, far = strip + 1 < w.dense().num_strips() ? w.strip_bytes() : 0;
-  Cursor cursor(p.packed, w, strip, first);
+  const Rows8 dense = w.dense();
+  const int64_t left = dense.num_blocks() - first, far = strip + 1 < dense.num_strips() ? w.strip_bytes() : 0;
+  BlockCursor cursor(w, dense, p.packed, strip, first);
   int8_t* codes = panel.codes;
   int16_t* starts = panel.starts[0];
   float* scales = panel.scales[0];
@@ -94,12 +95,12 @@ void unpack(const Params& p, const Sparse8& w, int64_t strip, int64_t first, int
       const __m256i low = Avx2::splat(15), eight = Avx2::splat(8);
       TAUT_FOR (int i = 0; i < 2; i++)
         TAUT_FOR (int c = 0; c < 4; c++) {
-          const __m256i packed = Avx2::load(cursor.at + i * far + (kPasses == 2 ? c : c % 2) * 32, 0), right = _mm256_srli_epi16(packed, 4);
+          const __m256i packed = Avx2::load(cursor.codes + i * far + (kPasses == 2 ? c : c % 2) * 32, 0), right = _mm256_srli_epi16(packed, 4);
           code[half][0][c][i] = _mm256_sub_epi8(_mm256_and_si256(kPasses == 2 || c >= 2 ? right : packed, low), eight);
           if (kPasses == 2) code[half][kPasses - 1][c][i] = _mm256_and_si256(packed, low);
         }
       // Nibbles: of the first 8 kept numbers in the block's first 16 k, of the others in its second.
-      const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(cursor.at + w.code_block_bytes())), nibble = _mm_set1_epi8(15);
+      const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(cursor.codes + w.code_block_bytes())), nibble = _mm_set1_epi8(15);
       const __m128i bytes = _mm_unpacklo_epi8(_mm_and_si128(packed, nibble), _mm_and_si128(_mm_srli_epi16(packed, 4), nibble));
       const __m256i halves = _mm256_permute4x64_epi64(_mm256_castsi128_si256(bytes), 0x50);  // each twice
       _mm256_store_si256(reinterpret_cast<__m256i*>(panel.shuffles[2 * pair + half]), halves);

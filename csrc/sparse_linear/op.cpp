@@ -26,22 +26,37 @@ const char* needs_vectors(const Params& p) {
   if (p.pattern.v != 16) return "it computes where 16 rows share their places";
   return p.pattern.n * 2 == p.pattern.m ? integers(p) : "it computes with 2:4 and 4:8";
 }
-const char* rows_avx2(const Params& p) { return cpu_features().avx2 ? needs_rows(p) : "this processor has no AVX2 with FMA and F16C"; }
-const char* rows_avx512vnni(const Params& p) { return cpu_features().avx512vnni ? needs_rows(p) : "this processor has no AVX-512 VNNI"; }
-const char* dense_avx2(const Params& p) { return cpu_features().avx2 ? codes(p) : "this processor has no AVX2 with FMA and F16C"; }
-const char* vectors_avx2(const Params& p) { return cpu_features().avx2 ? needs_vectors(p) : "this processor has no AVX2 with FMA and F16C"; }
-const char* vectors_avx512vnni(const Params& p) { return cpu_features().avx512vnni ? needs_vectors(p) : "this processor has no AVX-512 VNNI"; }
-
-const char* codes_avx2(const Params& p) { return cpu_features().avx2 ? integers(p) : "this processor has no AVX2 with FMA and F16C"; }
-const char* codes_avxvnni(const Params& p) { return cpu_features().avxvnni ? integers(p) : "this processor has no AVX-VNNI"; }
-const char* codes_avx512bw(const Params& p) { return cpu_features().avx512bw ? integers(p) : "this processor has no AVX-512 BW"; }
-const char* codes_avx512vnni(const Params& p) { return cpu_features().avx512vnni ? integers(p) : "this processor has no AVX-512 VNNI"; }
-
 const char* needs_numbers(const Params& p) { return is_16bit(p.weight.format) ? nullptr : "it computes with 16-bit weights"; }
-const char* numbers_avx2(const Params& p) { return cpu_features().avx2 ? needs_numbers(p) : "this processor has no AVX2 with FMA and F16C"; }
-const char* numbers_avx512bw(const Params& p) { return cpu_features().avx512bw ? needs_numbers(p) : "this processor has no AVX-512 BW"; }
-const char* number_pairs_avx512bw(const Params& p) {
-  return p.pattern.v == 8 ? "it computes where each row has places of its own, or 16 share them" : numbers_avx512bw(p);
+const char* needs_number_pairs(const Params& p) {
+  return p.pattern.v == 8 ? "it computes where each row has places of its own, or 16 share them" : needs_numbers(p);
+}
+
+const char* needs_bf16(const Params& p) {
+  if (p.dtype != DType::kBFloat16) return "it computes with bf16 x";
+  return p.weight.format == Format::kBf16 ? nullptr : "it computes with bf16 weights";
+}
+
+// What a kernel needs, of the processor first.
+using Needs = const char*(const Params&);
+template <Needs& needs>
+const char* on_avx2(const Params& p) {
+  return cpu_features().avx2 ? needs(p) : "this processor has no AVX2 with FMA and F16C";
+}
+template <Needs& needs>
+const char* on_avxvnni(const Params& p) {
+  return cpu_features().avxvnni ? needs(p) : "this processor has no AVX-VNNI";
+}
+template <Needs& needs>
+const char* on_avx512bw(const Params& p) {
+  return cpu_features().avx512bw ? needs(p) : "this processor has no AVX-512 BW";
+}
+template <Needs& needs>
+const char* on_avx512bf16(const Params& p) {
+  return cpu_features().avx512bf16 ? needs(p) : "this processor has no AVX-512 BF16";
+}
+template <Needs& needs>
+const char* on_avx512vnni(const Params& p) {
+  return cpu_features().avx512vnni ? needs(p) : "this processor has no AVX-512 VNNI";
 }
 
 // Where rows share places, only what is kept is multiplied, for any number of rows of x.
@@ -70,21 +85,22 @@ const char* without_amx(const Params& p) { return p.M <= 32 || !cpu_features().a
 // In priority order. Every crossover is in this table, and nowhere else.
 constexpr Impl<Params> kImpls[] = {
 #if defined(__x86_64__)
-    {"cpu_avx512vnni.int8_vectors_small", vectors_avx512vnni, some_rows_of_vectors, cpu_avx512vnni::run_vectors_small},
-    {"cpu_avx2.int8_vectors_small", vectors_avx2, few_rows_of_vectors, cpu_avx2::run_vectors_small},
-    {"cpu_avx512vnni.int8_vectors", vectors_avx512vnni, without_amx, cpu_avx512vnni::run_vectors},
-    {"cpu_avx512vnni.int8_rows", rows_avx512vnni, few_rows, cpu_avx512vnni::run_rows},
-    {"cpu_avx2.int8_vectors", vectors_avx2, without_amx, cpu_avx2::run_vectors},
-    {"cpu_avx2.int8_rows", rows_avx2, few_rows_avx2, cpu_avx2::run_rows},
-    {"cpu_avx512vnni.int8_tile", codes_avx512vnni, without_amx, cpu_avx512vnni::run_tile},
-    {"cpu_avxvnni.int8_tile", codes_avxvnni, without_amx, cpu_avxvnni::run_tile},
-    {"cpu_avx512bw.int8_tile", codes_avx512bw, without_amx, cpu_avx512bw::run_tile},
-    {"cpu_avx2.int8_tile", codes_avx2, without_amx, cpu_avx2::run_tile},
-    {"cpu_avx512bw.float_small", number_pairs_avx512bw, some_rows_of_numbers, cpu_float_avx512bw::run_small},
-    {"cpu_avx512bw.float_tile", numbers_avx512bw, many_rows_of_numbers, cpu_float_avx512bw::run_tile},
-    {"cpu_avx2.float_small", numbers_avx2, few_rows_of_numbers, cpu_float_avx2::run_small},
-    {"cpu_avx2.float_tile", numbers_avx2, always, cpu_float_avx2::run_tile},
-    {"cpu_avx2.dense", dense_avx2, always, cpu_avx2::run_dense},
+    {"cpu_avx512vnni.int8_vectors_small", on_avx512vnni<needs_vectors>, some_rows_of_vectors, cpu_avx512vnni::run_vectors_small},
+    {"cpu_avx2.int8_vectors_small", on_avx2<needs_vectors>, few_rows_of_vectors, cpu_avx2::run_vectors_small},
+    {"cpu_avx512vnni.int8_vectors", on_avx512vnni<needs_vectors>, without_amx, cpu_avx512vnni::run_vectors},
+    {"cpu_avx512vnni.int8_rows", on_avx512vnni<needs_rows>, few_rows, cpu_avx512vnni::run_rows},
+    {"cpu_avx2.int8_vectors", on_avx2<needs_vectors>, without_amx, cpu_avx2::run_vectors},
+    {"cpu_avx2.int8_rows", on_avx2<needs_rows>, few_rows_avx2, cpu_avx2::run_rows},
+    {"cpu_avx512vnni.int8_tile", on_avx512vnni<integers>, without_amx, cpu_avx512vnni::run_tile},
+    {"cpu_avxvnni.int8_tile", on_avxvnni<integers>, without_amx, cpu_avxvnni::run_tile},
+    {"cpu_avx512bw.int8_tile", on_avx512bw<integers>, without_amx, cpu_avx512bw::run_tile},
+    {"cpu_avx2.int8_tile", on_avx2<integers>, without_amx, cpu_avx2::run_tile},
+    {"cpu_avx512bw.float_small", on_avx512bw<needs_number_pairs>, some_rows_of_numbers, cpu_float_avx512bw::run_small},
+    {"cpu_avx512bf16.float_tile", on_avx512bf16<needs_bf16>, many_rows_of_numbers, cpu_float_avx512bf16::run_tile},
+    {"cpu_avx512bw.float_tile", on_avx512bw<needs_numbers>, many_rows_of_numbers, cpu_float_avx512bw::run_tile},
+    {"cpu_avx2.float_small", on_avx2<needs_numbers>, few_rows_of_numbers, cpu_float_avx2::run_small},
+    {"cpu_avx2.float_tile", on_avx2<needs_numbers>, always, cpu_float_avx2::run_tile},
+    {"cpu_avx2.dense", on_avx2<codes>, always, cpu_avx2::run_dense},
 #endif
     {"cpu_dense", codes, always, cpu_dense::run},
     {"cpu_scalar", always, always, cpu_scalar::run},

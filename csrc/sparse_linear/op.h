@@ -51,6 +51,10 @@ namespace cpu_float_avx512bw {
 void run_small(const Params&);  // not v = 8
 void run_tile(const Params&);
 }  // namespace cpu_float_avx512bw
+// bf16 x and weights
+namespace cpu_float_avx512bf16 {
+void run_tile(const Params&);
+}
 
 // ---- CUDA -------------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,6 @@
 // Sparse weights of 4 and 8 bits made dense in registers, and for many rows of x the tile of quant_linear over panels unpacked so. A row with
 // places of its own keeps other k than its neighbours: a tile cannot leave out what is zero, but it need not read it.
 //   dense_block  a k-block of Sparse8 as 8 chunks of codes as Rows8 has them (int8), of one strip or (Simd512) of two
-//   Cursor       walks the k-blocks of a strip
 //   run_codes    Int8Kernel of quant_linear/x86_int8_kernel.h, the same bits as that of the dense weight
 // COUNTED   put: 3 instructions with masks (AVX-512, for two strips at once), 4 without; a vector of dense 2:4 codes takes two of them
 #pragma once
@@ -13,6 +12,7 @@
 namespace taut::sparse_linear {
 namespace {
 
+using quant_linear::BlockCursor;
 using quant_linear::Table;
 
 constexpr Table byte_of_four(int i) {
@@ -76,23 +76,6 @@ TAUT_INLINE void dense_block(const uint8_t* at, int64_t far, typename Simd::Byte
       __attribute__((always_inline)) { (chunk.template operator()<c>(), ...); }(std::make_integer_sequence<int, kKept>());
 }
 
-struct Cursor {
-  const Sparse8& w;
-  const uint8_t *header, *at;
-  int64_t group, block;  // within the superblock, within the group
-  Cursor(const uint8_t* packed, const Sparse8& weight, int64_t strip, int64_t first)
-      : w(weight), header(packed + w.header_offset(strip * 8, first * 32)), at(packed + w.block_offset(strip * 8, first)),
-        group(first / w.dense().blocks_per_group() % 4), block(first % w.dense().blocks_per_group()) {}
-  const uint8_t* scales() const { return header + group * w.dense().group_scale_bytes(); }
-  void next() {
-    at += w.block_bytes();
-    if (++block < w.dense().blocks_per_group()) return;
-    block = 0;
-    if (++group < 4) return;
-    group = 0, header = at, at += w.dense().header_bytes();
-  }
-};
-
 template <class Isa>
 struct CodesKernel : quant_linear::Int8Kernel<Isa> {
   using Dense = quant_linear::Int8Kernel<Isa>;
@@ -107,11 +90,11 @@ struct CodesKernel : quant_linear::Int8Kernel<Isa> {
     const int64_t far = strip + 1 < s.layout.num_strips() ? s.strip_bytes : 0;
     const Bytes zero = Isa::splat(sparse_zero(kFormat)), low = Isa::splat(15);
     with_pattern(s.pattern, [&]<int n, int m, bool kShared>() {
-      Cursor cursor(s.data, w, strip, block0);
+      BlockCursor cursor(w, s.layout, s.data, strip, block0);
       for (int64_t b = 0; b < k_blocks; b++, cursor.next()) {
         Isa::store_floats(panel.scales + (b * Dense::kPanelStrips + place) * 8, Isa::from_fp16(cursor.scales(), far));
         Bytes chunks[8];
-        dense_block<Isa, n, m, kShared, kFormat == Format::kInt8>(cursor.at, far, zero, chunks);
+        dense_block<Isa, n, m, kShared, kFormat == Format::kInt8>(cursor.codes, far, zero, chunks);
         uint8_t* out = panel.codes + b * kPasses * 8 * kRow + place * 32;
         TAUT_FOR (int c = 0; c < 8; c++)
           TAUT_FOR (int pass = 0; pass < kPasses; pass++)

@@ -15,7 +15,7 @@ from . import _native
 from . import fuse as fusing
 from . import head as heads
 from .formats import ACTIVATIONS, FORMATS, KINDS, SPARSE_KINDS, WeightFormat, check_activations, resolve_activations
-from .formats.sparse import SparseFormat, check_sparse_activations
+from .formats.sparse import SparseFormat
 from .nn import PackedWeight, QuantLinear, SparseLinear
 from .ops.pack_weight import check_device
 
@@ -51,8 +51,6 @@ def make_rule(
     else:
         format = SparseFormat.of_names(weights, group_size, zeros, sparsity)
     check_activations(activations, format)
-    if isinstance(format, SparseFormat):
-        check_sparse_activations(activations, format)
     return Rule(format, activations)
 
 

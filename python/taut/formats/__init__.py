@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -87,6 +87,16 @@ class WeightFormat:
     def bits(self) -> int:
         """Of a code in a kernel's layout."""
         return self.kind.bits
+
+    @property
+    def label(self) -> str:
+        """Whose weights these are, in an error."""
+        return self.name
+
+    @property
+    def activations(self) -> tuple[str, ...]:
+        """The modes that multiply weights of this format, by name."""
+        return self.kind.activations
 
     @property
     def codes_dtype(self) -> torch.dtype:
@@ -181,16 +191,25 @@ class NumberFormat(WeightFormat):
         return self.name
 
 
-def check_activations(activations: str, format: WeightFormat | None = None) -> None:
+class Multiplied(Protocol):
+    """What is asked of a format here: a ``WeightFormat`` or a ``taut.formats.sparse.SparseFormat``."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def activations(self) -> tuple[str, ...]: ...
+
+
+def check_activations(activations: str, format: Multiplied | None = None) -> None:
     """Raises ``ValueError`` for activations other than "auto" that nobody knows, or that weights of ``format`` do not take."""
     if activations not in ("auto", *ACTIVATIONS):
         raise ValueError(f"unknown activations {activations!r}; accepted: auto, {', '.join(ACTIVATIONS)}")
-    if format is not None and activations not in ("auto", *format.kind.activations):
-        accepted = ", ".join(("auto", *format.kind.activations))
-        raise ValueError(f"{format.name} weights cannot be multiplied with {activations!r} activations; accepted: {accepted}")
+    if format is not None and activations not in ("auto", *format.activations):
+        accepted = ", ".join(("auto", *format.activations))
+        raise ValueError(f"{format.label} weights cannot be multiplied with {activations!r} activations; accepted: {accepted}")
 
 
-def resolve_activations(activations: str, format: WeightFormat, device_type: str) -> str:
+def resolve_activations(activations: str, format: Multiplied, device_type: str) -> str:
     """What "auto" means for weights of ``format`` on a device of this type: the fastest that changes results little.
 
     On the CPU int8, and float for the two 8-bit floats; on CUDA float, since tensor cores multiply 16-bit x with any weight at
@@ -201,9 +220,9 @@ def resolve_activations(activations: str, format: WeightFormat, device_type: str
         return "float"
     if activations != "auto":
         return activations
-    return "int8" if device_type != "cuda" and "int8" in format.kind.activations else "float"
+    return "int8" if device_type != "cuda" and "int8" in format.activations else "float"
 
 
-def activation_code(activations: str, format: WeightFormat, device_type: str = "cpu") -> int:
+def activation_code(activations: str, format: Multiplied, device_type: str = "cpu") -> int:
     """The integer kernels know an activation mode by. Raises ``ValueError`` as ``check_activations``."""
     return ACTIVATIONS[resolve_activations(activations, format, device_type)]

@@ -14,11 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import SPARSE_KINDS, Kind, NumberFormat, WeightFormat, check_activations
+from . import SPARSE_KINDS, Kind, NumberFormat, WeightFormat
 
 __all__ = [
-    "PATTERNS", "SPARSE_WEIGHTS", "VECTORS", "Pattern", "SparseCanonical", "SparseFormat", "check_sparse_activations", "densify",
-    "sparsify",
+    "PATTERNS", "SPARSE_WEIGHTS", "VECTORS", "Pattern", "SparseCanonical", "SparseFormat", "densify", "sparsify",
 ]  # fmt: skip
 
 SPARSE_WEIGHTS = ("int8", "int4", "fp8_e4m3", *SPARSE_KINDS)  # without zero points
@@ -144,6 +143,16 @@ class SparseFormat:
         return self.weights.name
 
     @property
+    def label(self) -> str:
+        """Whose weights these are, in an error."""
+        return f"sparse {self.name}"
+
+    @property
+    def activations(self) -> tuple[str, ...]:
+        """As beside dense weights, but for "int8_outliers"."""
+        return tuple(name for name in self.weights.activations if name != "int8_outliers")
+
+    @property
     def code(self) -> int:
         """The integer that fused ops know it by; see ``any_weight`` in ``csrc/common/sparse_bridge.h``."""
         return self.weights.code | self.pattern.n << 8 | self.pattern.m << 12 | self.pattern.v << 16
@@ -250,14 +259,6 @@ def sparsify(codes: Tensor, scales: Tensor | None, mask: Tensor, format: SparseF
     zero = 8 if format.weights.name == "int4" else 0
     kept = _packed(torch.where(mask, _plain(codes, k, format), zero).gather(1, index), format)
     return SparseCanonical(kept.contiguous(), scales, _pack_bits(places, format.place_bits))
-
-
-def check_sparse_activations(activations: str, format: SparseFormat) -> None:
-    """Raises ``ValueError`` for activations that sparse weights of ``format`` do not take: as dense ones, but no "int8_outliers"."""
-    check_activations(activations, format.weights)
-    if activations == "int8_outliers":
-        accepted = ", ".join(("auto", *(name for name in format.weights.kind.activations if name != "int8_outliers")))
-        raise ValueError(f"sparse weights cannot be multiplied with 'int8_outliers' activations; accepted: {accepted}")
 
 
 def densify(weight: SparseCanonical, in_features: int, format: SparseFormat) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import _native
-from ..formats import NumberFormat
-from ..formats.sparse import SparseCanonical, SparseFormat, check_sparse_activations, sparsify
+from ..formats import NumberFormat, check_activations
+from ..formats.sparse import SparseCanonical, SparseFormat, sparsify
 from ..ops.pack_sparse import pack_sparse, repack_sparse, unpack_sparse
 from ..ops.quant_linear import FLOAT_DTYPES
 from ..ops.quantize_weight import quantize_weight
@@ -42,7 +42,7 @@ class SparseLinear(QuantLinear):
     ) -> None:  # fmt: skip
         nn.Module.__init__(self)  # WHY not nn.Linear's: it would allocate a float weight
         self.in_features, self.out_features, self.format, self.activations = in_features, out_features, format, activations
-        check_sparse_activations(activations, format)
+        check_activations(activations, format)
         shapes = (
             (format.codes_shape(out_features, in_features), format.weights.codes_dtype),
             (format.scales_shape(out_features, in_features), format.weights.scales_dtype),
@@ -65,7 +65,7 @@ class SparseLinear(QuantLinear):
         A weight that holds to the pattern keeps its nonzeros; of another one the largest of each block are kept. Raises ``ValueError``.
         That is the CPU's work: a weight on a CUDA device is copied for as long as it takes, and packed where it was.
         """
-        check_sparse_activations(activations, format)
+        check_activations(activations, format)
         device = _native.device_of(weight=linear.weight)
         weight = linear.weight.detach().cpu()
         mask = weight != 0 if format.pattern.holds(weight) else format.pattern.mask(weight.float().abs())

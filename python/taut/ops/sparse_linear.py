@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _native
 from ..formats import activation_code
-from ..formats.sparse import SparseCanonical, SparseFormat, check_sparse_activations, densify
+from ..formats.sparse import SparseCanonical, SparseFormat, densify
 from .pack_sparse import canonical, check_sparse
 from .quant_linear import FLOAT_DTYPES, quantize_activations
 
@@ -28,11 +28,10 @@ def sparse_linear(
     if x.dtype not in FLOAT_DTYPES:
         raise ValueError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
     kind = _native.device_of(x=x, packed=packed, bias=bias).type
-    check_sparse_activations(activations, format)
+    mode = activation_code(activations, format, kind)
     check_sparse(packed, out_features, x.shape[-1], format)
     if bias is not None and (tuple(bias.shape) != (out_features,) or bias.dtype != x.dtype):
         raise ValueError(f"bias must be {x.dtype} [{out_features}], got {bias.dtype} {list(bias.shape)}")
-    mode = activation_code(activations, format.weights, kind)
     weights, pattern = format.weights, format.pattern
     return _native.ops_for(kind).sparse_linear(
         x, packed, bias, out_features, weights.code, weights.group_size, pattern.n, pattern.m, pattern.v, mode
