@@ -13,7 +13,7 @@ from taut import QuantLinear, SparseLinear
 from taut.compress import calibration_ids, compress, pruning
 from taut.compress.calibration import Inputs
 from taut.compress.recovery import recover
-from taut.compress.solver import by_error, by_score, error_of, inverse_factor
+from taut.compress.solver import by_error, by_score, error_of, inverse_factor, order_of
 from taut.formats import WeightFormat
 from taut.formats.sparse import Pattern
 from taut.ops.quantize_weight import reference
@@ -67,6 +67,33 @@ def test_the_weight_is_what_its_codes_say(format, pattern):
     solved = by_error(w, gram, pattern, format, 0.01)
     numbers = reference(solved.codes, solved.scales, None, None, 200, format).float()
     assert_same_bits(solved.weight, numbers, f"{format}, {pattern}")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "format", "unit"),
+    (
+        (None, WeightFormat("int4", 32), 32),
+        (Pattern(2, 4), WeightFormat("int4", 32), 32),
+        (Pattern(2, 4), None, 4),
+        (None, WeightFormat("int8", 0), 1),
+    ),
+    ids=str,
+)
+def test_the_order_of_columns_in_memory_does_not_matter(pattern, format, unit):
+    """They go by the energy of their channels: the same result wherever a group, or a block of m, lies."""
+    w, gram = problem()
+    order = torch.randperm(w.shape[1] // unit, generator=torch.Generator().manual_seed(8))[:, None] * unit + torch.arange(unit)
+    order = order.flatten()
+    solved, moved = by_error(w, gram, pattern, format, 0.01), by_error(w[:, order], gram[order][:, order], pattern, format, 0.01)
+    assert_same_bits(moved.weight, solved.weight[:, order], f"{pattern}, {format}")
+    assert pattern is None or torch.equal(moved.mask, solved.mask[:, order])
+    if format is not None and format.group_size:
+        assert torch.equal(moved.scales, solved.scales[:, order[::unit] // unit])
+
+
+def test_channels_with_the_most_energy_go_first():
+    gram = torch.diag(torch.tensor([1.0, 2.0, 9.0, 1.0, 4.0, 4.0, 99.0]))
+    assert order_of(gram, 2).tolist() == [2, 3, 4, 5, 0, 1, 6] and order_of(gram, 1).tolist() == [6, 2, 4, 5, 1, 0, 3]
 
 
 def test_without_correlation_it_is_pruning_by_norm():

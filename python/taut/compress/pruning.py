@@ -108,7 +108,7 @@ def compress(
     report = CompressReport(method, str(target or pattern), kept=kept)
     settings = {
         "sparsity": sparsity, "weights": None if format is None else str(format), "method": method, "damping": damping, "batch": batch,
-        "skip": sorted(skip or ()), "recover": recover, "version": 2,
+        "skip": sorted(skip or ()), "recover": recover, "version": 3,
     }  # fmt: skip
     if permute:  # WHY not always: a state that was begun before there was such a setting still is of the same run
         settings["permute"] = True
