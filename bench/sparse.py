@@ -29,8 +29,9 @@ import taut
 from bench.contenders import copies_for, rotation
 from bench.gpu import fingerprint
 from bench.timing import Runner, interleave, spread
-from taut.formats import ACTIVATIONS, NumberFormat, WeightFormat
+from taut.formats import ACTIVATIONS, SPARSE_KINDS, NumberFormat, WeightFormat
 from taut.formats.sparse import Pattern, SparseFormat, sparsify
+from taut.nn.attention import DTYPE_CODES
 from taut.ops.pack_sparse import pack_sparse
 from taut.ops.pack_weight import pack_weight
 from taut.ops.quant_linear import quant_linear, quantize_activations
@@ -42,7 +43,6 @@ PATTERNS = ("2:4", "16:2:4")
 FORMATS = ("int8_row_a8row", "int8_g32_a8", "int4_g32_a8", "int4_g128_a8", "bf16")
 TORCH = "torch linear, "  # and its dtype: beside weights of 16 bits
 ROWS = (1, 4, 16, 128, 512)
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as kernels number them
 _ACTIVATIONS = {"a8": "int8", "a8row": "int8_row"}
 _CHECKED = 64  # columns, and rows
 _TOLERANCE, _TOLERANCE_16BIT = 1e-4, 1e-2  # of the largest result; where results are of 16 bits
@@ -50,7 +50,7 @@ _TOLERANCE, _TOLERANCE_16BIT = 1e-4, 1e-2  # of the largest result; where result
 
 def parse(name: str) -> tuple[WeightFormat, str]:
     """``int4_g32_a8``, or ``bf16``, to its weights and activations. Raises ``ValueError`` for what is not of that form."""
-    if name in ("bf16", "fp16"):
+    if name in SPARSE_KINDS:
         return NumberFormat(name), "float"
     parts = name.split("_")
     if len(parts) != 3 or parts[2] not in _ACTIVATIONS or not (parts[1] == "row" or parts[1][1:].isdigit()):
@@ -76,9 +76,8 @@ class Layer:
                 self.packed[name] = copied(w.to(dtype), cold_bytes)
                 self.numbers[name] = self.packed[name][0][:_CHECKED]
         else:
-            parts = quantize_weight(w, self.weights)
-            self.numbers["dense"] = reference(*parts, k, self.weights)[:_CHECKED]
-            self.packed["dense"] = copied(pack_weight(*parts, k, self.weights), cold_bytes)
+            codes, scales, self.numbers["dense"] = self._of(w)
+            self.packed["dense"] = copied(pack_weight(codes, scales, None, None, k, self.weights), cold_bytes)
         for text in patterns:
             self.formats[text] = format = SparseFormat(self.weights, Pattern.parse(text))
             mask = format.pattern.mask(w.abs())
@@ -96,7 +95,7 @@ class Layer:
     def sizes(self, m: int, pattern: Pattern | None) -> dict[str, int]:
         found = {
             "M": m, "N": self.n, "K": self.k, "format": self.weights.code, "group_size": self.weights.group_size,
-            "activations": ACTIVATIONS[self.activations], "dtype": _DTYPES[self.dtype],
+            "activations": ACTIVATIONS[self.activations], "dtype": DTYPE_CODES[self.dtype],
         }  # fmt: skip
         return found if pattern is None else {**found, "n": pattern.n, "m": pattern.m, "v": pattern.v}
 

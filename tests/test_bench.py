@@ -420,8 +420,13 @@ def test_sparse_speed_is_shown_as_picked_and_beside_the_fastest_dense_kernel() -
             (1, "2:4", "cpu_avx2", True, 1.0, 99.0, "2026-11-01"),
         )
     ]  # fmt: skip
+    lines += [
+        {**lines[0], "pattern": pattern, "format": f"{pattern}_bf16", "impl": impl, "median_us": us, "dense_ratio": ratio}
+        for pattern, impl, us, ratio in (("dense", "torch linear, bfloat16", 900.0, 1.0), ("2:4", "cpu_avx2.float_small", 300.0, 3.0))
+    ]
     rows = table.render_sparse_speed(lines).splitlines()
     assert rows[2:4] == ["| int8, groups of 32, dense | 0.9 |  |  |", "| int8, groups of 32, 2:4 | 0.6 (1.50x) | 2 (0.90x) |  |"]
+    assert rows[4:6] == ["| bf16, dense (torch) | 0.9 |  |  |", "| bf16, 2:4 | 0.3 (3.00x) |  |  |"]
     assert "a machine, 2 threads, torch 2.13.0, commit abc, 2026-11-02" in rows[-1]
     assert "not measured yet" in table.render_sparse_speed([])
 

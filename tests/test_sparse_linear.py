@@ -311,3 +311,9 @@ def test_bad_calls():
 def test_cost_counts_what_is_kept():
     dense = 2 * 7 * 64 * 4096
     assert sparse_op.cost(7, 64, 4096, INT8)["flops"] * 2 == dense
+
+
+@pytest.mark.parametrize("format", (NumberFormat("fp16"), NumberFormat("bf16")), ids=str)
+def test_explain_takes_16_bit_weights_without_a_group_size(format):
+    rows = taut.explain("sparse_linear", M=1, N=64, K=64, format=format.code, activations=0)
+    assert sum(row.chosen for row in rows) == 1

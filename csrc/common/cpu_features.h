@@ -31,6 +31,14 @@ const char* needs_avx512vnni(const Params&) {
   return cpu_features().avx512vnni ? nullptr : "this processor has no AVX-512 VNNI";
 }
 template <class Params>
+const char* needs_avxvnni(const Params&) {
+  return cpu_features().avxvnni ? nullptr : "this processor has no AVX-VNNI";
+}
+template <class Params>
+const char* needs_avx512bf16(const Params&) {
+  return cpu_features().avx512bf16 ? nullptr : "this processor has no AVX-512 BF16";
+}
+template <class Params>
 const char* needs_neon(const Params&) {
   return cpu_features().neon ? nullptr : "this processor has no NEON";
 }

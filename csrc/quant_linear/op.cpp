@@ -25,7 +25,7 @@ const char* first_reason(const char* a, const char* b) { return a ? a : b; }
 #if defined(__x86_64__)
 const char* needs_int8_avx2(const Params& p) { return first_reason(needs_avx2(p), needs_int8(p)); }
 
-const char* needs_int8_avxvnni(const Params& p) { return cpu_features().avxvnni ? needs_int8(p) : "this processor has no AVX-VNNI"; }
+const char* needs_int8_avxvnni(const Params& p) { return first_reason(needs_avxvnni(p), needs_int8(p)); }
 
 const char* needs_int8_avx512bw(const Params& p) { return first_reason(needs_avx512bw(p), needs_int8(p)); }
 
@@ -45,7 +45,7 @@ const char* needs_int8_amx(const Params& p) {
 const char* needs_float_avx2(const Params& p) { return first_reason(needs_avx2(p), needs_float(p)); }
 
 const char* needs_float_avx512bf16(const Params& p) {
-  if (!cpu_features().avx512bf16) return "this processor has no AVX-512 BF16";
+  if (const char* why = needs_avx512bf16(p)) return why;
   if (p.dtype != DType::kBFloat16) return "it computes with x in bfloat16";
   return needs_float(p);
 }

@@ -9,10 +9,6 @@
 namespace taut::roofline {
 namespace {
 
-#if defined(__x86_64__)
-const char* needs_avx512bf16(const Params&) { return cpu_features().avx512bf16 ? nullptr : "this processor has no AVX-512 BF16"; }
-#endif
-
 constexpr Impl<Params> kImpls[] = {
 #if defined(__x86_64__)
     {"cpu_avx512bf16", needs_avx512bf16, always, cpu_avx512bf16::run},

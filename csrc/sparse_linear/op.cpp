@@ -36,71 +36,47 @@ const char* needs_bf16(const Params& p) {
   return p.weight.format == Format::kBf16 ? nullptr : "it computes with bf16 weights";
 }
 
-// What a kernel needs, of the processor first.
 using Needs = const char*(const Params&);
-template <Needs& needs>
-const char* on_avx2(const Params& p) {
-  return cpu_features().avx2 ? needs(p) : "this processor has no AVX2 with FMA and F16C";
-}
-template <Needs& needs>
-const char* on_avxvnni(const Params& p) {
-  return cpu_features().avxvnni ? needs(p) : "this processor has no AVX-VNNI";
-}
-template <Needs& needs>
-const char* on_avx512bw(const Params& p) {
-  return cpu_features().avx512bw ? needs(p) : "this processor has no AVX-512 BW";
-}
-template <Needs& needs>
-const char* on_avx512bf16(const Params& p) {
-  return cpu_features().avx512bf16 ? needs(p) : "this processor has no AVX-512 BF16";
-}
-template <Needs& needs>
-const char* on_avx512vnni(const Params& p) {
-  return cpu_features().avx512vnni ? needs(p) : "this processor has no AVX-512 VNNI";
+template <Needs& first, Needs& second>
+const char* both(const Params& p) {
+  const char* why = first(p);
+  return why ? why : second(p);
 }
 
 // Where rows share places, only what is kept is multiplied, for any number of rows of x.
 const char* few_rows_of_numbers(const Params& p) { return p.M <= 8 || p.pattern.v > 1 ? nullptr : "for this many rows of x unpacked panels are faster"; }
-const char* some_rows_of_numbers(const Params& p) {
-  if (p.M == 1 && cpu_features().avx2) return "for one row of x AVX2 is faster";
-  return few_rows_of_numbers(p);
-}
 const char* many_rows_of_numbers(const Params& p) { return few_rows_of_numbers(p) ? nullptr : "multiplying what is kept alone is faster here"; }
 
-// One row of x: memory binds, and AVX2, a strip a vector, reads it 15 to 30% faster. Beyond some rows of x unpacking w once for all of them costs
-// less than picking x for each row of w; for bytes without VNNI, which are multiplied in two passes then, later.
-const char* few_rows(const Params& p) {
-  if (p.M == 1 && cpu_features().avx2) return "for one row of x AVX2 is faster";
-  return p.M <= 8 ? nullptr : "for this many rows of x unpacked panels are faster";
-}
+// Beyond some rows of x unpacking w once for all of them costs less than picking x for each row of w; for bytes without VNNI, which are multiplied in
+// two passes then, later. One row: memory binds, and AVX2 and AVX-512 read it equally fast, within 2% (Zen 4).
+const char* few_rows(const Params& p) { return p.M <= 8 ? nullptr : "for this many rows of x unpacked panels are faster"; }
 const char* few_rows_avx2(const Params& p) {
   const bool two_passes = p.weight.format == Format::kInt8 && !cpu_features().avxvnni && !cpu_features().avx512vnni;
-  return p.M <= (two_passes ? 32 : 8) ? nullptr : "for this many rows of x unpacked panels are faster";
+  return two_passes && p.M <= 32 ? nullptr : few_rows(p);
 }
 const char* few_rows_of_vectors(const Params& p) { return p.M <= 7 ? nullptr : "for this many rows of x unpacked panels are faster"; }
-const char* some_rows_of_vectors(const Params& p) { return p.M == 1 && cpu_features().avx2 ? "for one row of x AVX2 is faster" : few_rows_of_vectors(p); }
 const char* without_amx(const Params& p) { return p.M <= 32 || !cpu_features().amx ? nullptr : "for this many rows of x AMX with a dense weight is faster"; }
 #endif
 
 // In priority order. Every crossover is in this table, and nowhere else.
 constexpr Impl<Params> kImpls[] = {
 #if defined(__x86_64__)
-    {"cpu_avx512vnni.int8_vectors_small", on_avx512vnni<needs_vectors>, some_rows_of_vectors, cpu_avx512vnni::run_vectors_small},
-    {"cpu_avx2.int8_vectors_small", on_avx2<needs_vectors>, few_rows_of_vectors, cpu_avx2::run_vectors_small},
-    {"cpu_avx512vnni.int8_vectors", on_avx512vnni<needs_vectors>, without_amx, cpu_avx512vnni::run_vectors},
-    {"cpu_avx512vnni.int8_rows", on_avx512vnni<needs_rows>, few_rows, cpu_avx512vnni::run_rows},
-    {"cpu_avx2.int8_vectors", on_avx2<needs_vectors>, without_amx, cpu_avx2::run_vectors},
-    {"cpu_avx2.int8_rows", on_avx2<needs_rows>, few_rows_avx2, cpu_avx2::run_rows},
-    {"cpu_avx512vnni.int8_tile", on_avx512vnni<integers>, without_amx, cpu_avx512vnni::run_tile},
-    {"cpu_avxvnni.int8_tile", on_avxvnni<integers>, without_amx, cpu_avxvnni::run_tile},
-    {"cpu_avx512bw.int8_tile", on_avx512bw<integers>, without_amx, cpu_avx512bw::run_tile},
-    {"cpu_avx2.int8_tile", on_avx2<integers>, without_amx, cpu_avx2::run_tile},
-    {"cpu_avx512bw.float_small", on_avx512bw<needs_number_pairs>, some_rows_of_numbers, cpu_float_avx512bw::run_small},
-    {"cpu_avx512bf16.float_tile", on_avx512bf16<needs_bf16>, many_rows_of_numbers, cpu_float_avx512bf16::run_tile},
-    {"cpu_avx512bw.float_tile", on_avx512bw<needs_numbers>, many_rows_of_numbers, cpu_float_avx512bw::run_tile},
-    {"cpu_avx2.float_small", on_avx2<needs_numbers>, few_rows_of_numbers, cpu_float_avx2::run_small},
-    {"cpu_avx2.float_tile", on_avx2<needs_numbers>, always, cpu_float_avx2::run_tile},
-    {"cpu_avx2.dense", on_avx2<codes>, always, cpu_avx2::run_dense},
+    {"cpu_avx512vnni.int8_vectors_small", both<needs_avx512vnni, needs_vectors>, few_rows_of_vectors, cpu_avx512vnni::run_vectors_small},
+    {"cpu_avx2.int8_vectors_small", both<needs_avx2, needs_vectors>, few_rows_of_vectors, cpu_avx2::run_vectors_small},
+    {"cpu_avx512vnni.int8_vectors", both<needs_avx512vnni, needs_vectors>, without_amx, cpu_avx512vnni::run_vectors},
+    {"cpu_avx512vnni.int8_rows", both<needs_avx512vnni, needs_rows>, few_rows, cpu_avx512vnni::run_rows},
+    {"cpu_avx2.int8_vectors", both<needs_avx2, needs_vectors>, without_amx, cpu_avx2::run_vectors},
+    {"cpu_avx2.int8_rows", both<needs_avx2, needs_rows>, few_rows_avx2, cpu_avx2::run_rows},
+    {"cpu_avx512vnni.int8_tile", both<needs_avx512vnni, integers>, without_amx, cpu_avx512vnni::run_tile},
+    {"cpu_avxvnni.int8_tile", both<needs_avxvnni, integers>, without_amx, cpu_avxvnni::run_tile},
+    {"cpu_avx512bw.int8_tile", both<needs_avx512bw, integers>, without_amx, cpu_avx512bw::run_tile},
+    {"cpu_avx2.int8_tile", both<needs_avx2, integers>, without_amx, cpu_avx2::run_tile},
+    {"cpu_avx512bw.float_small", both<needs_avx512bw, needs_number_pairs>, few_rows_of_numbers, cpu_float_avx512bw::run_small},
+    {"cpu_avx512bf16.float_tile", both<needs_avx512bf16, needs_bf16>, many_rows_of_numbers, cpu_float_avx512bf16::run_tile},
+    {"cpu_avx512bw.float_tile", both<needs_avx512bw, needs_numbers>, many_rows_of_numbers, cpu_float_avx512bw::run_tile},
+    {"cpu_avx2.float_small", both<needs_avx2, needs_numbers>, few_rows_of_numbers, cpu_float_avx2::run_small},
+    {"cpu_avx2.float_tile", both<needs_avx2, needs_numbers>, always, cpu_float_avx2::run_tile},
+    {"cpu_avx2.dense", both<needs_avx2, codes>, always, cpu_avx2::run_dense},
 #endif
     {"cpu_dense", codes, always, cpu_dense::run},
     {"cpu_scalar", always, always, cpu_scalar::run},

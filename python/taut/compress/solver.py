@@ -81,7 +81,8 @@ def by_error(
 ) -> Solved:
     """SparseGPT (arXiv 2301.00774), and without a pattern GPTQ (2210.17323): column by column, a column's error in pruning and rounding
     is made up for by the columns that are still to come, as the second-order model of the layer's output error says. Columns go in the
-    order of ``order_of``, group by group of the scales, or block by block of m; that alone halves the KL divergence of dense int4.
+    order of ``order_of``, group by group of the scales, or block by block of m; that alone nearly halves the KL divergence of dense
+    int4 (SmolLM2 135M).
 
     What is kept of a block of m is decided when it is reached, by w^2 over the squared diagonal of the inverse's factor, summed over
     rows that share places. A group's scale is searched for what it keeps when it is reached; one scale a row is searched before.
