@@ -27,6 +27,8 @@ struct Chunks {
   using I = typename L::I;
   static constexpr bool kCodes = has_codes(kFormat), kInt4 = kFormat == KvFormat::kInt4;
   static constexpr int kWidth = L::kWidth, kUnit = L::kUnit, kQBytes = kInt4 ? 1 : 2;
+  static constexpr bool kQWords = L::kWords && !kInt4;
+  static constexpr int kQSums = kQWords ? 1 : kQBytes, kWeightSums = L::kWords ? 1 : 2;  // registers that a product of codes is added up in
   // Keys of a tile. WHY: 8 KiB of keys of 128 floats, so that what is asked for is soon used; codes want long loops, since their sums live in
   // registers from one end of a tile to the other. Against 64 floats and 128 codes 2% to 9% of the time (Zen 4).
   static constexpr int64_t kTile = kCodes ? 256 : 64 / kv_element_bytes(kFormat), kBlocks = kTile / kKvBlock, kMostRows = Params::kMostRows;
@@ -114,9 +116,14 @@ struct Chunks {
           const IntLanes code = reinterpret_cast<IntLanes>(x + magic) - reinterpret_cast<IntLanes>(magic), high = kInt4 ? code : (code + 64) >> 7;
           sum += code;
           for (int i = 0; i < 8; i++) {
-            uint8_t* to = codes + (d + i) / 4 * kQStep + i % 4;
-            to[0] = static_cast<uint8_t>(high[i]);
-            if (!kInt4) to[4] = static_cast<uint8_t>(code[i] - high[i] * 128);
+            uint8_t* to = codes + (d + i) / 4 * kQStep;
+            if constexpr (kQWords) {
+              const int16_t word = static_cast<int16_t>(code[i]);
+              std::memcpy(to + (i % 4 / 2 + i % 2 * 2) * 2, &word, 2);
+              continue;
+            }
+            to[i % 4] = static_cast<uint8_t>(high[i]);
+            if (!kInt4) to[4 + i % 4] = static_cast<uint8_t>(code[i] - high[i] * 128);
           }
         }
         q_sum[r] = 0;
@@ -130,7 +137,7 @@ struct Chunks {
   // Of floats: kSums / kRows keys by kRows rows at a time.
   template <int kRows>
   __attribute__((noinline)) void some_scores(int64_t r, int64_t begin, int64_t end) {
-    constexpr int kSums = L::kSums, kKeys = kSums / kRows, kTogether = std::min(kKeys, L::kKeysTogether);
+    constexpr int kSums = L::kSums, kKeys = kSums / kRows, kTogether = std::min(kKeys, L::keys_together(kElement));
     const int64_t whole = p.D / kUnit * kUnit, value_bytes = p.Dv * kElement;
     for (int64_t j = begin; j < end; j += kKeys) {
       const uint8_t *row[kKeys], *value[kKeys];
@@ -144,17 +151,21 @@ struct Chunks {
       const float* x = q + r * kRowFloats;
       // WHY few keys together: the processor finds a stream of its own only where loads follow each other in memory
       TAUT_FOR (int first = 0; first < kKeys; first += kTogether)
-        for (int64_t d = 0; d < whole; d += kUnit)
-          TAUT_FOR (int i = first; i < first + kTogether; i++) {
+        for (int64_t d = 0; d < whole; d += kUnit) {
+          V k[kTogether][2];
+          TAUT_FOR (int i = 0; i < kTogether; i++) {
             if (r == 0)
-              TAUT_FOR (int at = 0; at < kUnit * kElement; at += 64) ask_for(value[i] + d * kElement + at);
-            V low, high;
-            L::template load_unit<kFormat>(row[i] + d * kElement, low, high);
-            TAUT_FOR (int t = 0; t < kRows; t++) {
-              V& to = sum[t * kKeys + i];
-              to = L::fma(high, L::load(x + t * kRowFloats + d + kWidth), L::fma(low, L::load(x + t * kRowFloats + d), to));
-            }
+              TAUT_FOR (int at = 0; at < kUnit * kElement; at += 64) ask_for(value[first + i] + d * kElement + at);
+            L::template load_unit<kFormat>(row[first + i] + d * kElement, k[i][0], k[i][1]);
+            L::keep(k[i][0]), L::keep(k[i][1]);
           }
+          TAUT_FOR (int t = 0; t < kRows; t++)
+            TAUT_FOR (int s = 0; s < 2; s++) {
+              V of_q = L::load(x + t * kRowFloats + d + s * kWidth);
+              if constexpr (kTogether > 1) L::keep(of_q);
+              TAUT_FOR (int i = 0; i < kTogether; i++) sum[t * kKeys + first + i] = L::fma(k[i][s], of_q, sum[t * kKeys + first + i]);
+            }
+        }
       if (whole < p.D)
         TAUT_FOR (int i = 0; i < kKeys; i++) {
           V low, high;
@@ -181,7 +192,7 @@ struct Chunks {
   // Of codes: whole blocks, kVectors registers of keys by kRows rows at a time.
   template <int kRows>
   __attribute__((noinline)) void some_code_scores(int64_t r, int64_t begin, int64_t end) {
-    constexpr int kVectors = L::key_vectors(kInt4, kRows * kQBytes);
+    constexpr int kVectors = L::key_vectors(kInt4, kRows * kQSums);
     constexpr int64_t kLine = 4 * kWidth;  // so much of the values for a step: as much as it reads of the keys
     const int64_t steps = key_block_bytes(kFormat, p.D) / 64, value_bytes = value_block_bytes(kFormat, p.Dv);
     const uint8_t* code = q_codes + r / kQGroup * kRowFloats * kQGroup * kQBytes + r % kQGroup * kQBytes * 4;
@@ -192,9 +203,9 @@ struct Chunks {
         block[i] = keys[key / kKvBlock] + key % kKvBlock * 4;
         value[i] = values[key / kKvBlock] + key % kKvBlock * value_bytes / kKvBlock;
       }
-      I sum[kRows][kQBytes][kVectors];
+      I sum[kRows][kQSums][kVectors];
       TAUT_FOR (int t = 0; t < kRows; t++)
-        TAUT_FOR (int s = 0; s < kQBytes; s++)
+        TAUT_FOR (int s = 0; s < kQSums; s++)
           TAUT_FOR (int i = 0; i < kVectors; i++) sum[t][s][i] = L::no_codes();
       for (int64_t step = 0; step < steps; step++) {
         if (r == 0 && step * kLine < value_bytes * kWidth / kKvBlock)
@@ -215,6 +226,13 @@ struct Chunks {
             const I x = L::four_bytes(code + step * 2 * kQStep + t * 4), y = L::four_bytes(code + step * 2 * kQStep + kQStep + t * 4);
             TAUT_FOR (int i = 0; i < kVectors; i++) sum[t][0][i] = L::dot_twice(sum[t][0][i], k[i], x, high[i], y);
           }
+        } else if constexpr (kQWords) {
+          I odd[kVectors];
+          TAUT_FOR (int i = 0; i < kVectors; i++) odd[i] = L::odd_words(k[i]), k[i] = L::even_words(k[i]);
+          TAUT_FOR (int t = 0; t < kRows; t++) {
+            const I x = L::four_bytes(code + step * kQStep + t * 8), y = L::four_bytes(code + step * kQStep + t * 8 + 4);
+            TAUT_FOR (int i = 0; i < kVectors; i++) sum[t][0][i] = L::dot_words(L::dot_words(sum[t][0][i], k[i], x), odd[i], y);
+          }
         } else {
           TAUT_FOR (int t = 0; t < kRows; t++)
             TAUT_FOR (int s = 0; s < kQBytes; s++) {
@@ -226,7 +244,7 @@ struct Chunks {
       TAUT_FOR (int t = 0; t < kRows; t++)
         TAUT_FOR (int i = 0; i < kVectors; i++) {
           if (j + i * kWidth >= end) continue;
-          const I product = kInt4 ? sum[t][0][i] : L::times_128_plus(sum[t][0][i], sum[t][kQBytes - 1][i]);
+          const I product = kQSums == 1 ? sum[t][0][i] : L::times_128_plus(sum[t][0][i], sum[t][kQSums - 1][i]);
           const V x = L::mul(L::to_float(L::minus(product, q_sum[r + t])), L::load(key_scales + j + i * kWidth));
           L::store(scores + (r + t) * kTile + j + i * kWidth, L::mul(x, L::set1(q_scale[r + t])));
         }
@@ -239,7 +257,7 @@ struct Chunks {
   // four of fp8, whose conversion costs more than the order of memory gains.
   template <int kRows>
   __attribute__((noinline)) void some_values(int64_t r, int64_t begin, int64_t end) {
-    constexpr int kUnits = 4 * L::kValueVectors / kRows;
+    constexpr int kUnits = L::kSums / 2 / kRows;
     const int64_t whole = p.Dv / kUnit * kUnit, stride = p.cache.v_row_stride;
     const float* weight = scores + r * kTile;
     const auto columns = [&]<int kCount, bool kTail>(int64_t d) __attribute__((always_inline)) {
@@ -264,6 +282,7 @@ struct Chunks {
             V low, high;
             if constexpr (kTail) load_tail(row, p.Dv - d, low, high);
             else L::template load_unit<kFormat>(row + i * kUnit * kElement, low, high);
+            L::keep(low), L::keep(high);
             TAUT_FOR (int t = 0; t < kRows; t++) sum[t][i][0] = L::fma(x[t], low, sum[t][i][0]), sum[t][i][1] = L::fma(x[t], high, sum[t][i][1]);
           }
         }
@@ -286,9 +305,9 @@ struct Chunks {
     const int64_t visits = (value_width + kVectors * kWidth - 1) / (kVectors * kWidth) * kVisits,
                   lines = (key_block_bytes(kFormat, p.D) / 64 + visits - 1) / visits;  // of the next tile's keys, a visit
     const auto columns = [&]<int kCount>(int64_t d) __attribute__((always_inline)) {
-      I sum[kRows][2][kCount];
+      I sum[kRows][kWeightSums][kCount];
       TAUT_FOR (int t = 0; t < kRows; t++)
-        TAUT_FOR (int s = 0; s < 2; s++)
+        TAUT_FOR (int s = 0; s < kWeightSums; s++)
           TAUT_FOR (int i = 0; i < kCount; i++) sum[t][s][i] = L::no_codes();
       for (int64_t j = begin / kKvBlock * kKvBlock; j < end; j += kKvBlock) {
         const uint8_t* block = values[j / kKvBlock] + d * 4;
@@ -313,6 +332,21 @@ struct Chunks {
           for (int64_t visit = 0; visit < kVisits; visit++, block += value_width * 4) {
             if (ahead)
               for (int64_t line = 0; line < lines; line++, ahead += 64) ask_for(ahead);
+            if constexpr (L::kWords) {
+              I v[kCount];
+              TAUT_FOR (int i = 0; i < kCount; i++) v[i] = L::load_codes(block + i * kWidth * 4);
+              constexpr int kPairs = kInt4 ? 4 : 2;  // of tokens: 0 and 2, 1 and 3; then those of the high halves
+              TAUT_FOR (int pair = 0; pair < kPairs; pair++) {
+                I words[kCount];
+                TAUT_FOR (int i = 0; i < kCount; i++)
+                  words[i] = kInt4 ? L::half_words(v[i], pair % 2 * 2 + pair / 2) : pair == 0 ? L::even_signed_words(v[i]) : L::odd_signed_words(v[i]);
+                TAUT_FOR (int t = 0; t < kRows; t++) {
+                  const I x = L::four_bytes(weight + t * 2 * kTile + (j + visit * 2 * kPairs) * 2 + pair * 4);
+                  TAUT_FOR (int i = 0; i < kCount; i++) sum[t][0][i] = L::dot_words(sum[t][0][i], words[i], x);
+                }
+              }
+              continue;
+            }
             I v[kCount], high[kCount];
             TAUT_FOR (int i = 0; i < kCount; i++) {
               v[i] = L::load_codes(block + i * kWidth * 4);
@@ -334,7 +368,8 @@ struct Chunks {
       TAUT_FOR (int t = 0; t < kRows; t++)
         TAUT_FOR (int i = 0; i < kCount; i++) {
           float* to = sums + (r + t) * kRowFloats + d + i * kWidth;
-          const V tile = L::to_float(L::minus(L::times_128_plus(sum[t][0][i], sum[t][1][i]), weight_sum[r + t]));
+          const I product = kWeightSums == 1 ? sum[t][0][i] : L::times_128_plus(sum[t][0][i], sum[t][kWeightSums - 1][i]);
+          const V tile = L::to_float(L::minus(product, weight_sum[r + t]));
           L::store(to, L::fma(tile, L::set1(sum_scale[r + t]), L::mul(L::load(to), L::set1(shrink[r + t]))));
         }
     };
@@ -423,9 +458,11 @@ struct Chunks {
       }
       for (int64_t j = 0; j < end; j += kWidth)
         TAUT_FOR (int t = 0; t < kRows; t++) {
-          uint8_t* codes = weight_codes + (r + t) * 2 * kTile + j;
+          uint8_t* codes = weight_codes + (r + t) * 2 * kTile;
           // WHY max: a weight that is NaN has no code; the row's total says it
-          L::split(L::max(L::mul(L::load(row + t * kTile + j), inverse[t]), L::zero()), codes, codes + kTile, sum_of_codes[t]);
+          const V weight = L::max(L::mul(L::load(row + t * kTile + j), inverse[t]), L::zero());
+          if constexpr (L::kWords) L::split_words(weight, codes + 2 * j, sum_of_codes[t]);
+          else L::split(weight, codes + j, codes + kTile + j, sum_of_codes[t]);
         }
       TAUT_FOR (int t = 0; t < kRows; t++) weight_sum[r + t] = kInt4 ? L::sum_of_lanes(sum_of_codes[t]) * 8 : 0;
     }

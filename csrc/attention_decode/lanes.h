@@ -24,10 +24,13 @@ constexpr int64_t position_in_unit(int64_t i, int64_t width) {
 struct Avx2 : Avx2Lanes {
   using I = __m256i;
   static constexpr int kUnit = 16;
-  static constexpr int kSums = 8, kKeysTogether = 1;  // of floats: how many sums of keys and rows at a time, and how many keys are read together
-  static constexpr int kValueVectors = 1;             // registers of codes that share a broadcast
-  static constexpr int key_vectors(bool /* int4 */, int /* sums a register */) { return 1; }
+  static constexpr int kSums = 8;                                                                   // of floats: sums of keys and rows at a time
+  static constexpr int keys_together(int64_t element_bytes) { return element_bytes == 4 ? 1 : 2; }  // how many keys are read together
+  static constexpr int kValueVectors = 2;                                                           // registers of codes that share a broadcast
+  static constexpr int key_vectors(bool /* int4 */, int /* sums a register */) { return 2; }
   static constexpr int kKeyCodeZero = 128;  // what an int8 key of 0 is to dot
+  // Whether bytes beside numbers of two bytes are made words and multiplied once. WHY: two products of bytes are 6 instructions, one of words 4.
+  static constexpr bool kWords = true;
 
   template <KvFormat kFormat>
   static TAUT_INLINE void load_unit(const uint8_t* p, V& a, V& b) {
@@ -46,6 +49,8 @@ struct Avx2 : Avx2Lanes {
       a = _mm256_cvtph_ps(_mm256_castsi256_si128(halves)), b = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
     }
   }
+  // WHY: gcc loads anew for each of several products rather than keep a register
+  static TAUT_INLINE void keep(V& a) { asm("" : "+x"(a)); }
   // fp16 of kWidth scales
   static TAUT_INLINE V load_scales(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
@@ -85,7 +90,24 @@ struct Avx2 : Avx2Lanes {
   static TAUT_INLINE I dot(I sum, I u, I s) { return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1))); }
   // The same twice, where four products fit.
   static TAUT_INLINE I dot_twice(I sum, I u0, I s0, I u1, I s1) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_add_epi16(_mm256_maddubs_epi16(u0, s0), _mm256_maddubs_epi16(u1, s1)), _mm256_set1_epi16(1)));
+    I words, more;
+    asm("vpmaddubsw %[s0], %[u0], %[words]\n\tvpmaddubsw %[s1], %[u1], %[more]\n\tvpaddw %[more], %[words], %[words]\n\t"
+        "vpmaddwd %[ones], %[words], %[words]\n\tvpaddd %[words], %[sum], %[sum]"
+        : [sum] "+x"(sum), [words] "=&x"(words), [more] "=&x"(more)
+        : [s0] "x"(s0), [u0] "x"(u0), [s1] "x"(s1), [u1] "x"(u1), [ones] "x"(_mm256_set1_epi16(1)));
+    return sum;
+  }
+  // Bytes 0 and 2 of each four, and bytes 1 and 3, as words; of signed bytes; and the i-th four bits of each word.
+  static TAUT_INLINE I even_words(I codes) { return _mm256_and_si256(codes, _mm256_set1_epi16(255)); }
+  static TAUT_INLINE I odd_words(I codes) { return _mm256_srli_epi16(codes, 8); }
+  static TAUT_INLINE I even_signed_words(I codes) { return _mm256_srai_epi16(_mm256_slli_epi16(codes, 8), 8); }
+  static TAUT_INLINE I odd_signed_words(I codes) { return _mm256_srai_epi16(codes, 8); }
+  static TAUT_INLINE I half_words(I codes, int i) { return _mm256_and_si256(_mm256_srli_epi16(codes, 4 * i), _mm256_set1_epi16(15)); }
+  // WHY asm: gcc 12 multiplies first and adds later, and keeps a third of the sums in memory meanwhile
+  static TAUT_INLINE I dot_words(I sum, I a, I b) {
+    I product;
+    asm("vpmaddwd %[b], %[a], %[product]\n\tvpaddd %[product], %[sum], %[sum]" : [sum] "+x"(sum), [product] "=&x"(product) : [a] "x"(a), [b] "x"(b));
+    return sum;
   }
   static TAUT_INLINE I times_128_plus(I high, I low) { return _mm256_add_epi32(_mm256_slli_epi32(high, 7), low); }
   static TAUT_INLINE I minus(I a, int32_t b) { return _mm256_sub_epi32(a, _mm256_set1_epi32(b)); }
@@ -105,6 +127,14 @@ struct Avx2 : Avx2Lanes {
     store8(high, _mm256_srli_epi32(whole, 7));
     store8(low, _mm256_and_si256(whole, _mm256_set1_epi32(127)));
   }
+  // The same as words, of each four 0, 2, 1, 3: as even_words and odd_words want them.
+  static TAUT_INLINE void split_words(V x, uint8_t* to, I& sum) {
+    const I whole = _mm256_cvtps_epi32(x);
+    sum = _mm256_add_epi32(sum, whole);
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(words, order));
+  }
 };
 
 #endif
@@ -112,7 +142,9 @@ struct Avx2 : Avx2Lanes {
 #if defined(__AVX512F__)
 struct Avx512 : Avx512Lanes {
   using I = __m512i;
-  static constexpr int kUnit = 32, kSums = 16, kKeysTogether = 2, kValueVectors = 2;
+  static constexpr int kUnit = 32, kSums = 16, kValueVectors = 2;
+  static constexpr int keys_together(int64_t /* element_bytes */) { return 2; }
+  static constexpr bool kWords = false;
   static constexpr int key_vectors(bool int4, int /* sums a register */) { return int4 ? 2 : 1; }  // WHY: one block of int8 keys after the other is one stream
   static constexpr int kKeyCodeZero = 128;
 
@@ -133,6 +165,7 @@ struct Avx512 : Avx512Lanes {
       a = _mm512_cvtph_ps(_mm512_castsi512_si256(halves)), b = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
     }
   }
+  static TAUT_INLINE void keep(V&) {}
   static TAUT_INLINE V load_scales(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 
   static TAUT_INLINE V sums_of(const V (&a)[16]) {
@@ -187,7 +220,9 @@ struct Avx512 : Avx512Lanes {
 #if defined(__aarch64__)
 struct Neon : NeonLanes {
   using I = int32x4_t;
-  static constexpr int kUnit = 8, kSums = 16, kKeysTogether = 4, kValueVectors = 2;
+  static constexpr int kUnit = 8, kSums = 16, kValueVectors = 2;
+  static constexpr int keys_together(int64_t /* element_bytes */) { return 4; }
+  static constexpr bool kWords = false;
   static constexpr int key_vectors(bool /* int4 */, int sums) { return sums <= 4 ? 4 : 2; }  // 16 sums at most
   static constexpr int kKeyCodeZero = 0;
 
@@ -209,6 +244,7 @@ struct Neon : NeonLanes {
       a = vcvt_f32_f16(vget_low_f16(halves)), b = vcvt_high_f32_f16(halves);
     }
   }
+  static TAUT_INLINE void keep(V&) {}
   static TAUT_INLINE V load_scales(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 
   static TAUT_INLINE void store_sums(float* out, const V (&a)[16]) {
