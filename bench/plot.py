@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .table import ATTENTION_PEERS, NAMES, read_lines
+from .table import ATTENTION_PEERS, NAMES, is_older, read_lines
 
 _PICTURES = {"int4": "int4, groups of 32, int8 activations", "int8": "int8, int8 activations"}
 _COLOURS = ("#0b5fa5", "#1b9e77", "#7b3fa0", "#c2570c", "#d4a017", "#444444", "#17a2b8", "#a31545", "#6c8f00", "#000080", "#5f4b32")
@@ -32,7 +32,8 @@ def draw_all(results: Path) -> list[Path]:
     except ImportError:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
-    found = [(line["run"], path) for path in sorted(results.glob("*.jsonl")) for line in read_lines([path]) if line["op"] == "sweep"]
+    newer = [path for path in sorted(results.glob("*.jsonl")) if not is_older(path)]
+    found = [(line["run"], path) for path in newer for line in read_lines([path]) if line["op"] == "sweep"]
     if not found:
         raise ValueError(f"no sweep in {results}; run: python bench/run.py --sweep --peers --json bench/results/sweep-<machine>.jsonl")
     run, path = max(found)
@@ -44,7 +45,7 @@ def draw_all(results: Path) -> list[Path]:
             target = path.with_name(f"{path.stem}-{weights}.png")
             draw(chosen, words, target)
             pictures.append(target)
-    measured = [(line["run"], path) for path in sorted(results.glob("*.jsonl")) for line in read_lines([path]) if _is_drawn(line)]
+    measured = [(line["run"], path) for path in newer for line in read_lines([path]) if _is_drawn(line)]
     if measured:
         run, path = max(measured)
         pictures.append(path.with_suffix(".png"))

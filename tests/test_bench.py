@@ -457,6 +457,17 @@ def test_the_readme_holds_what_the_committed_results_say(tmp_path: Path) -> None
     assert readme.read_text() == (ROOT / "README.md").read_text()
 
 
+def test_an_older_processor_is_not_in_the_tables(tmp_path: Path) -> None:
+    readme, results, older = tmp_path / "README.md", tmp_path / "a-zen4-2core.jsonl", tmp_path / "a-zen1-2core.jsonl"
+    readme.write_text(f"{table.BEGIN}{table.END}")
+    results.write_text("".join(json.dumps(line) + "\n" for line in _full_run("2026-11-02T10:00:00+00:00")))
+    table.update_readme(readme, [results])
+    text = readme.read_text()
+    older.write_text("".join(json.dumps(line) + "\n" for line in _full_run("2026-11-03T10:00:00+00:00", 2.0)))
+    table.update_readme(readme, [older, results])
+    assert readme.read_text() == text
+
+
 def test_update_readme_changes_only_what_is_between_the_markers(tmp_path: Path) -> None:
     readme, results = tmp_path / "README.md", tmp_path / "a.jsonl"
     readme.write_text(f"# top\n{table.BEGIN}\nold\n{table.END}\nrest\n")
