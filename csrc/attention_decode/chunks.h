@@ -49,7 +49,7 @@ struct Chunks {
   int32_t q_sum[kMostRows], weight_sum[kMostRows];  // times what the codes of keys, and of values, are more than what they stand for
   // [row][...]
   float *q, *scores, *bias, *sums;
-  uint8_t *q_codes, *weight_codes;  // as above; [row][2][kTile]
+  uint8_t *q_codes, *weight_codes;  // as above; [row][2][kTile]. As words (L::kWords) [4 rows][4 bytes of k][row][4], int4's q aside; [row][kTile]
 
   // The tile at hand, and the keys of the one after it.
   const uint8_t *keys[kBlocks], *values[kBlocks], *next_keys[kBlocks];
@@ -118,13 +118,13 @@ struct Chunks {
           sum += code;
           for (int i = 0; i < 8; i++) {
             uint8_t* to = codes + (d + i) / 4 * kQStep;
-            if constexpr (kQWords) {
+            if constexpr (kQWords) {  // 0, 2, 1, 3 of four
               const int16_t word = static_cast<int16_t>(code[i]);
               std::memcpy(to + (i % 4 / 2 + i % 2 * 2) * 2, &word, 2);
-              continue;
+            } else {
+              to[i % 4] = static_cast<uint8_t>(high[i]);
+              if (!kInt4) to[4 + i % 4] = static_cast<uint8_t>(code[i] - high[i] * 128);
             }
-            to[i % 4] = static_cast<uint8_t>(high[i]);
-            if (!kInt4) to[4 + i % 4] = static_cast<uint8_t>(code[i] - high[i] * 128);
           }
         }
         q_sum[r] = 0;
@@ -190,6 +190,13 @@ struct Chunks {
     L::template load_unit<kFormat>(bytes, low, high);
   }
 
+  // Register i of a row's sums of codes; where numbers of two bytes are bytes, of both.
+  template <int kSumsOfRow, int kVectors>
+  static TAUT_INLINE I product_of(const I (&sum)[kSumsOfRow][kVectors], int i) {
+    if constexpr (kSumsOfRow == 1) return sum[0][i];
+    else return L::times_128_plus(sum[0][i], sum[1][i]);
+  }
+
   // Of codes: whole blocks, kVectors registers of keys by kRows rows at a time.
   template <int kRows>
   __attribute__((noinline)) void some_code_scores(int64_t r, int64_t begin, int64_t end) {
@@ -245,8 +252,7 @@ struct Chunks {
       TAUT_FOR (int t = 0; t < kRows; t++)
         TAUT_FOR (int i = 0; i < kVectors; i++) {
           if (j + i * kWidth >= end) continue;
-          const I product = kQSums == 1 ? sum[t][0][i] : L::times_128_plus(sum[t][0][i], sum[t][kQSums - 1][i]);
-          const V x = L::mul(L::to_float(L::minus(product, q_sum[r + t])), L::load(key_scales + j + i * kWidth));
+          const V x = L::mul(L::to_float(L::minus(product_of<kQSums>(sum[t], i), q_sum[r + t])), L::load(key_scales + j + i * kWidth));
           L::store(scores + (r + t) * kTile + j + i * kWidth, L::mul(x, L::set1(q_scale[r + t])));
         }
     }
@@ -333,9 +339,9 @@ struct Chunks {
           for (int64_t visit = 0; visit < kVisits; visit++, block += value_width * 4) {
             if (ahead)
               for (int64_t line = 0; line < lines; line++, ahead += 64) ask_for(ahead);
+            I v[kCount], high[kCount];
+            TAUT_FOR (int i = 0; i < kCount; i++) v[i] = L::load_codes(block + i * kWidth * 4);
             if constexpr (L::kWords) {
-              I v[kCount];
-              TAUT_FOR (int i = 0; i < kCount; i++) v[i] = L::load_codes(block + i * kWidth * 4);
               constexpr int kPairs = kInt4 ? 4 : 2;  // of tokens: 0 and 2, 1 and 3; then those of the high halves
               TAUT_FOR (int pair = 0; pair < kPairs; pair++) {
                 I words[kCount];
@@ -346,31 +352,27 @@ struct Chunks {
                   TAUT_FOR (int i = 0; i < kCount; i++) sum[t][0][i] = L::dot_words(sum[t][0][i], words[i], x);
                 }
               }
-              continue;
-            }
-            I v[kCount], high[kCount];
-            TAUT_FOR (int i = 0; i < kCount; i++) {
-              v[i] = L::load_codes(block + i * kWidth * 4);
-              if constexpr (kInt4) high[i] = L::high_halves(v[i]), v[i] = L::low_halves(v[i]);
-            }
-            TAUT_FOR (int t = 0; t < kRows; t++)
-              TAUT_FOR (int s = 0; s < 2; s++) {
-                const uint8_t* at = weight + (t * 2 + s) * kTile + j + visit * (kInt4 ? 8 : 4);
-                const I x = L::four_bytes(at);
-                if constexpr (kInt4) {
-                  const I y = L::four_bytes(at + 4);
-                  TAUT_FOR (int i = 0; i < kCount; i++) sum[t][s][i] = L::dot_twice(sum[t][s][i], x, v[i], y, high[i]);
-                } else {
-                  TAUT_FOR (int i = 0; i < kCount; i++) sum[t][s][i] = L::dot(sum[t][s][i], x, v[i]);
+            } else {
+              if constexpr (kInt4)
+                TAUT_FOR (int i = 0; i < kCount; i++) high[i] = L::high_halves(v[i]), v[i] = L::low_halves(v[i]);
+              TAUT_FOR (int t = 0; t < kRows; t++)
+                TAUT_FOR (int s = 0; s < 2; s++) {
+                  const uint8_t* at = weight + (t * 2 + s) * kTile + j + visit * (kInt4 ? 8 : 4);
+                  const I x = L::four_bytes(at);
+                  if constexpr (kInt4) {
+                    const I y = L::four_bytes(at + 4);
+                    TAUT_FOR (int i = 0; i < kCount; i++) sum[t][s][i] = L::dot_twice(sum[t][s][i], x, v[i], y, high[i]);
+                  } else {
+                    TAUT_FOR (int i = 0; i < kCount; i++) sum[t][s][i] = L::dot(sum[t][s][i], x, v[i]);
+                  }
                 }
-              }
+            }
           }
       }
       TAUT_FOR (int t = 0; t < kRows; t++)
         TAUT_FOR (int i = 0; i < kCount; i++) {
           float* to = sums + (r + t) * kRowFloats + d + i * kWidth;
-          const I product = kWeightSums == 1 ? sum[t][0][i] : L::times_128_plus(sum[t][0][i], sum[t][kWeightSums - 1][i]);
-          const V tile = L::to_float(L::minus(product, weight_sum[r + t]));
+          const V tile = L::to_float(L::minus(product_of<kWeightSums>(sum[t], i), weight_sum[r + t]));
           L::store(to, L::fma(tile, L::set1(sum_scale[r + t]), L::mul(L::load(to), L::set1(shrink[r + t]))));
         }
     };

@@ -86,9 +86,7 @@ struct Avx2 : Avx2Lanes {
   }
   static TAUT_INLINE I low_halves(I codes) { return _mm256_and_si256(codes, _mm256_set1_epi8(15)); }
   static TAUT_INLINE I high_halves(I codes) { return _mm256_and_si256(_mm256_srli_epi16(codes, 4), _mm256_set1_epi8(15)); }
-  // sum += unsigned bytes * signed bytes, by fours. Two products must fit 16 bits: one side is at most 127, or the other within 64.
-  static TAUT_INLINE I dot(I sum, I u, I s) { return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1))); }
-  // The same twice, where four products fit.
+  // sum += unsigned bytes * signed bytes, by fours, twice, where four products fit 16 bits.
   static TAUT_INLINE I dot_twice(I sum, I u0, I s0, I u1, I s1) {
     I words, more;
     asm("vpmaddubsw %[s0], %[u0], %[words]\n\tvpmaddubsw %[s1], %[u1], %[more]\n\tvpaddw %[more], %[words], %[words]\n\t"
@@ -109,25 +107,13 @@ struct Avx2 : Avx2Lanes {
     asm("vpmaddwd %[b], %[a], %[product]\n\tvpaddd %[product], %[sum], %[sum]" : [sum] "+x"(sum), [product] "=&x"(product) : [a] "x"(a), [b] "x"(b));
     return sum;
   }
-  static TAUT_INLINE I times_128_plus(I high, I low) { return _mm256_add_epi32(_mm256_slli_epi32(high, 7), low); }
   static TAUT_INLINE I minus(I a, int32_t b) { return _mm256_sub_epi32(a, _mm256_set1_epi32(b)); }
   static TAUT_INLINE V to_float(I a) { return _mm256_cvtepi32_ps(a); }
   static TAUT_INLINE int32_t sum_of_lanes(I a) {
     const __m128i x = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)), y = _mm_add_epi32(x, _mm_srli_si128(x, 8));
     return _mm_cvtsi128_si32(_mm_add_epi32(y, _mm_srli_si128(y, 4)));
   }
-  // x, rounded, as high * 128 + low; and added to sum
-  static TAUT_INLINE void split(V x, uint8_t* high, uint8_t* low, I& sum) {
-    const I whole = _mm256_cvtps_epi32(x);
-    sum = _mm256_add_epi32(sum, whole);
-    const auto store8 = [](uint8_t* p, I lanes) __attribute__((always_inline)) {
-      const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
-      _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
-    };
-    store8(high, _mm256_srli_epi32(whole, 7));
-    store8(low, _mm256_and_si256(whole, _mm256_set1_epi32(127)));
-  }
-  // The same as words, of each four 0, 2, 1, 3: as even_words and odd_words want them.
+  // x, rounded, as words, of each four 0, 2, 1, 3: as even_words and odd_words want them; and added to sum
   static TAUT_INLINE void split_words(V x, uint8_t* to, I& sum) {
     const I whole = _mm256_cvtps_epi32(x);
     sum = _mm256_add_epi32(sum, whole);
@@ -195,6 +181,7 @@ struct Avx512 : Avx512Lanes {
   }
   static TAUT_INLINE I low_halves(I codes) { return _mm512_and_si512(codes, _mm512_set1_epi8(15)); }
   static TAUT_INLINE I high_halves(I codes) { return _mm512_and_si512(_mm512_srli_epi16(codes, 4), _mm512_set1_epi8(15)); }
+  // sum += unsigned bytes * signed bytes, by fours. Two products must fit 16 bits: one side is at most 127, or the other within 64.
 #if defined(__AVX512VNNI__)
   static TAUT_INLINE I dot(I sum, I u, I s) { return _mm512_dpbusd_epi32(sum, u, s); }
   static TAUT_INLINE I dot_twice(I sum, I u0, I s0, I u1, I s1) { return dot(dot(sum, u0, s0), u1, s1); }
@@ -208,6 +195,7 @@ struct Avx512 : Avx512Lanes {
   static TAUT_INLINE I minus(I a, int32_t b) { return _mm512_sub_epi32(a, _mm512_set1_epi32(b)); }
   static TAUT_INLINE V to_float(I a) { return _mm512_cvtepi32_ps(a); }
   static TAUT_INLINE int32_t sum_of_lanes(I a) { return _mm512_reduce_add_epi32(a); }
+  // x, rounded, as high * 128 + low; and added to sum
   static TAUT_INLINE void split(V x, uint8_t* high, uint8_t* low, I& sum) {
     const I whole = _mm512_cvtps_epi32(x);
     sum = _mm512_add_epi32(sum, whole);
